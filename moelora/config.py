@@ -1,0 +1,239 @@
+"""MoELoraConfig: PEFT's LoraConfig plus the fields of a mixture of experts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+
+from ._peft import MOELORA
+
+ROUTER_TYPES = ("learned", "learned_with_maturity", "fixed")
+ROUTER_SCOPES = ("block", "model", "module")
+LOSS_TYPES = ("aux_loss", "z_loss", "switch")
+
+# One weight per expert scales that expert's B A x. Each of these adds something that is not of that form, is shared
+# between experts, or changes the base weights, so a mixture would ignore it or compute something else.
+_REFUSED_OPTIONS: dict[str, str] = {
+    "use_dora": "DoRA normalises base and delta together, so experts cannot be weighted per token",
+    "use_qalora": "QALoRA pools the input before A",
+    "velora_config": "VeLoRA replaces the LoRA backward pass",
+    "alora_invocation_tokens": "aLoRA switches the adapter on by position, which contradicts a router",
+    "monteclora_config": "MonteCLoRA samples A inside the layer",
+    "arrow_config": "Arrow is a router of its own",
+    "kasa_config": "KaSA changes the base weights",
+    "use_bdlora": "BD-LoRA's block-diagonal factors conflict with the rank blocks of the experts",
+    "lora_bias": "a bias on B is shared by all experts and would escape the router",
+    "target_parameters": "parameters are adapted through weight parametrisations, which see no tokens",
+    "ensure_weight_tying": "a tied layer's input has no router",
+    "layer_replication": "replicated blocks would share one router's state",
+    "megatron_config": "Megatron's parallel layers are not supported",
+}
+
+# What the first active adapter decides for the whole mixture; adapters that disagree cannot be active together.
+SHARED_FIELDS = (
+    "top_k_experts",
+    "router_aux_loss_coef",
+    "router_temperature",
+    "router_type",
+    "expert_capacity_factor",
+    "expert_dropout",
+    "load_balance_loss_type",
+    "router_scope",
+    "maturity_tokens",
+    "routing_scale",
+)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+@dataclass(frozen=True)
+class _Rule:
+    name: str
+    valid: Callable[[Any], bool]
+    fix: str
+
+
+_RULES = (
+    _Rule("use_moe_routing", lambda v: isinstance(v, bool), "pass True or False"),
+    _Rule("router_hidden_size", lambda v: v is None or (_is_int(v) and v >= 1), "pass None or an integer of 1 or more"),
+    _Rule("router_aux_loss_coef", lambda v: _is_number(v) and 0 <= v < float("inf"), "pass a number of 0 or more"),
+    _Rule("router_temperature", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
+    _Rule("router_type", lambda v: v in ROUTER_TYPES, f"choose one of {', '.join(ROUTER_TYPES)}"),
+    _Rule(
+        "expert_capacity_factor",
+        lambda v: v is None or (_is_number(v) and 0 < v < float("inf")),
+        "pass a number greater than 0, or None for dropless",
+    ),
+    _Rule("expert_dropout", lambda v: _is_number(v) and 0 <= v < 1, "pass a number in [0, 1)"),
+    _Rule("load_balance_loss_type", lambda v: v in LOSS_TYPES, f"choose one of {', '.join(LOSS_TYPES)}"),
+    _Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
+    _Rule("maturity_tokens", lambda v: _is_int(v) and v >= 1, "pass an integer of 1 or more"),
+    _Rule("routing_scale", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
+)
+
+
+@dataclass
+class MoELoraConfig(LoraConfig):
+    """Configuration of a mixture of LoRA experts.
+
+    Every option of [`~peft.LoraConfig`] that makes sense per expert keeps its meaning: `r`, `lora_alpha` and
+    `rank_pattern` describe *one* expert. A layer adds ``sum_e w_e * routing_scale * scaling * B_e A_e x`` to its
+    frozen output, where ``w`` are the routing weights of the token (docs/maths.md).
+
+    Raises:
+        ValueError: a field is out of range, or a LoraConfig option cannot be honoured by a mixture. The message names
+            the field, the value and the fix.
+
+    Example:
+        >>> config = MoELoraConfig(r=8, lora_alpha=16, target_modules="all-linear", num_experts=8)
+        >>> config.num_experts, config.top_k_experts, config.router_scope
+        (8, 2, 'block')
+    """
+
+    use_moe_routing: bool = field(
+        default=True, metadata={"help": "Route tokens to experts. False: exactly plain LoRA, without a router."}
+    )
+    num_experts: int = field(default=4, metadata={"help": "Number of experts in the mixture (2 or more)."})
+    top_k_experts: int = field(
+        default=2, metadata={"help": "Experts per token once sparse (1 to num_experts; num_experts is dense)."}
+    )
+    router_hidden_size: int | None = field(
+        default=None, metadata={"help": "Hidden units of a two-layer router; None: a linear router."}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.01, metadata={"help": "Weight of the balancing loss in the training loss (0 switches it off)."}
+    )
+    router_temperature: float = field(
+        default=2.0, metadata={"help": "Routing probabilities are softmax(logits / temperature)."}
+    )
+    router_type: str = field(
+        default="learned_with_maturity",
+        metadata={
+            "help": "'learned': top-k. 'learned_with_maturity': an expert is dense while new and sparse once mature. "
+            "'fixed': constant weights, no router parameters, mergeable."
+        },
+    )
+    expert_capacity_factor: float | None = field(
+        default=1.25,
+        metadata={
+            "help": "In sparse training an expert takes at most ceil(factor * tokens * k / experts) assignments; "
+            "None: dropless."
+        },
+    )
+    expert_dropout: float = field(
+        default=0.0, metadata={"help": "Chance in [0, 1) that one token-expert contribution is dropped in training."}
+    )
+    load_balance_loss_type: str = field(
+        default="aux_loss",
+        metadata={"help": "'aux_loss' (GShard, top-k load), 'switch' (top-1 load) or 'z_loss' (ST-MoE)."},
+    )
+    router_scope: str = field(
+        default="block",
+        metadata={
+            "help": "'block': each transformer block's router reads the hidden states entering it and steers every "
+            "adapted linear in it. 'model': one router on the input embeddings. 'module': one per adapted linear."
+        },
+    )
+    maturity_tokens: int = field(
+        default=100_000,
+        metadata={"help": "Routing mass (tokens times weight) after which a new expert counts as mature."},
+    )
+    routing_scale: float = field(
+        default=1.0, metadata={"help": "Factor on the routers' weights, which sum to 1 for each token."}
+    )
+    adapters: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "Written by save_pretrained: name, activity and configuration of each adapter in the file."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MOELORA
+        for rule in _RULES:
+            value = getattr(self, rule.name)
+            if not rule.valid(value):
+                raise ValueError(f"`{rule.name}` ({value!r}) is not valid; {rule.fix}")
+        if self.use_moe_routing:
+            self._check_experts()
+            self._check_lora_options()
+        else:
+            self._warn_unused_mixture_fields()
+
+    def _check_experts(self) -> None:
+        if not _is_int(self.num_experts) or self.num_experts < 2:
+            raise ValueError(
+                f"`num_experts` ({self.num_experts!r}) is not valid; pass an integer of 2 or more, or "
+                "`use_moe_routing=False` for plain LoRA"
+            )
+        if not _is_int(self.top_k_experts) or self.top_k_experts < 1:
+            raise ValueError(f"`top_k_experts` ({self.top_k_experts!r}) is not valid; pass an integer of 1 or more")
+        if self.top_k_experts > self.num_experts:
+            raise ValueError(
+                f"`top_k_experts` ({self.top_k_experts}) exceeds `num_experts` ({self.num_experts}); lower "
+                "`top_k_experts` or raise `num_experts`"
+            )
+
+    def _check_lora_options(self) -> None:
+        for name, reason in _REFUSED_OPTIONS.items():
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"`{name}` ({value!r}) cannot be honoured by a mixture: {reason}; leave it unset")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"`init_lora_weights` ({self.init_lora_weights!r}) cannot be honoured by a mixture: it derives the "
+                "factors from the base weights for one adapter, not for experts that are weighted per token; use "
+                "True, False or 'gaussian'"
+            )
+
+    def _warn_unused_mixture_fields(self) -> None:
+        unused = [
+            f.name
+            for f in dataclasses.fields(MoELoraConfig)
+            if f.name in MIXTURE_FIELDS and f.name != "use_moe_routing" and getattr(self, f.name) != f.default
+        ]
+        if unused:
+            names = ", ".join(f"`{name}`" for name in unused)
+            warnings.warn(f"`use_moe_routing=False` is plain LoRA and ignores {names}", stacklevel=3)
+
+
+MIXTURE_FIELDS = frozenset(f.name for f in dataclasses.fields(MoELoraConfig)) - frozenset(
+    f.name for f in dataclasses.fields(LoraConfig)
+)
+
+
+def count_experts(adapter_name: str, config: MoELoraConfig) -> int:
+    """Number of experts an adapter holds: one when it is named ``expert_<i>``, else ``config.num_experts``.
+
+    Example:
+        >>> config = MoELoraConfig(num_experts=4)
+        >>> count_experts("expert_3", config), count_experts("default", config)
+        (1, 4)
+    """
+    return 1 if re.fullmatch(r"expert_\d+", adapter_name) else config.num_experts
+
+
+def storage_config(config: MoELoraConfig, num_experts: int) -> MoELoraConfig:
+    """The LoRA of rank E*r that stores E experts of rank r side by side, with the scaling of one expert.
+
+    PEFT divides alpha by the rank (by its square root with `use_rslora`), so alpha grows with it.
+    """
+    alpha_factor = num_experts**0.5 if config.use_rslora else num_experts
+    stored = copy.copy(config)
+    stored.r = config.r * num_experts
+    stored.lora_alpha = config.lora_alpha * alpha_factor
+    stored.rank_pattern = {key: rank * num_experts for key, rank in config.rank_pattern.items()}
+    stored.alpha_pattern = {key: alpha * alpha_factor for key, alpha in config.alpha_pattern.items()}
+    return stored

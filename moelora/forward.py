@@ -1,0 +1,274 @@
+"""Hooks that run routing: on the base model, on its blocks, and around gradient checkpoints.
+
+Hooks are objects, not closures, so that models can be pickled and deep-copied.
+Shapes: B batch, S sequence, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .balance import finish_forward
+from .state import ForwardContext, RoutingState, call_attached_router
+
+if TYPE_CHECKING:
+    from .router import MoELoraRouter, Pool
+
+
+@dataclass
+class BlockRouting:
+    """The routing in force inside one block, while it runs."""
+
+    context: ForwardContext
+    pool: Pool
+    lead: torch.Size  # [B, S], or whatever precedes H in the block's hidden states
+    mask: Tensor | None  # lead, False on padding
+    weights: Tensor | None  # [*lead, E]; None where each module routes for itself
+    shared_by_user: bool  # weights are the user's own or the attached router's
+    router: MoELoraRouter | None  # the block's or model's
+    encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
+    encoder_weights: Tensor | None = None
+
+    def weights_for(self, x: Tensor, module: str) -> Tensor:
+        """[..., E] for a linear's input x [..., D].
+
+        Raises:
+            ValueError: x holds other tokens than the block's.
+        """
+        if self._is_encoder(x):
+            if self.encoder_weights is None:
+                self.encoder_weights = self._route_encoder(x)
+            return self.encoder_weights
+        assert self.weights is not None
+        fitted = _fit(self.weights, self.lead, x)
+        if fitted is None:
+            raise ValueError(
+                f"`{module}` reads an input of shape {list(x.shape)}, which does not line up with the tokens "
+                f'{list(self.lead)} entering its block; use router_scope="module" or exclude it from `target_modules`'
+            )
+        return fitted
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The padding mask of a linear's input x [..., D] in "module" scope; None where none fits."""
+        if self._is_encoder(x):
+            return self.context.mask(x, is_decoder=False)
+        return None if self.mask is None else _fit(self.mask, self.lead, x, trailing=0)
+
+    def _is_encoder(self, x: Tensor) -> bool:
+        encoder = self.encoder_hidden
+        if encoder is None:
+            return False
+        # Identity first: encoder and decoder may be equally long. Device maps copy the tensor, so shape is next.
+        return x is encoder or (x.shape[:-1] == encoder.shape[:-1] and x.shape[:-1] != self.lead)
+
+    def _route_encoder(self, x: Tensor) -> Tensor:
+        """The encoder's tokens were counted in the encoder; here the same router only weighs them."""
+        if self.shared_by_user and self.context.state.routing_weights is None:
+            return call_attached_router(self.context.state, x)
+        if self.shared_by_user:
+            assert self.weights is not None
+            return self.weights[:, :1].expand(*x.shape[:-1], -1)
+        assert self.router is not None
+        weights = self.router.decide(x, self.context.maturity(self.router))
+        return weights * self.context.state.config.routing_scale
+
+
+def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tensor | None:
+    """values [*lead, ...] lined up with x [..., D]: the same tokens, or (OPT) the tokens flattened; else None."""
+    if x.shape[:-1] == lead:
+        return values
+    if x.dim() == 2 and len(lead) == 2 and x.shape[0] == lead.numel():
+        return values.reshape(lead.numel(), *values.shape[values.dim() - trailing :])
+    return None
+
+
+class ModelHook:
+    """On the base model: opens a context before every forward, and closes it whatever happens."""
+
+    def __init__(self, model: nn.Module, state: RoutingState) -> None:
+        self.state = state
+        self.parameter_names = [
+            name
+            for name, parameter in inspect.signature(type(model).forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ][1:]
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        if not self.state.enabled:
+            self.state.context = None
+            return
+        inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+        self.state.context = ForwardContext(self.state, inputs, training=model.training)
+
+    def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook, also called when the forward raised (output is then None)."""
+        context, self.state.context = self.state.context, None
+        if context is None or output is None:
+            return None
+        return finish_forward(context, model, output)
+
+
+class BlockHook:
+    """On one block: decides the routing of the tokens entering it.
+
+    Args:
+        name: the block's name.
+        stack: the name of the list of blocks it belongs to.
+        router: the block's own router ("block" scope), the model's ("model") or None ("module").
+        is_decoder: it belongs to the decoder of an encoder-decoder model.
+        scope: the router scope.
+    """
+
+    def __init__(
+        self,
+        state: RoutingState,
+        name: str,
+        stack: str,
+        router: MoELoraRouter | None,
+        scope: str,
+        is_decoder: bool,
+        is_encoder_decoder: bool,
+        encoder_position: int | None,
+    ) -> None:
+        self.state = state
+        self.name = name
+        self.stack = stack
+        self.router = router
+        self.scope = scope
+        self.is_decoder = is_decoder
+        self.is_encoder_decoder = is_encoder_decoder
+        self.encoder_position = encoder_position
+        self.routing: BlockRouting | None = None
+
+    def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        self.routing = None
+        if not self.state.enabled:
+            return
+        if self.state.context is None:
+            _refuse_foreign_checkpoint(self.name)
+        context = self.state.current_context()
+        hidden = _hidden_states(args, kwargs)
+        mask = context.mask(hidden, self.is_decoder)
+        shared = self._shared_weights(context, hidden)
+        weights = self._built_in_weights(context, hidden, mask) if shared is None else shared
+        self.routing = BlockRouting(
+            context=context,
+            lead=hidden.shape[:-1],
+            mask=mask,
+            pool=self.state.pool if shared is not None or self.router is None else self.router.pool,
+            weights=weights,
+            shared_by_user=shared is not None,
+            router=self.router,
+            encoder_hidden=self._encoder_hidden(args, kwargs),
+        )
+        context.latest = self.routing
+        _make_checkpoint_routed(block, self)
+
+    def after(self, block: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook, also called when the forward raised."""
+        self.routing = None
+
+    def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
+        if self.state.routing_weights is not None:
+            return context.user_weights(hidden.shape[:-1], self.is_encoder_decoder)
+        return context.router_weights(self.stack, hidden)
+
+    def _built_in_weights(self, context: ForwardContext, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        if self.router is None:
+            return None
+        if self.scope == "block":
+            return self.router(hidden, context, mask) if self.router.pool else None
+        if self.stack not in context.stack_weights:
+            context.stack_weights[self.stack] = self.router(hidden, context, mask)
+        return context.stack_weights[self.stack]
+
+    def _encoder_hidden(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        if self.encoder_position is not None and len(args) > self.encoder_position:
+            return args[self.encoder_position]
+        return kwargs.get("encoder_hidden_states")
+
+
+def encoder_argument_position(block: nn.Module) -> int | None:
+    """Where a block's forward takes `encoder_hidden_states`, counted without self; None if it does not."""
+    names = list(inspect.signature(type(block).forward).parameters)
+    return names.index("encoder_hidden_states") - 1 if "encoder_hidden_states" in names else None
+
+
+def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+    return hidden
+
+
+def _refuse_foreign_checkpoint(name: str) -> None:
+    # In the backward pass without a context of ours: a checkpoint we did not prepare is running the block again, and
+    # would route it without the mask and the maturity of the first time.
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"block `{name}` is recomputed by a checkpoint that does not carry its routing; use the model's own "
+            "gradient_checkpointing_enable() (Trainer: gradient_checkpointing=True)"
+        )
+
+
+def _make_checkpoint_routed(block: Any, hook: BlockHook) -> None:
+    """Make the block's checkpoint function pass the routing on; the model may have set a new one since."""
+    if not (getattr(block, "gradient_checkpointing", False) and block.training):
+        return
+    function = block._gradient_checkpointing_func
+    if not isinstance(function, RoutedCheckpoint):
+        block._gradient_checkpointing_func = RoutedCheckpoint(function, hook)
+
+
+class RoutedCheckpoint:
+    """A checkpoint function that hands the routing weights to the checkpointed region as an argument.
+
+    An argument, because a tensor captured by a closure gets no gradient in reentrant checkpoints, and one kept on the
+    side is gone, or another forward's, when the region runs again.
+    """
+
+    def __init__(self, function: Callable, hook: BlockHook) -> None:
+        self.function = function
+        self.hook = hook
+
+    def __call__(self, region: Callable, *args: Any, **kwargs: Any) -> Any:
+        routing = self.hook.routing
+        if routing is None:
+            return self.function(region, *args, **kwargs)
+        return self.function(_RoutedRegion(region, self.hook, routing), routing.weights, *args, **kwargs)
+
+
+class _RoutedRegion:
+    """Runs a checkpointed region, the first time and again in backward, under the routing of its own forward."""
+
+    def __init__(self, region: Callable, hook: BlockHook, routing: BlockRouting) -> None:
+        self.region = region
+        self.hook = hook
+        self.routing = routing
+        self.has_run = False
+
+    def __call__(self, weights: Tensor | None, *args: Any) -> Any:
+        context, outer = self.routing.context, self.hook.routing
+        encoder_hidden = self.routing.encoder_hidden
+        position = self.hook.encoder_position
+        if position is not None and len(args) > position and encoder_hidden is not None:
+            encoder_hidden = args[position]
+        self.hook.routing = dataclasses.replace(
+            self.routing, weights=weights, encoder_hidden=encoder_hidden, encoder_weights=None
+        )
+        context.in_checkpoint, context.recomputing = True, self.has_run
+        self.has_run = True
+        try:
+            return self.region(*args)
+        finally:
+            context.in_checkpoint = context.recomputing = False
+            self.hook.routing = outer

@@ -1,0 +1,175 @@
+"""The routed linear layer: PEFT's own LoRA layer for the base at hand, with a mixture in its forward.
+
+Shapes: D in, O out, E experts, r rank of one expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import peft.tuners.lora as peft_lora
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from .config import MoELoraConfig, count_experts
+from .forward import BlockHook
+from .ops import ExpertPool, mixture
+from .router import MoELoraRouter, Pool
+from .state import RoutingState
+
+
+@dataclass
+class LayerLink:
+    """Where a layer finds its routing."""
+
+    name: str
+    state: RoutingState
+    hook: BlockHook | None  # of the block around it; None outside every block
+
+
+# Python lets an object change its class only where the memory layouts agree, so at run time the mixin has no base.
+_LayerBase: Any = LoraLayer if TYPE_CHECKING else object
+
+
+class MoELoraLayer(_LayerBase):
+    """Mixed into the layer class that PEFT dispatched, so quantised bases, merging and Conv1D stay PEFT's.
+
+    1. The frozen base layer.
+    2. Routing weights [..., E] of this input: from the block, the model, or the layer's own router.
+    3. ``sum_e w_e * scaling * B_e A_e dropout(x)`` over the active adapters' experts, added to 1.
+
+    lora_A[adapter].weight is [E * r, D] and lora_B[adapter].weight [O, E * r]; rank block e is expert e.
+    """
+
+    link: LayerLink
+    num_experts: dict[str, int]
+    moe_router: MoELoraRouter  # "module" scope only
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See the class. x [..., D] -> [..., O].
+
+        Raises:
+            RuntimeError: the layer is called outside its block, which decides its routing.
+            ValueError: x does not line up with the tokens that were routed.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        weights, pool = self.routing_weights(x)
+        dtype = self.lora_A[names[0]].weight.dtype
+        cast = x.to(dtype) if self.cast_input_dtype_enabled else x
+        weights = _columns(weights, pool, names).to(x.device)
+        delta = mixture(cast, [self.expert_pool(name) for name in names], weights)
+        return (result + delta).to(result.dtype)
+
+    def expert_pool(self, adapter_name: str) -> ExpertPool:
+        """The factors of one adapter's experts."""
+        return ExpertPool(
+            lora_A=self.lora_A[adapter_name].weight,
+            lora_B=self.lora_B[adapter_name].weight,
+            num_experts=self.num_experts[adapter_name],
+            scaling=self.scaling[adapter_name],
+            dropout=self.lora_dropout[adapter_name],
+        )
+
+    def routing_weights(self, x: Tensor) -> tuple[Tensor, Pool]:
+        """Weights [..., E] for x [..., D], and the pool their columns belong to."""
+        link = self.link
+        if link.hook is None:
+            return self._weights_outside_blocks(x)
+        routing = link.hook.routing
+        if routing is None:
+            raise RuntimeError(
+                f"`{link.name}` was called outside its block `{link.hook.name}`, which decides its routing; call the "
+                'block or the model, or use router_scope="module"'
+            )
+        if routing.weights is not None:
+            return routing.weights_for(x, link.name), routing.pool
+        return self.moe_router(x, routing.context, routing.mask_for(x)), self.moe_router.pool
+
+    def _weights_outside_blocks(self, x: Tensor) -> tuple[Tensor, Pool]:
+        state = self.link.state
+        context = state.current_context()
+        if (weights := context.user_weights(x.shape[:-1])) is not None:
+            return weights, state.pool
+        routing = context.latest
+        if state.attached is None and "moe_router" in self._modules:
+            return self.moe_router(x, context, context.mask(x, is_decoder=False)), self.moe_router.pool
+        if routing is None or routing.weights is None:
+            raise ValueError(
+                f"`{self.link.name}` runs before the first transformer block, so no router has decided yet; use "
+                'router_scope="module" or leave it out with `exclude_modules`'
+            )
+        return routing.weights_for(x, self.link.name), routing.pool
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """[O, D] (PEFT's orientation): the adapter's delta under fixed routing, which alone can be merged.
+
+        Raises:
+            ValueError: routing depends on the token.
+        """
+        config = self.link.state.configs[adapter]
+        if config.router_type != "fixed":
+            raise ValueError(f'`{self.link.name}` routes per token and has no single delta; use router_type="fixed"')
+        factor = self.lora_B[adapter].weight
+        weights_E = self._fixed_router().fixed_weights_of(adapter) * config.routing_scale
+        per_rank = weights_E.repeat_interleave(factor.shape[1] // self.num_experts[adapter])
+        original = factor.data
+        try:  # PEFT's own method does the rest: transposition, precision, quantised types
+            factor.data = original * per_rank.to(original)
+            return super().get_delta_weight(adapter)
+        finally:
+            factor.data = original
+
+    def _fixed_router(self) -> MoELoraRouter:
+        if "moe_router" in self._modules:
+            return self.moe_router
+        hook = self.link.hook
+        router = hook.router if hook is not None else None
+        return router or next(iter(self.link.state.routers.values()))
+
+
+def _columns(weights: Tensor, pool: Pool, names: list[str]) -> Tensor:
+    """The columns of weights [..., E], whose experts are those of pool, that belong to the adapters in names."""
+    if [name for name, _ in pool] == names:
+        return weights
+    pieces = dict(zip((name for name, _ in pool), weights.split([count for _, count in pool], dim=-1), strict=True))
+    return torch.cat([pieces[name] for name in names], dim=-1)
+
+
+_CLASS_PREFIX = "MoELora"
+
+
+def routed_class(layer_cls: type) -> type:
+    """The class that mixes MoELoraLayer into one of PEFT's LoRA layer classes."""
+    return _routed_class_of(f"{_CLASS_PREFIX}{layer_cls.__name__}", layer_cls)
+
+
+def _routed_class_of(name: str, layer_cls: type) -> type:
+    if name not in globals():
+        globals()[name] = type(name, (MoELoraLayer, layer_cls), {"__module__": __name__})
+    return globals()[name]
+
+
+def __getattr__(name: str) -> type:
+    """Make routed classes importable by name, so that models can be pickled and unpickled elsewhere."""
+    if name.startswith(_CLASS_PREFIX):
+        for module in vars(peft_lora).values():
+            layer_cls = getattr(module, name.removeprefix(_CLASS_PREFIX), None)
+            if isinstance(layer_cls, type) and issubclass(layer_cls, LoraLayer):
+                return _routed_class_of(name, layer_cls)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_routed(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
+    """Turn the LoRA layer that PEFT created into a routed one, or add an adapter to a routed one."""
+    if not isinstance(layer, MoELoraLayer):
+        layer.__class__ = routed_class(type(layer))
+        layer.num_experts = {}
+    layer.num_experts[adapter_name] = count_experts(adapter_name, config)
+    if config.init_lora_weights == "gaussian" and not layer.lora_A[adapter_name].weight.is_meta:
+        # PEFT draws with deviation 1 / rank, and the stored rank is that of all experts together.
+        layer.lora_A[adapter_name].weight.data *= layer.num_experts[adapter_name]

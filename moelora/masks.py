@@ -1,0 +1,62 @@
+"""Which tokens are real: padding masks of every form that transformers models take. Imports torch only.
+
+Shapes: B batch, S tokens of this forward, P past plus present tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_mask(attention_mask: Any, length: int, past_length: int | Tensor = 0) -> Tensor | None:
+    """[B, S] bool, True on real tokens; None when the mask says nothing about padding.
+
+    Args:
+        attention_mask: None; [B, P] with 1 on real tokens; [B, heads, S or 1, P] of booleans or of additive floats
+            (0 visible, very negative hidden); or a dict of such masks by attention type.
+        length: S.
+        past_length: tokens already in the KV cache.
+
+    Example:
+        >>> token_mask(torch.tensor([[0, 1, 1]]), 3).tolist()
+        [[False, True, True]]
+        >>> token_mask(torch.tensor([[0, 1, 1]]), 1, past_length=2).tolist()
+        [[True]]
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        return None
+    real = attention_mask > 0 if attention_mask.dim() == 2 else _real_keys(attention_mask)
+    if real.shape[1] == length:
+        return real
+    columns = past_length + torch.arange(length, device=real.device)
+    return real.index_select(1, columns.clamp(max=real.shape[1] - 1))
+
+
+def _real_keys(attention_mask: Tensor) -> Tensor:
+    """[B, heads, Q, P] -> [B, P]: a key is real when some query sees it."""
+    visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    if not attention_mask.is_floating_point() and attention_mask.dtype != torch.bool:
+        visible = attention_mask > 0
+    visible = visible[:, 0]
+    # transformers opens the rows of padded queries completely, because softmax over nothing is NaN. Such a row says
+    # nothing about keys. The last query is exempt: causal, it sees every real key, all of them when nothing is padded.
+    says_something = ~visible.all(dim=-1, keepdim=True)
+    says_something[:, -1] = True
+    return (visible & says_something).any(dim=1)
+
+
+def decoder_mask_from_labels(labels: Tensor | None) -> Tensor | None:
+    """[B, S] bool for a decoder fed with labels shifted right: position i is real when label i - 1 is.
+
+    Example:
+        >>> decoder_mask_from_labels(torch.tensor([[5, 6, -100, -100]])).tolist()
+        [[True, True, True, False]]
+    """
+    if labels is None or labels.dim() != 2:
+        return None
+    return torch.cat([torch.ones_like(labels[:, :1], dtype=torch.bool), labels[:, :-1] != -100], dim=1)

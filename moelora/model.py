@@ -1,0 +1,321 @@
+"""MoELoraModel: the PEFT tuner that injects experts and routers into a base model and manages them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+from accelerate import init_empty_weights
+from peft import PeftConfig
+from peft.functional import set_adapter as set_auxiliary_adapter
+from torch import Tensor, nn
+
+from . import blocks
+from ._peft import LoraLayer, TunerModel
+from .config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
+from .controls import STATE_ATTRIBUTE, RoutingControls
+from .forward import BlockHook, ModelHook, encoder_argument_position
+from .layer import LayerLink, MoELoraLayer, make_routed
+from .peft_model import adopt_peft_model
+from .router import MoELoraRouter
+from .state import RoutingState
+
+
+class MoELoraModel(RoutingControls, TunerModel):
+    """Injects a mixture of LoRA experts into a model; made by [`peft.get_peft_model`].
+
+    A PEFT adapter holds one expert when it is named ``expert_<i>`` and `num_experts` otherwise, with the routers that
+    score them. The active adapters form the mixture: their experts are pooled in the order of the adapters.
+
+    Args:
+        model: the base model; it is changed in place.
+        config: the adapter's configuration.
+        adapter_name: the adapter's name.
+
+    Raises:
+        ValueError: a target cannot be routed in the configured scope, or the adapter disagrees with the mixture.
+    """
+
+    tuner_layer_cls = (LoraLayer, MoELoraRouter)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MoELoraConfig | dict[str, MoELoraConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        first = config if isinstance(config, PeftConfig) else config[adapter_name]
+        saved = _saved_adapters(first)
+        if saved and isinstance(config, PeftConfig):
+            raise ValueError(
+                f"this checkpoint holds a mixture of {len(saved)} adapters; load it with PeftModel.from_pretrained, "
+                "which restores them all"
+            )
+        if saved:
+            adapter_name = next(iter(saved))
+            config = {adapter_name: saved[adapter_name]}
+        super().__init__(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        for name in list(saved)[1:]:
+            self.peft_config[name] = saved[name]
+            self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
+            self.activate_adapter(name)
+        if not isinstance(config, PeftConfig) and first.use_moe_routing:
+            adopt_peft_model(self)
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
+        """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
+        others = [other for other in self.peft_config.values() if other is not config]
+        if any(other.use_moe_routing != config.use_moe_routing for other in others):
+            raise ValueError(
+                "an adapter with `use_moe_routing=False` is plain LoRA and cannot share a model with routed adapters; "
+                "give all adapters the same `use_moe_routing`"
+            )
+        if not config.use_moe_routing:
+            return
+        if others and others[0].router_scope != config.router_scope:
+            raise ValueError(
+                f"`router_scope` ({config.router_scope!r}) differs from that of the model's other adapters "
+                f"({others[0].router_scope!r}); use the same"
+            )
+        blocks.check_targets(self.model, module_names, config.router_scope)
+
+    def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
+        """The LoRA that stores the adapter's experts side by side along the rank."""
+        return storage_config(config, count_experts(adapter_name, config)) if config.use_moe_routing else config
+
+    @staticmethod
+    def prepare_layer(layer: nn.Module, config: MoELoraConfig, adapter_name: str) -> nn.Module:
+        """Turn the layer that PEFT chose into a routed one."""
+        if config.use_moe_routing:
+            make_routed(layer, adapter_name, config)
+        return layer
+
+    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
+        """Create the adapter's experts and routers; see PEFT for the arguments."""
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.use_moe_routing:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add_routers(adapter_name, config)
+
+    def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
+        state = self._open_state()
+        for name, layer in list(self.model.named_modules()):
+            if not isinstance(layer, MoELoraLayer) or adapter_name not in layer.lora_A:
+                continue
+            block = blocks.find_block(self.model, name)
+            router = self._router_for(layer, name, block, config.router_scope)
+            if adapter_name not in router.lora_router:
+                router.add_adapter(adapter_name, config, like=layer.lora_A[adapter_name].weight)
+            if not hasattr(layer, "link"):
+                hook = self._hook_block(block, config.router_scope) if block else None
+                layer.link = LayerLink(name, state, hook)
+        state.routers = {m.name: m for m in self.model.modules() if isinstance(m, MoELoraRouter)}
+        is_trainable = adapter_name in self.active_adapters and not config.inference_mode
+        with self.keep_trainability():
+            for router in state.routers.values():
+                router.set_adapter(self.active_adapters)
+        for router in state.routers.values():
+            if adapter_name in router.lora_router:
+                router[adapter_name].requires_grad_(is_trainable)
+
+    def _open_state(self) -> RoutingState:
+        state = self.routing_or_none
+        if state is None:
+            state = RoutingState(self.peft_config)
+            setattr(self.model, STATE_ATTRIBUTE, state)
+            hook = ModelHook(self.model, state)
+            state.handles = [
+                self.model.register_forward_pre_hook(hook.before, with_kwargs=True),
+                self.model.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
+            ]
+        state.configs = self.peft_config
+        return state
+
+    def _router_for(self, layer: MoELoraLayer, name: str, block: str | None, scope: str) -> MoELoraRouter:
+        owner: Any
+        if scope == "module":
+            owner, owner_name, width = layer, name, layer.in_features
+        else:
+            owner_name = block if scope == "block" and block else ""
+            owner, width = self.model.get_submodule(owner_name), 0
+        if "moe_router" not in owner._modules:
+            width = width or blocks.hidden_size(self.model, block or self._some_block())
+            owner.moe_router = MoELoraRouter(owner_name, width, self.routing)
+        return owner.moe_router
+
+    def _some_block(self) -> str:
+        names = (name for name, module in self.model.named_modules() if isinstance(module, MoELoraLayer))
+        return next(block for name in names if (block := blocks.find_block(self.model, name)))
+
+    def _hook_block(self, block: str, scope: str) -> BlockHook:
+        """The hook of a block; its stack's first block gets one too: "model" scope and attached routers read there."""
+        first = blocks.first_block(self.model, blocks.stack_of(block))
+        for name in dict.fromkeys((first, block)):
+            if name not in self.routing.hooks:
+                self.routing.hooks[name] = self._new_hook(name, scope)
+        hook = self.routing.hooks[block]
+        if scope == "block":
+            hook.router = self._router_of(block)
+        return hook
+
+    def _router_of(self, owner: str) -> MoELoraRouter:
+        return cast(MoELoraRouter, self.model.get_submodule(f"{owner}.moe_router".lstrip(".")))
+
+    def _new_hook(self, name: str, scope: str) -> BlockHook:
+        module = self.model.get_submodule(name)
+        decoder = blocks.decoder_blocks_of(self.model)
+        hook = BlockHook(
+            state=self.routing,
+            name=name,
+            stack=blocks.stack_of(name),
+            router=self._router_of("") if scope == "model" else None,
+            scope=scope,
+            is_decoder=module in decoder,
+            is_encoder_decoder=bool(decoder),
+            encoder_position=encoder_argument_position(module),
+        )
+        self.routing.handles += [
+            module.register_forward_pre_hook(hook.before, with_kwargs=True),
+            module.register_forward_hook(hook.after, always_call=True),
+        ]
+        return hook
+
+    # ---- the mixture -------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters the mixture, and trainable unless inference_mode.
+
+        Raises:
+            ValueError: an adapter does not exist, or the adapters disagree on a field that the mixture shares.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_agreement(names)
+        # modules_to_save and trainable tokens know one active adapter: the mixture's first.
+        set_auxiliary_adapter(self.model, adapter_name=names[:1] or [], inference_mode=inference_mode, layer_cls=())
+        for module in self.model.modules():
+            if isinstance(module, self.tuner_layer_cls):
+                if module.merged:
+                    module.unmerge()
+                module.set_adapter(names, inference_mode=inference_mode)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+
+    def _check_agreement(self, names: list[str]) -> None:
+        if missing := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"adapter {missing[0]!r} does not exist; there are {', '.join(self.peft_config)}")
+        configs = [self.peft_config[name] for name in names]
+        if len(names) < 2 or not configs[0].use_moe_routing:
+            return
+        for name, config in zip(names[1:], configs[1:], strict=True):
+            for field in SHARED_FIELDS:
+                ours, theirs = getattr(configs[0], field), getattr(config, field)
+                if ours != theirs:
+                    raise ValueError(
+                        f"adapters {names[0]!r} and {name!r} cannot form one mixture: `{field}` is {ours!r} in one and "
+                        f"{theirs!r} in the other; make them equal"
+                    )
+
+    def activate_adapter(self, adapter_name: str) -> None:
+        """Let an adapter join the mixture, trainable unless its configuration is for inference; others stay as set."""
+        if adapter_name in self.active_adapters:
+            return
+        with self.keep_trainability():
+            self.set_adapter([*self.active_adapters, adapter_name])
+        self.set_requires_grad(adapter_name, not self.peft_config[adapter_name].inference_mode)
+
+    @contextmanager
+    def keep_trainability(self) -> Iterator[None]:
+        """Undo changes that PEFT makes to `requires_grad` as a side effect."""
+        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        yield
+        for parameter in self.model.parameters():
+            parameter.requires_grad = before.get(parameter, parameter.requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; the others of the mixture stay active and as trainable as they were."""
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        with self.keep_trainability():
+            if remaining and adapter_name in self.peft_config:
+                self.set_adapter(remaining[:1])  # PEFT's modules_to_save refuse several active adapters here
+            super().delete_adapter(adapter_name)
+            if remaining:
+                self.set_adapter(remaining)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch the mixture off: the output is the base model's."""
+        self._trainable_when_enabled = [p for p in self.model.parameters() if p.requires_grad]
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the mixture on again; what was frozen stays frozen."""
+        super().enable_adapter_layers()
+        trainable = self.__dict__.pop("_trainable_when_enabled", None)
+        if trainable is not None:
+            kept = set(trainable)
+            for parameter in self.model.parameters():
+                parameter.requires_grad = parameter in kept
+
+    def unload(self) -> nn.Module:
+        """Return the base model without experts, routers and hooks."""
+        base = super().unload()
+        self._remove_routing()
+        return base
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge the experts under fixed weights into the base model and return it.
+
+        Raises:
+            ValueError: routing depends on the token, so no single weight equals the mixture.
+        """
+        base = super().merge_and_unload(*args, **kwargs)
+        self._remove_routing()
+        return base
+
+    def _remove_routing(self) -> None:
+        state = self.model.__dict__.pop(STATE_ATTRIBUTE, None)
+        if state is None:
+            return
+        for handle in state.handles:
+            handle.remove()
+        for module in list(self.model.modules()):
+            module._modules.pop("moe_router", None)
+
+    def check_merge(self) -> None:
+        """Raise where merging would change outputs."""
+        state = self.routing_or_none
+        if state is None:
+            return
+        if state.attached is not None:
+            raise ValueError("cannot merge: the attached router decides per token; call `detach_router()` first")
+        if state.config.router_type != "fixed":
+            raise ValueError(
+                f"cannot merge: router_type={state.config.router_type!r} weighs experts differently for each token, "
+                'so no single weight equals the mixture; only router_type="fixed" merges exactly'
+            )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused for a mixture: PEFT would combine the experts of an adapter as if they were one LoRA."""
+        if self.routing_or_none is not None:
+            raise ValueError("`add_weighted_adapter` cannot combine routed adapters; activate them together instead")
+        super().add_weighted_adapter(*args, **kwargs)
+
+    # ---- saving ----
+
+    @staticmethod
+    def is_mixture_key(key: str) -> bool:
+        """Whether a state dict key belongs to the attached router, which is saved once and not with each adapter."""
+        return key.removeprefix("base_model.").startswith("router.")
+
+
+def _saved_adapters(config: MoELoraConfig) -> dict[str, MoELoraConfig]:
+    """The configurations of the adapters that a saved mixture lists; empty for a single adapter."""
+    saved = {}
+    for entry in config.adapters or []:
+        saved[entry["name"]] = MoELoraConfig.from_peft_type(**entry["config"])
+        saved[entry["name"]].inference_mode = config.inference_mode
+    return saved

@@ -1,0 +1,109 @@
+"""What a PeftModel does differently around a mixture: several active adapters, saved and loaded as one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from . import checkpoint
+
+if TYPE_CHECKING:
+    from .config import MoELoraConfig
+    from .model import MoELoraModel
+
+
+class MixturePeftModel(PeftModel):
+    """Mixed into the PeftModel that wraps a mixture; see [`adopt_peft_model`]."""
+
+    base_model: MoELoraModel
+
+    def add_adapter(self, adapter_name: str, peft_config: MoELoraConfig, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the mixture: it is active and trainable at once, beside the others.
+
+        Raises:
+            ValueError: the adapter exists, cannot be routed, or disagrees with the mixture; nothing has changed then.
+        """
+        self._add_inactive_adapter(adapter_name, peft_config, *args, **kwargs)
+        try:
+            self.base_model.activate_adapter(adapter_name)
+        except ValueError:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def _add_inactive_adapter(self, adapter_name: str, peft_config: MoELoraConfig, *args: Any, **kwargs: Any) -> None:
+        # Each adapter needs a configuration of its own: PEFT fills in targets and flags on the object it is given.
+        super().add_adapter(adapter_name, checkpoint.copy_config(peft_config), *args, **kwargs)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make exactly this adapter, or these, the mixture, and trainable unless inference_mode.
+
+        Raises:
+            ValueError: an adapter does not exist, or the adapters cannot form one mixture.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self._follow_active_adapter()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the others of the mixture stay active."""
+        super().delete_adapter(adapter_name)
+        self._follow_active_adapter()
+
+    def _follow_active_adapter(self) -> None:
+        # PEFT keeps one name beside the tuner's list and looks its configuration up on every forward.
+        if self.active_adapters:
+            self.active_adapter = self.active_adapters[0]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT; `routing_weights` [B, S, E] covers the prompt and as much of the answer as S allows, then holds its
+        last row; [B, E] holds throughout. All beams of a sequence share its rows."""
+        with self.base_model.generating():
+            return super().generate(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """See PEFT; writes everything to a temporary directory first and moves it into place when complete.
+
+        A lone adapter "default", and adapters named by `selected_adapters`, are saved as PEFT lays them out. Otherwise
+        the directory holds one file with every adapter of the mixture, which `from_pretrained` restores in one call.
+        """
+        checkpoint.save(self, super().save_pretrained, save_directory, *args, **kwargs)
+
+    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT; a directory that holds a mixture restores all its adapters, whatever adapter_name says.
+
+        A new adapter is not activated. Loading over existing adapters changes neither activity nor trainability.
+
+        Raises:
+            ValueError: the checkpoint is damaged or does not fit the model; no weight has changed then.
+        """
+        return checkpoint.load(self, super().load_adapter, str(model_id), adapter_name, *args, **kwargs)
+
+
+def _mixture_class(cls: type[PeftModel]) -> type[PeftModel]:
+    return type(f"MoELora{cls.__name__}", (MixturePeftModel, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+
+
+_CLASSES = {cls: _mixture_class(cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
+globals().update({cls.__name__: cls for cls in _CLASSES.values()})  # importable, so that models can be pickled
+
+
+def adopt_peft_model(tuner: MoELoraModel) -> None:
+    """Give the PeftModel that is about to wrap tuner the methods of [`MixturePeftModel`].
+
+    PEFT builds the wrapper around the tuner and offers no way to choose its class. The moment it registers the tuner as
+    its submodule is the first at which both exist; the hook fires once and removes itself.
+    """
+
+    def adopt(module: Any, name: str, submodule: nn.Module | None) -> None:
+        if submodule is not tuner:
+            return
+        handle.remove()
+        if type(module) in _CLASSES:
+            module.__class__ = _CLASSES[type(module)]
+            module.special_peft_forward_args = module.special_peft_forward_args | {"routing_weights"}
+            module.active_adapter = tuner.active_adapters[0]
+
+    handle = register_module_module_registration_hook(adopt)

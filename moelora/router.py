@@ -1,0 +1,179 @@
+"""The router of one scope: it pools the scores of the active adapters and decides.
+
+Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts of all active adapters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._peft import RouterTunerLayer
+from .config import MoELoraConfig, count_experts
+from .routing import FixedRouter, Router, Routing, rms_norm, route
+from .stats import RoutingSums, RoutingTotals
+
+if TYPE_CHECKING:
+    from .state import ForwardContext, RoutingState
+
+Pool = tuple[tuple[str, int], ...]  # (adapter name, number of experts), in expert order
+
+
+class MoELoraRouter(nn.Module, RouterTunerLayer):
+    """Holds every adapter's router for one block, model or module, and routes with the active ones.
+
+    1. rms_norm the hidden states and score them with each active adapter's router, in float32: logits [T, E].
+    2. Softmax, top-k, maturity and (in training) capacity: [`moelora.routing.route`].
+    3. Report the sums that losses, maturity and statistics need to the forward's context.
+    4. In training, drop contributions by `expert_dropout`; multiply by `routing_scale`.
+
+    Args:
+        name: the block, module or model this router serves, for statistics and errors.
+        hidden_size: H.
+        state: the model's routing state.
+    """
+
+    adapter_layer_names = ("lora_router",)
+    active_adapters: list[str]  # a property of PEFT's
+
+    def __init__(self, name: str, hidden_size: int, state: RoutingState) -> None:
+        super().__init__()
+        self.name = name
+        self.hidden_size = hidden_size
+        self.lora_router = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self.state = state
+        self.totals = RoutingTotals()
+        self.pending: dict[str, Tensor] = {}  # mass and assignments not yet added to maturity and counters
+
+    def add_adapter(self, adapter_name: str, config: MoELoraConfig, like: Tensor) -> None:
+        """Create an adapter's router on the device and in the floating dtype of `like`."""
+        num_experts = count_experts(adapter_name, config)
+        router: Router | FixedRouter
+        if config.router_type == "fixed":
+            router = FixedRouter(num_experts)
+        else:
+            router = Router(self.hidden_size, num_experts, config.router_hidden_size)
+        if not any(p.is_meta for p in router.parameters()):
+            router.to(like.device, like.dtype if like.is_floating_point() else None)
+        self.lora_router[adapter_name] = router
+
+    def move_adapter(self, adapter_name: str, device: torch.device | None) -> None:
+        """Put an adapter's router, just loaded, beside the other routers or layers of its scope."""
+        if adapter_name in self.lora_router and (device := device or self.state.device_of(self)) is not None:
+            self[adapter_name].to(device)
+
+    @property
+    def pool(self) -> Pool:
+        """The active adapters that this router scores, with their numbers of experts."""
+        return tuple((name, self[name].num_experts) for name in self.active_adapters if name in self.lora_router)
+
+    def __getitem__(self, adapter_name: str) -> Router | FixedRouter:
+        """One adapter's router."""
+        return cast("Router | FixedRouter", self.lora_router[adapter_name])
+
+    def active_routers(self) -> list[Router | FixedRouter]:
+        """The active adapters' routers, in expert order."""
+        return [self[name] for name, _ in self.pool]
+
+    def maturity(self) -> Tensor:
+        """[E] float32, a copy."""
+        return torch.cat([router.maturity for router in self.active_routers()])
+
+    def decide(self, hidden: Tensor, maturity_E: Tensor | None = None) -> Tensor:
+        """Routing weights [..., E] for hidden [..., H] as evaluation uses them; no capacity, nothing is counted."""
+        config = self.state.config
+        if config.router_type == "fixed":
+            return self._fixed_weights().expand(*hidden.shape[:-1], -1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self._logits(hidden)
+            maturity_E = self.maturity() if maturity_E is None else maturity_E
+            return self._route(logits.flatten(0, -2), config, maturity_E).weights.view_as(logits)
+
+    def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
+        """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
+
+        Raises:
+            ValueError: hidden has another width than the router.
+        """
+        config = self.state.config
+        if config.router_type == "fixed":
+            return self._fixed_weights().expand(*hidden.shape[:-1], -1) * config.routing_scale
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self._logits(hidden)
+            logits_TE = logits.flatten(0, -2)
+            mask_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
+            if mask is not None:
+                mask_T = mask.to(logits.device).flatten()
+            maturity_E = context.maturity(self)
+            routing = self._route(logits_TE, config, maturity_E, mask_T if context.training else None)
+            context.record(self, RoutingSums.of(routing, logits_TE, mask_T))
+            weights = routing.weights
+            if context.training:
+                weights = F.dropout(weights, config.expert_dropout)
+            return (weights * config.routing_scale).view_as(logits)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"the router of `{self.name or 'the model'}` reads hidden states of width {self.hidden_size}, but got "
+                f'{hidden.shape[-1]}; use router_scope="module"'
+            )
+        routers = self.active_routers()
+        normed = rms_norm(hidden.to(routers[0].maturity.device))
+        return torch.cat([router(normed) for router in routers], dim=-1)
+
+    def _route(
+        self, logits_TE: Tensor, config: MoELoraConfig, maturity_E: Tensor, training_mask_T: Tensor | None = None
+    ) -> Routing:
+        return route(
+            logits_TE,
+            top_k=min(config.top_k_experts, logits_TE.shape[-1]),
+            temperature=config.router_temperature,
+            maturity_E=maturity_E if config.router_type == "learned_with_maturity" else None,
+            mask_T=training_mask_T,
+            capacity_factor=None if training_mask_T is None else config.expert_capacity_factor,
+        )
+
+    def _fixed_weights(self) -> Tensor:
+        num_pooled = sum(count for _, count in self.pool)
+        return torch.cat([router(num_pooled) for router in self.active_routers()])
+
+    def fixed_weights_of(self, adapter_name: str) -> Tensor:
+        """[E] of one adapter in the present pool; the adapter's router must be fixed."""
+        return self[adapter_name](sum(count for _, count in self.pool))
+
+    def grow(self, sums: dict[str, Tensor], commit: bool) -> None:
+        """Add a training forward's routing mass and assignments; commit adds them to maturity and counters.
+
+        Maturity must not move between the micro-batches of one optimizer step, or accumulated gradients would differ
+        from those of one large batch.
+        """
+        for name in ("mass", "assignments"):
+            previous = self.pending.get(name)
+            self.pending[name] = sums[name] if previous is None else previous + sums[name]
+        if not commit:
+            return
+        sizes = [count for _, count in self.pool]
+        mass, assignments = (self.pending.pop(name).split(sizes) for name in ("mass", "assignments"))
+        for router, gained, taken in zip(self.active_routers(), mass, assignments, strict=True):
+            gained = gained.to(router.maturity.device) / self.state.config.maturity_tokens
+            router.maturity.copy_((router.maturity + gained).clamp(max=1.0))
+            router.tokens_per_expert.add_(taken.to(router.maturity.device, torch.int64))
+
+    def reset_counts(self) -> None:
+        """Forget statistics and pending counts: the pool of experts they belong to has changed."""
+        self.totals.reset()
+        self.pending.clear()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """See PEFT."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.reset_counts()
+
+    def __repr__(self) -> str:
+        return f"MoELoraRouter({self.name!r}, hidden_size={self.hidden_size}, pool={dict(self.pool)})"

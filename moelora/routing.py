@@ -1,0 +1,181 @@
+"""Routers and routing, as maths on tensors (docs/maths.md). Imports torch only.
+
+Shapes: T tokens, H router input width, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ExpertRouter(nn.Module):
+    """What every adapter keeps about its experts, whatever the router type.
+
+    Buffers, saved with the adapter and of fixed dtype under any `.to(dtype)`:
+        maturity [E] float32: 0 for a new expert, 1 for a mature one.
+        tokens_per_expert [E] int64: assignments each expert has had in training.
+    """
+
+    maturity: Tensor
+    tokens_per_expert: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.register_buffer("maturity", torch.zeros(num_experts))
+        self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):
+        # A bfloat16 maturity would stop growing: steps of 1e-4 round to nothing. Devices move, dtypes stay.
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+class Router(ExpertRouter):
+    """Scores the experts of one adapter: ``logits_TE = router(rms_norm(h_TH))``, always in float32.
+
+    Args:
+        hidden_size: H, width of the hidden states.
+        num_experts: E, experts of this adapter.
+        router_hidden_size: hidden units of a two-layer router (SiLU between); None for a linear one.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, router_hidden_size: int | None = None) -> None:
+        super().__init__(num_experts)
+        # Raw parameters, not nn.Linear: PEFT's "all-linear" and quantisers must not take a router for a target.
+        self.hidden_weight: nn.Parameter | None = None
+        if router_hidden_size is not None:
+            self.hidden_weight = nn.Parameter(torch.empty(router_hidden_size, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts, router_hidden_size or hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation: logits of the same spread at any width, and no two experts tied."""
+        for weight in (self.hidden_weight, self.weight):
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+    def forward(self, normed_TH: Tensor) -> Tensor:
+        """normed_TH float32 [..., H] -> logits float32 [..., E]."""
+        if self.hidden_weight is not None:
+            normed_TH = F.silu(F.linear(normed_TH, self.hidden_weight.float()))
+        return F.linear(normed_TH, self.weight.float())
+
+
+class FixedRouter(ExpertRouter):
+    """Constant routing weights of one adapter's experts: no parameters. Uniform until `set_weights`.
+
+    Buffers: fixed_weights [E] float32; is_set [1] bool, whether fixed_weights replace the uniform share.
+    """
+
+    fixed_weights: Tensor
+    is_set: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.register_buffer("fixed_weights", torch.zeros(num_experts))
+        self.register_buffer("is_set", torch.zeros(1, dtype=torch.bool))
+
+    def set_weights(self, weights_E: Tensor) -> None:
+        """Replace the uniform share by weights_E [E]."""
+        self.fixed_weights.copy_(weights_E)
+        self.is_set.fill_(True)
+
+    def forward(self, num_pooled: int) -> Tensor:
+        """Weights [E] of this adapter's experts in a pool of num_pooled experts."""
+        return torch.where(self.is_set, self.fixed_weights, 1.0 / num_pooled)
+
+
+def rms_norm(hidden: Tensor) -> Tensor:
+    """Root-mean-square normalisation over the last dimension in float32, so that routing sees direction, not scale."""
+    return F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=1e-6)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision for T tokens over E experts."""
+
+    weights: Tensor  # [T, E] float32: what multiplies each expert's output
+    probs: Tensor  # [T, E] float32: softmax(logits / temperature)
+    selected: Tensor  # [T, E] bool: the top-k assignments
+    kept: Tensor  # [T, E] bool: assignments within capacity
+
+
+def top_k_mask(probs_TE: Tensor, top_k: int) -> Tensor:
+    """[T, E] bool, True at each token's top_k experts.
+
+    Example:
+        >>> top_k_mask(torch.tensor([[0.2, 0.5, 0.3]]), 2).tolist()
+        [[False, True, True]]
+    """
+    expert_ids = probs_TE.topk(top_k, dim=-1).indices
+    return torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, expert_ids, True)
+
+
+def within_capacity(
+    probs_TE: Tensor, selected_TE: Tensor, mask_T: Tensor, capacity_factor: float, top_k: int
+) -> Tensor:
+    """[T, E] bool: the assignments that fit when each expert keeps its most probable ones.
+
+    An expert keeps ``ceil(capacity_factor * tokens * top_k / E)`` assignments. Tokens outside mask_T [T] bool neither
+    count nor take room. No host synchronisation: the number of tokens stays on the device.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    fair_share = mask_T.sum() * (capacity_factor * top_k / num_experts)
+    capacity = torch.ceil(fair_share * (1 - 1e-6))  # the product of exact shares may land a rounding above an integer
+    priority = torch.where(selected_TE & mask_T[:, None], probs_TE, -1.0)
+    order = priority.argsort(dim=0, descending=True, stable=True)
+    positions = torch.arange(num_tokens, device=order.device)[:, None].expand_as(order)
+    rank = torch.empty_like(order).scatter_(0, order, positions)
+    return selected_TE & ((rank < capacity) | ~mask_T[:, None])
+
+
+def route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+    maturity_E: Tensor | None = None,
+    mask_T: Tensor | None = None,
+    capacity_factor: float | None = None,
+) -> Routing:
+    """Turn router logits into routing weights.
+
+    ``p = softmax(logits / temperature)``; S are each token's top-k experts; expert e weighs in with p_e where it is in
+    S and with p_e (1 - maturity_e) elsewhere, normalised to sum to 1. Without maturity that is the usual top-k
+    (maturity 1); with maturity 0 it is a dense softmax. An assignment beyond capacity weighs in as if outside S, and
+    the token gets what is left.
+
+    Args:
+        logits_TE: [T, E] float32.
+        maturity_E: [E] in [0, 1]; None means mature.
+        mask_T: [T] bool, False on padding; None means all tokens are real.
+        capacity_factor: None is dropless; dense routing (top_k = E) never drops.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> [round(w, 4) for w in route(logits, top_k=2).weights[0].tolist()]
+        [0.0, 0.2689, 0.7311]
+        >>> [round(w, 4) for w in route(logits, top_k=2, maturity_E=torch.zeros(3)).weights[0].tolist()]
+        [0.09, 0.2447, 0.6652]
+    """
+    probs_TE = torch.softmax(logits_TE / temperature, dim=-1)
+    selected_TE = top_k_mask(probs_TE, top_k)
+    kept_TE = selected_TE
+    if capacity_factor is not None and top_k < logits_TE.shape[-1]:
+        mask_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if mask_T is None else mask_T
+        kept_TE = within_capacity(probs_TE.detach(), selected_TE, mask_T, capacity_factor, top_k)
+    outside_E = 0.0 if maturity_E is None else 1.0 - maturity_E
+    total_T1 = (probs_TE * torch.where(selected_TE, 1.0, outside_E)).sum(dim=-1, keepdim=True)
+    weights_TE = probs_TE * torch.where(kept_TE, 1.0, outside_E) / total_T1
+    return Routing(weights_TE, probs_TE, selected_TE, kept_TE)

@@ -1,0 +1,217 @@
+"""What one model's routers, blocks and layers share, and what one forward pass knows.
+
+Nothing here is global: two models never share routing, and every forward starts a fresh context.
+Shapes: B batch, S sequence, E experts of all active adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MoELoraConfig, count_experts
+from .masks import decoder_mask_from_labels, token_mask
+
+if TYPE_CHECKING:
+    from .forward import BlockHook, BlockRouting
+    from .router import MoELoraRouter, Pool
+    from .stats import RoutingSums
+
+
+@dataclass
+class RoutingState:
+    """Shared by reference; lives as long as the base model is adapted."""
+
+    configs: dict[str, MoELoraConfig]
+    routers: dict[str, MoELoraRouter] = field(default_factory=dict)  # by name, in the order of the model
+    hooks: dict[str, BlockHook] = field(default_factory=dict)  # by block name
+    handles: list[Any] = field(default_factory=list)  # that remove the hooks
+    context: ForwardContext | None = None  # the forward in progress
+    routing_weights: Tensor | None = None  # the user's own, for the duration of a forward or generate
+    generating: bool = False  # the user's own weights then cover prompt and answer, once for all beams
+    attached: nn.Module | None = None  # the user's own router
+    balancing_loss: Tensor | None = None  # of the latest training forward
+    logged_loss: list[Tensor] = field(default_factory=list)  # detached [sum, count] since somebody last asked
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that form the mixture, in expert order."""
+        return next(iter(self.routers.values())).active_adapters if self.routers else []
+
+    @property
+    def config(self) -> MoELoraConfig:
+        """The configuration that governs the mixture: the first active adapter's."""
+        return self.configs[self.active_adapters[0]]
+
+    @property
+    def pool(self) -> Pool:
+        """Every active adapter with its number of experts."""
+        return tuple((name, count_experts(name, self.configs[name])) for name in self.active_adapters)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return sum(count for _, count in self.pool)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is routed at all."""
+        return bool(self.active_adapters) and not any(router.disable_adapters for router in self.routers.values())
+
+    def device_of(self, router: MoELoraRouter) -> torch.device | None:
+        """The device that a router's other adapters are on, else that of the first router found elsewhere."""
+        for candidate in (router, *self.routers.values()):
+            for parameter in candidate.parameters():
+                if not parameter.is_meta:
+                    return parameter.device
+        return None
+
+    def current_context(self) -> ForwardContext:
+        """The forward in progress, or a throw-away context for a submodule that is called by itself."""
+        return self.context or ForwardContext(self, {}, training=False)
+
+    def log_balancing_loss(self, loss: Tensor) -> None:
+        """Remember a training forward's loss for the logs."""
+        loss = loss.detach()
+        if self.logged_loss:
+            total, count = self.logged_loss
+            self.logged_loss = [total + loss.to(total.device), count + 1]
+        else:
+            self.logged_loss = [loss, torch.ones_like(loss)]
+
+    def pop_logged_loss(self) -> float | None:
+        """Mean balancing loss since the last call (synchronises with the device); None if there was none."""
+        if not self.logged_loss:
+            return None
+        total, count = self.logged_loss
+        self.logged_loss = []
+        return float(total / count)
+
+
+class ForwardContext:
+    """One forward pass of the base model: its inputs, its padding, and what its routers reported.
+
+    Args:
+        inputs: the base model's arguments by name.
+        training: whether capacity, expert dropout and the balancing loss apply.
+    """
+
+    def __init__(self, state: RoutingState, inputs: dict[str, Any], training: bool) -> None:
+        self.state = state
+        self.inputs = inputs
+        self.training = training
+        self.recomputing = False  # inside a checkpointed region's second run
+        self.in_checkpoint = False
+        self.records: list[tuple[MoELoraRouter, RoutingSums]] = []
+        self.attached_weights: dict[str, Tensor] = {}  # by stack
+        self.stack_weights: dict[str, Tensor] = {}  # "model" scope, by stack
+        self.latest: BlockRouting | None = None  # of the block that ran last
+        self._maturity: dict[str, Tensor] = {}
+
+    def maturity(self, router: MoELoraRouter) -> Tensor:
+        """[E] as it was when this forward first asked, so that a recomputed block routes as it did before."""
+        if router.name not in self._maturity:
+            self._maturity[router.name] = router.maturity()
+        return self._maturity[router.name]
+
+    def record(self, router: MoELoraRouter, sums: RoutingSums) -> None:
+        """Keep a router's sums, once.
+
+        Raises:
+            RuntimeError: inside a reentrant checkpoint, whose side results carry no gradient.
+        """
+        if self.recomputing or self is not self.state.context:
+            return
+        loses_gradient = self.in_checkpoint and not torch.is_grad_enabled()
+        if self.training and loses_gradient and self.state.config.router_aux_loss_coef > 0:
+            raise RuntimeError(
+                f"the balancing loss of router `{router.name}` would be lost: it runs inside a reentrant gradient "
+                'checkpoint. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="block", '
+                "or set `router_aux_loss_coef` to 0"
+            )
+        self.records.append((router, sums))
+
+    @property
+    def past_length(self) -> int | Tensor:
+        """Tokens in the KV cache before this forward."""
+        cache = self.inputs.get("past_key_values")
+        return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+
+    def mask(self, hidden: Tensor, is_decoder: bool) -> Tensor | None:
+        """[B, S] bool for hidden [B, S, H], False on padding; None where no mask fits.
+
+        Args:
+            is_decoder: hidden belongs to the decoder of an encoder-decoder model.
+        """
+        if hidden.dim() != 3:
+            return None
+        batch, length = hidden.shape[:2]
+        if is_decoder:
+            given = self.inputs.get("decoder_attention_mask")
+            if given is None:
+                given = decoder_mask_from_labels(self.inputs.get("labels"))
+            mask = token_mask(given, length, self.past_length)
+        else:
+            mask = token_mask(self.inputs.get("attention_mask"), length, self.past_length)
+        return mask if mask is not None and mask.shape == (batch, length) else None
+
+    def user_weights(self, lead: torch.Size, is_encoder_decoder: bool = False) -> Tensor | None:
+        """The user's `routing_weights` as [*lead, E] for hidden states [*lead, H]; None if there are none.
+
+        Raises:
+            ValueError: the shape does not fit; the message names both.
+        """
+        weights = self.state.routing_weights
+        if weights is None:
+            return None
+        batch, num_experts = lead[0], self.state.num_experts
+        expected = f"{[*lead, num_experts]} or {[batch, num_experts]}"
+        if weights.shape[-1:] != (num_experts,) or weights.dim() not in (2, len(lead) + 1):
+            raise ValueError(f"`routing_weights` has shape {list(weights.shape)}, expected {expected}")
+        if weights.dim() > 2 and is_encoder_decoder:
+            raise ValueError(
+                f"`routing_weights` has shape {list(weights.shape)}, expected {[batch, num_experts]}: encoder and "
+                "decoder see different tokens, so pass one row per sequence"
+            )
+        if self.state.generating and batch % weights.shape[0] == 0:
+            weights = weights.repeat_interleave(batch // weights.shape[0], dim=0)  # one row for all beams
+        if weights.dim() == 2 and weights.shape[0] == batch:
+            return weights.view(batch, *(1 for _ in lead[1:]), num_experts).expand(*lead, num_experts)
+        if self.state.generating and len(lead) == 2 and weights.shape[0] == batch:
+            rows = self.past_length + torch.arange(lead[1], device=weights.device)
+            return weights.index_select(1, rows.clamp(max=weights.shape[1] - 1))  # the last row holds on
+        if weights.shape[:-1] != lead:
+            raise ValueError(f"`routing_weights` has shape {list(weights.shape)}, expected {expected}")
+        return weights
+
+    def router_weights(self, stack: str, hidden: Tensor) -> Tensor | None:
+        """[B, S, E] from the attached router, called once per stack on the first hidden states; None without one.
+
+        Raises:
+            ValueError: it returned another shape; the message names both.
+        """
+        if self.state.attached is None:
+            return None
+        if stack not in self.attached_weights:
+            self.attached_weights[stack] = call_attached_router(self.state, hidden)
+        return self.attached_weights[stack]
+
+
+def call_attached_router(state: RoutingState, hidden: Tensor) -> Tensor:
+    """The attached router's weights for hidden [B, S, H], checked to be [B, S, E].
+
+    Raises:
+        ValueError: it returned another shape; the message names both.
+    """
+    assert state.attached is not None
+    weights = state.attached(hidden)
+    expected = (*hidden.shape[:-1], state.num_experts)
+    if weights.shape != expected:
+        raise ValueError(
+            f"the attached router returned shape {list(weights.shape)} for hidden states {list(hidden.shape)}, "
+            f"expected {list(expected)} (the mixture has {state.num_experts} experts)"
+        )
+    return weights
