@@ -26,6 +26,7 @@ __all__ = [
     "LoraLayer",
     "RouterTunerLayer",
     "TunerModel",
+    "hub_arguments",
     "lora_prefix",
     "register",
 ]
@@ -57,6 +58,11 @@ def register(config_cls: type, model_cls: type) -> None:
     for module in (peft, peft.tuners, peft.tuners.lora):
         for cls in (config_cls, model_cls):
             setattr(module, cls.__name__, cls)
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of load_adapter's keyword arguments that say where on the hub to look."""
+    return peft.PeftModel._split_kwargs(kwargs)[0]
 
 
 class RouterTunerLayer(BaseTunerLayer):

@@ -2,8 +2,8 @@
 
 Layouts of a directory:
     one adapter: PEFT's own (adapter_config.json, adapter_model.safetensors).
-    a mixture of several: the same two files. The configuration lists the adapters under `adapters`, in expert order,
-        and the weights are named "<adapter>/<PEFT's name>".
+    a mixture of several: the same two files. The configuration lists the adapters under `adapters`, with their place among
+        the active ones, and the weights are named "<adapter>/<PEFT's name>".
     an attached router is beside them in router.pt.
 """
 
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ._peft import hub_arguments
 from .config import MoELoraConfig
 from .router_file import ROUTER_NAME, load_router, save_router
 
@@ -127,10 +128,10 @@ def _save_mixture(model: MixturePeftModel, directory: Path, save_embedding_layer
         for key, tensor in entries.items()
     }
     save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    active = set(model.active_adapters)
+    position = {name: index for index, name in enumerate(model.active_adapters)}
     config = copy_config(model.peft_config[model.active_adapters[0]])
     config.adapters = [
-        {"name": name, "active": name in active, "config": _plain(adapter_config)}
+        {"name": name, "active": position.get(name), "config": _plain(adapter_config)}
         for name, adapter_config in model.peft_config.items()
     ]
     base = model.get_base_model()
@@ -162,7 +163,7 @@ def load(
     Raises:
         ValueError: the checkpoint is damaged or does not fit.
     """
-    hub_kwargs, _ = model._split_kwargs(kwargs)
+    hub_kwargs = hub_arguments(kwargs)
     config = MoELoraConfig.from_pretrained(model_id, **hub_kwargs)
     weights = _read_weights(model_id, kwargs.get("key_mapping"), hub_kwargs)
     if getattr(config, "adapters", None):

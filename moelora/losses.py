@@ -23,8 +23,8 @@ def load_balancing_loss(assignments_E: Tensor, probs_sum_E: Tensor, num_tokens: 
         num_tokens: [] number of those tokens.
 
     Example:
-        >>> probs = torch.full((6, 3), 1 / 3)
-        >>> load_balancing_loss(torch.tensor([4.0, 4.0, 4.0]), probs.sum(0), torch.tensor(6.0)).item()
+        >>> probs = torch.full((8, 4), 0.25)
+        >>> load_balancing_loss(torch.full((4,), 4.0), probs.sum(0), torch.tensor(8.0)).item()
         1.0
     """
     load_E = assignments_E / assignments_E.sum().clamp(min=1)

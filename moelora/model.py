@@ -61,7 +61,8 @@ class MoELoraModel(RoutingControls, TunerModel):
         for name in list(saved)[1:]:
             self.peft_config[name] = saved[name]
             self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
-            self.activate_adapter(name)
+        if saved:
+            self.set_adapter(_active_order(first), inference_mode=first.inference_mode)
         if not isinstance(config, PeftConfig) and first.use_moe_routing:
             adopt_peft_model(self)
 
@@ -310,6 +311,12 @@ class MoELoraModel(RoutingControls, TunerModel):
     def is_mixture_key(key: str) -> bool:
         """Whether a state dict key belongs to the attached router, which is saved once and not with each adapter."""
         return key.removeprefix("base_model.").startswith("router.")
+
+
+def _active_order(config: MoELoraConfig) -> list[str]:
+    """The adapters that were active when a mixture was saved, in expert order."""
+    active = [entry for entry in config.adapters or [] if entry["active"] is not None]
+    return [entry["name"] for entry in sorted(active, key=lambda entry: entry["active"])]
 
 
 def _saved_adapters(config: MoELoraConfig) -> dict[str, MoELoraConfig]:

@@ -44,11 +44,10 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         self.name = name
         self.hidden_size = hidden_size
         self.lora_router = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
-        self._active_adapter: list[str] = []
         self.state = state
         self.totals = RoutingTotals()
         self.pending: dict[str, Tensor] = {}  # mass and assignments not yet added to maturity and counters
+        self.set_adapter([])
 
     def add_adapter(self, adapter_name: str, config: MoELoraConfig, like: Tensor) -> None:
         """Create an adapter's router on the device and in the floating dtype of `like`."""
