@@ -2,8 +2,8 @@
 
 Layouts of a directory:
     one adapter: PEFT's own (adapter_config.json, adapter_model.safetensors).
-    a mixture of several: the same two files. The configuration lists the adapters under `adapters`, with their place among
-        the active ones, and the weights are named "<adapter>/<PEFT's name>".
+    a mixture of several: the same two files. The configuration lists the adapters under `adapters`, with their places
+        among the active ones; the weights are named "<adapter>/<PEFT's name>".
     an attached router is beside them in router.pt.
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,31 +89,40 @@ def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tens
     return None
 
 
-class ModelHook:
-    """On the base model: opens a context before every forward, and closes it whatever happens."""
+class ForwardHook:
+    """On the base model and on owners of block stacks: opens a context before a forward, closes it whatever happens.
 
-    def __init__(self, model: nn.Module, state: RoutingState) -> None:
+    The base model always opens a new one. The owner of a stack does so only when it is called by itself, as `generate`
+    calls an encoder; otherwise it only makes its stack decide anew.
+    """
+
+    def __init__(self, module: nn.Module, state: RoutingState, stacks: Sequence[str], is_root: bool) -> None:
         self.state = state
-        self.parameter_names = [
-            name
-            for name, parameter in inspect.signature(type(model).forward).parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ][1:]
+        self.stacks = stacks
+        self.is_root = is_root
+        self.opened: ForwardContext | None = None
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.parameter_names = [parameter.name for parameter in parameters if parameter.kind in positional]
 
-    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        self.opened = None
         if not self.state.enabled:
             self.state.context = None
-            return
-        inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
-        self.state.context = ForwardContext(self.state, inputs, training=model.training)
+        elif self.is_root or self.state.context is None:
+            inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+            self.opened = self.state.context = ForwardContext(self.state, inputs, training=module.training)
+        else:
+            self.state.context.forget(self.stacks)
 
-    def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook, also called when the forward raised (output is then None)."""
-        context, self.state.context = self.state.context, None
-        if context is None or output is None:
+        context, self.opened = self.opened, None
+        if context is None:
             return None
-        return finish_forward(context, model, output)
+        self.state.context = None
+        return None if output is None else finish_forward(context, module, output)
 
 
 class BlockHook:

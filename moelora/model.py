@@ -15,7 +15,7 @@ from . import blocks
 from ._peft import LoraLayer, TunerModel
 from .config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
 from .controls import STATE_ATTRIBUTE, RoutingControls
-from .forward import BlockHook, ModelHook, encoder_argument_position
+from .forward import BlockHook, ForwardHook, encoder_argument_position
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
@@ -130,13 +130,17 @@ class MoELoraModel(RoutingControls, TunerModel):
         if state is None:
             state = RoutingState(self.peft_config)
             setattr(self.model, STATE_ATTRIBUTE, state)
-            hook = ModelHook(self.model, state)
-            state.handles = [
-                self.model.register_forward_pre_hook(hook.before, with_kwargs=True),
-                self.model.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
-            ]
+            self._hook_forward(state, "", [], is_root=True)
         state.configs = self.peft_config
         return state
+
+    def _hook_forward(self, state: RoutingState, owner: str, stacks: list[str], is_root: bool = False) -> None:
+        module = self.model.get_submodule(owner)
+        hook = ForwardHook(module, state, stacks, is_root)
+        state.handles += [
+            module.register_forward_pre_hook(hook.before, with_kwargs=True),
+            module.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
+        ]
 
     def _router_for(self, layer: MoELoraLayer, name: str, block: str | None, scope: str) -> MoELoraRouter:
         owner: Any
@@ -156,7 +160,11 @@ class MoELoraModel(RoutingControls, TunerModel):
 
     def _hook_block(self, block: str, scope: str) -> BlockHook:
         """The hook of a block; its stack's first block gets one too: "model" scope and attached routers read there."""
-        first = blocks.first_block(self.model, blocks.stack_of(block))
+        stack = blocks.stack_of(block)
+        first = blocks.first_block(self.model, stack)
+        owner = stack.rpartition(".")[0]
+        if owner and first not in self.routing.hooks:
+            self._hook_forward(self.routing, owner, [stack])
         for name in dict.fromkeys((first, block)):
             if name not in self.routing.hooks:
                 self.routing.hooks[name] = self._new_hook(name, scope)

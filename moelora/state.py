@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, E experts of all active adapters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,12 @@ class ForwardContext:
                 "or set `router_aux_loss_coef` to 0"
             )
         self.records.append((router, sums))
+
+    def forget(self, stacks: Sequence[str]) -> None:
+        """Make these stacks decide anew: their blocks are about to run (again)."""
+        for stack in stacks:
+            self.stack_weights.pop(stack, None)
+            self.attached_weights.pop(stack, None)
 
     @property
     def past_length(self) -> int | Tensor:

@@ -1,0 +1,87 @@
+"""A model, a tokenizer and domains small enough to train in a test, all made on the spot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and one for the end of a text; no padding token, like Llama's."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def save_tiny_model(folder: Path, *, chat: bool = True, hidden_size: int = 32, max_length: int = 64) -> Path:
+    tokenizer = tiny_tokenizer()
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=max_length,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def counting(count: int) -> list[dict[str, str]]:
+    return [{"text": f"{number} plus one is {number + 1}"} for number in range(count)]
+
+
+def shouting(count: int) -> list[dict[str, str]]:
+    return [{"text": f"HELLO NUMBER {number}! HOW ARE YOU?"} for number in range(count)]
+
+
+def tiny_recipe(folder: Path) -> dict[str, Any]:
+    """A valid recipe of two domains, its model and data written beside it."""
+    save_tiny_model(folder / "model")
+    write_jsonl(folder / "counting.jsonl", counting(40))
+    write_jsonl(folder / "shouting.jsonl", shouting(40))
+    return {
+        "model": {"name": "model"},
+        "data": [
+            {"name": "counting", "path": "counting.jsonl"},
+            {"name": "shouting", "path": "shouting.jsonl", "weight": 2},
+        ],
+        "block_size": 32,
+        "mixture": {"r": 2, "num_experts": 3, "top_k_experts": 1},
+        "training": {
+            "output_dir": "out",
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
