@@ -217,7 +217,7 @@ class RoutingControls:
         if state is None:
             yield
             return
-        state.generating = True
+        state.generating, state.prefilled = True, False
         try:
             yield
         finally:

@@ -122,6 +122,7 @@ class ForwardHook:
         if context is None:
             return None
         self.state.context = None
+        self.state.prefilled = True
         return None if output is None else finish_forward(context, module, output)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import MoELoraConfig, count_experts
 from .forward import BlockHook
-from .ops import ExpertPool, mixture
+from .ops import ExpertPool, mixture_linear
 from .router import MoELoraRouter, Pool
 from .state import RoutingState
 
@@ -36,9 +36,9 @@ _LayerBase: Any = LoraLayer if TYPE_CHECKING else object
 class MoELoraLayer(_LayerBase):
     """Mixed into the layer class that PEFT dispatched, so quantised bases, merging and Conv1D stay PEFT's.
 
-    1. The frozen base layer.
-    2. Routing weights [..., E] of this input: from the block, the model, or the layer's own router.
-    3. ``sum_e w_e * scaling * B_e A_e dropout(x)`` over the active adapters' experts, added to 1.
+    1. Routing weights [..., E] of this input: from the block, the model, or the layer's own router.
+    2. The frozen base layer.
+    3. ``sum_e w_e * scaling * B_e A_e dropout(x)`` over the active adapters' experts, added to 2.
 
     lora_A[adapter].weight is [E * r, D] and lora_B[adapter].weight [O, E * r]; rank block e is expert e.
     """
@@ -57,13 +57,9 @@ class MoELoraLayer(_LayerBase):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return super().forward(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
         weights, pool = self.routing_weights(x)
-        dtype = self.lora_A[names[0]].weight.dtype
-        cast = x.to(dtype) if self.cast_input_dtype_enabled else x
         weights = _columns(weights, pool, names).to(x.device)
-        delta = mixture(cast, [self.expert_pool(name) for name in names], weights)
-        return (result + delta).to(result.dtype)
+        return mixture_linear(self.base_layer, x, [self.expert_pool(name) for name in names], weights, *args, **kwargs)
 
     def expert_pool(self, adapter_name: str) -> ExpertPool:
         """The factors of one adapter's experts."""

@@ -101,7 +101,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """
         config = self.state.config
         if config.router_type == "fixed":
-            return self._fixed_weights().expand(*hidden.shape[:-1], -1) * config.routing_scale
+            weights = self._fixed_weights().expand(*hidden.shape[:-1], -1)
+            return self._finish(weights, config, context)
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self._logits(hidden)
             logits_TE = logits.flatten(0, -2)
@@ -111,10 +112,11 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             maturity_E = context.maturity(self)
             routing = self._route(logits_TE, config, maturity_E, mask_T if context.training else None)
             context.record(self, RoutingSums.of(routing, logits_TE, mask_T))
-            weights = routing.weights
-            if context.training:
-                weights = F.dropout(weights, config.expert_dropout)
-            return (weights * config.routing_scale).view_as(logits)
+            return self._finish(routing.weights, config, context).view_as(logits)
+
+    @staticmethod
+    def _finish(weights: Tensor, config: MoELoraConfig, context: ForwardContext) -> Tensor:
+        return F.dropout(weights, config.expert_dropout, training=context.training) * config.routing_scale
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if hidden.shape[-1] != self.hidden_size:

@@ -33,6 +33,7 @@ class RoutingState:
     context: ForwardContext | None = None  # the forward in progress
     routing_weights: Tensor | None = None  # the user's own, for the duration of a forward or generate
     generating: bool = False  # the user's own weights then cover prompt and answer, once for all beams
+    prefilled: bool = False  # generate is past the prompt
     attached: nn.Module | None = None  # the user's own router
     balancing_loss: Tensor | None = None  # of the latest training forward
     logged_loss: list[Tensor] = field(default_factory=list)  # detached [sum, count] since somebody last asked
@@ -110,6 +111,8 @@ class ForwardContext:
         self.attached_weights: dict[str, Tensor] = {}  # by stack
         self.stack_weights: dict[str, Tensor] = {}  # "model" scope, by stack
         self.latest: BlockRouting | None = None  # of the block that ran last
+        self.grad_enabled = torch.is_grad_enabled()
+        self.past_length = _past_length(inputs.get("past_key_values"))  # now: the blocks' attention lets it grow
         self._maturity: dict[str, Tensor] = {}
 
     def maturity(self, router: MoELoraRouter) -> Tensor:
@@ -126,7 +129,7 @@ class ForwardContext:
         """
         if self.recomputing or self is not self.state.context:
             return
-        loses_gradient = self.in_checkpoint and not torch.is_grad_enabled()
+        loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
         if self.training and loses_gradient and self.state.config.router_aux_loss_coef > 0:
             raise RuntimeError(
                 f"the balancing loss of router `{router.name}` would be lost: it runs inside a reentrant gradient "
@@ -140,12 +143,6 @@ class ForwardContext:
         for stack in stacks:
             self.stack_weights.pop(stack, None)
             self.attached_weights.pop(stack, None)
-
-    @property
-    def past_length(self) -> int | Tensor:
-        """Tokens in the KV cache before this forward."""
-        cache = self.inputs.get("past_key_values")
-        return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
 
     def mask(self, hidden: Tensor, is_decoder: bool) -> Tensor | None:
         """[B, S] bool for hidden [B, S, H], False on padding; None where no mask fits.
@@ -187,7 +184,8 @@ class ForwardContext:
             weights = weights.repeat_interleave(batch // weights.shape[0], dim=0)  # one row for all beams
         if weights.dim() == 2 and weights.shape[0] == batch:
             return weights.view(batch, *(1 for _ in lead[1:]), num_experts).expand(*lead, num_experts)
-        if self.state.generating and len(lead) == 2 and weights.shape[0] == batch:
+        covers_prompt = self.state.prefilled or weights.shape[1] >= lead[1]
+        if self.state.generating and len(lead) == 2 and weights.shape[0] == batch and covers_prompt:
             rows = self.past_length + torch.arange(lead[1], device=weights.device)
             return weights.index_select(1, rows.clamp(max=weights.shape[1] - 1))  # the last row holds on
         if weights.shape[:-1] != lead:
@@ -205,6 +203,12 @@ class ForwardContext:
         if stack not in self.attached_weights:
             self.attached_weights[stack] = call_attached_router(self.state, hidden)
         return self.attached_weights[stack]
+
+
+def _past_length(cache: Any) -> int | Tensor:
+    """Tokens in a KV cache."""
+    length = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+    return length.clone() if isinstance(length, Tensor) else length
 
 
 def call_attached_router(state: RoutingState, hidden: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -16,9 +15,14 @@ class ExpertPool:
     lora_B: Tensor  # [O, E * r]
     num_experts: int
     scaling: float
-    dropout: Callable[[Tensor], Tensor]  # lora_dropout, on x
+    dropout: nn.Module  # lora_dropout, on x
 
     @property
     def rank(self) -> int:
         """r, the rank of one expert."""
         return self.lora_A.shape[0] // self.num_experts
+
+    @property
+    def drops(self) -> bool:
+        """Whether lora_dropout is at work."""
+        return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0
