@@ -9,7 +9,7 @@ beside dx. The reference is reference.py. Letters: T tokens, D in, O out, E expe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def _weighted(h: Tensor, weights: Tensor) -> Tensor:
     return (h.unflatten(-1, (weights.shape[-1], -1)) * weights.unsqueeze(-1)).flatten(-2)
 
 
-def can_fuse(base_layer: nn.Module, pools: list[ExpertPool]) -> bool:
+def can_fuse(base_layer: nn.Module, pools: list[ExpertPool]) -> TypeGuard[nn.Linear]:
     """Whether the hand-written form serves this layer; else the caller uses a form that autograd differentiates."""
     if torch.compiler.is_compiling():
         return False  # inductor fuses the plain form, and does not trace in-place autograd functions

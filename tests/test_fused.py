@@ -1,0 +1,159 @@
+"""The hand-written autograd function against the loop over experts: outputs and every gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from moelora.ops import ExpertPool, mixture, mixture_linear
+from moelora.ops.fused import can_fuse, mixture_fused
+
+SHAPES = {  # tokens, D, O, E, r, adapters
+    "one-token": ((1,), 3, 5, 2, 1, 1),
+    "63-tokens-7-experts": ((63,), 6, 4, 7, 2, 1),
+    "batch-of-sequences": ((2, 5), 6, 8, 3, 2, 1),
+    "four-dimensions": ((2, 3, 2), 4, 3, 2, 3, 1),
+    "three-adapters": ((2, 5), 6, 8, 2, 2, 3),
+}
+
+
+def build(shape, dtype=torch.float64):
+    tokens, d, o, num_experts, rank, adapters = SHAPES[shape]
+    torch.manual_seed(0)
+    base = nn.Linear(d, o).to(dtype).requires_grad_(False)
+    leaf = {"dtype": dtype, "requires_grad": True}
+    pools = [
+        ExpertPool(
+            lora_A=torch.randn(num_experts * rank, d, **leaf),
+            lora_B=torch.randn(o, num_experts * rank, **leaf),
+            num_experts=num_experts,
+            scaling=0.5 + i,
+            dropout=nn.Identity(),
+        )
+        for i in range(adapters)
+    ]
+    x = torch.randn(*tokens, d, **leaf)
+    weights = torch.rand(*tokens, num_experts * adapters, **leaf)
+    return base, pools, x, weights
+
+
+def factors(pools):
+    return [factor for pool in pools for factor in (pool.lora_A, pool.lora_B)]
+
+
+def reference(base, pools, x, weights):
+    return base(x) + mixture(x, pools, weights, backend="reference")
+
+
+def assert_equal_gradients(actual, expected, leaves):
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    ours = torch.autograd.grad(actual, leaves, upstream, allow_unused=True)
+    theirs = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["base-inside", "base-outside"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(shape, outside):
+    base, pools, x, weights = build(shape)
+    base.bias.requires_grad_(outside)  # a bias in training keeps the frozen product out of the function
+    leaves = [x, weights, *factors(pools), *([base.bias] if outside else [])]
+    assert_equal_gradients(mixture_fused(base, x, pools, weights), reference(base, pools, x, weights), leaves)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["base-inside", "base-outside"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradcheck(shape, outside):
+    base, pools, x, weights = build(shape)
+    base.bias.requires_grad_(outside)
+
+    def run(x, weights, *pairs):
+        given = zip(pairs[::2], pairs[1::2], pools, strict=True)
+        rebuilt = [ExpertPool(a, b, pool.num_experts, pool.scaling, pool.dropout) for a, b, pool in given]
+        return mixture_fused(base, x, rebuilt, weights)
+
+    assert torch.autograd.gradcheck(run, (x, weights, *factors(pools)), fast_mode=x.numel() > 40)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights", "factors", "A", "B"])
+def test_inputs_that_need_no_gradient(frozen):
+    base, pools, x, weights = build("batch-of-sequences")
+    chosen = {"x": [x], "weights": [weights], "factors": factors(pools)}
+    chosen |= {"A": [pools[0].lora_A], "B": [pools[0].lora_B]}
+    for tensor in chosen[frozen]:
+        tensor.requires_grad_(False)
+    leaves = [t for t in (x, weights, *factors(pools)) if t.requires_grad]
+    assert_equal_gradients(mixture_fused(base, x, pools, weights), reference(base, pools, x, weights), leaves)
+
+
+def test_x_that_is_not_contiguous():
+    base, pools, _, weights = build("batch-of-sequences")
+    leaf = torch.randn(6, 5, 2, dtype=torch.float64, requires_grad=True)
+    x = leaf.permute(2, 1, 0)
+    assert_equal_gradients(
+        mixture_fused(base, x, pools, weights), reference(base, pools, x, weights), [leaf, weights, *factors(pools)]
+    )
+
+
+def test_x_and_weights_used_twice():
+    base, pools, x, weights = build("batch-of-sequences")
+    leaves = [x, weights, *factors(pools)]
+    actual = mixture_fused(base, x, pools, weights) * mixture_fused(base, x, pools, weights * 2) + x.sum()
+    expected = reference(base, pools, x, weights) * reference(base, pools, x, weights * 2) + x.sum()
+    assert_equal_gradients(actual, expected, leaves)
+
+
+def test_an_expert_without_weight_gets_no_gradient():
+    base, pools, x, _ = build("63-tokens-7-experts")
+    weights = torch.rand(63, 7, dtype=torch.float64)
+    weights[:, 3] = 0
+    mixture_fused(base, x, pools, weights).sum().backward()
+    assert pools[0].lora_A.grad[6:8].abs().max() == 0
+    assert pools[0].lora_B.grad[:, 6:8].abs().max() == 0
+    assert pools[0].lora_A.grad[:6].abs().min() > 0
+
+
+def test_float32_experts_on_a_bfloat16_base_follow_the_base():
+    base, pools, x, weights = build("63-tokens-7-experts", torch.float32)
+    exact = reference(base, pools, x, weights)
+    actual = mixture_fused(base.to(torch.bfloat16), x.to(torch.bfloat16), pools, weights)
+    assert actual.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: each of some ten rounded terms is off by up to 2^-9 of its size
+    torch.testing.assert_close(actual.float(), exact, rtol=0.03, atol=0.03 * exact.abs().max().item())
+    actual.float().sum().backward()
+    assert pools[0].lora_A.grad.dtype == torch.float32
+
+
+def test_autocast_equals_the_plain_form_under_autocast():
+    base, pools, x, weights = build("batch-of-sequences", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = mixture_linear(base, x, pools, weights)
+        expected = base(x) + mixture(x, pools, weights)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0.03, atol=0.05)
+    actual.float().sum().backward()
+    assert x.grad is not None
+    assert pools[0].lora_B.grad is not None
+
+
+def test_a_hook_on_the_base_layer_still_runs():
+    base, pools, x, weights = build("batch-of-sequences")
+    seen = []
+    base.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert_equal_gradients(mixture_fused(base, x, pools, weights), reference(base, pools, x, weights), [x, weights])
+    assert len(seen) == 2
+
+
+def test_what_cannot_be_fused_takes_the_plain_form():
+    base, pools, x, weights = build("batch-of-sequences")
+    assert can_fuse(base, pools)
+    wider = ExpertPool(torch.randn(9, 6), torch.randn(8, 9), 3, 1.0, nn.Identity())
+    assert not can_fuse(base, [*pools, wider])
+    dropping = ExpertPool(pools[0].lora_A, pools[0].lora_B, 3, 0.5, nn.Dropout(0.5))
+    assert not can_fuse(base, [dropping])
+    assert can_fuse(base, [ExpertPool(pools[0].lora_A, pools[0].lora_B, 3, 0.5, nn.Dropout(0.5).eval())])
+    assert not can_fuse(nn.Sequential(base), pools)
+    with torch.no_grad():
+        expected = reference(base, pools, x, weights)
+        torch.testing.assert_close(mixture_linear(nn.Sequential(base), x, pools, weights), expected, rtol=0, atol=1e-10)
