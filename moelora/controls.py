@@ -70,7 +70,9 @@ class RoutingControls:
                 "`adapter_names` cannot choose one adapter per sample in a mixture, whose adapters act together; pass "
                 "`routing_weights` [B, E] with a 1 for the expert of each sample"
             )
-        return nullcontext() if routing_weights is None else _in_force(self.routing, routing_weights)
+        if routing_weights is not None and any(getattr(module, "merged", False) for module in self.model.modules()):
+            raise ValueError("`routing_weights` cannot act on merged experts; call `unmerge_adapter()` first")
+        return _in_force(self.routing, routing_weights)
 
     # ---- routers -----------------------------------------------------------------------------------------------------
 
@@ -211,13 +213,13 @@ class RoutingControls:
         return self.routing.balancing_loss
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Within, the caller's own routing weights cover a growing text and every beam of it."""
+    def generating(self, copies: int) -> Iterator[None]:
+        """Within, the caller's own routing weights cover a growing text and `copies` beams or answers per prompt."""
         state = self.routing_or_none
         if state is None:
             yield
             return
-        state.generating, state.prefilled = True, False
+        state.generating, state.prefilled, state.copies = True, False, copies
         try:
             yield
         finally:
@@ -225,9 +227,12 @@ class RoutingControls:
 
 
 @contextmanager
-def _in_force(state: RoutingState, routing_weights: Tensor) -> Iterator[None]:
+def _in_force(state: RoutingState, routing_weights: Tensor | None) -> Iterator[None]:
     state.routing_weights = routing_weights
     try:
         yield
+    except KeyboardInterrupt:  # torch calls our closing hooks for an Exception only
+        state.close()
+        raise
     finally:
         state.routing_weights = None

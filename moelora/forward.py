@@ -27,7 +27,8 @@ class BlockRouting:
     """The routing in force inside one block, while it runs."""
 
     context: ForwardContext
-    pool: Pool
+    mixture: Pool  # every active adapter when the routing was decided
+    pool: Pool  # those that the columns of weights belong to
     lead: torch.Size  # [B, S], or whatever precedes H in the block's hidden states
     mask: Tensor | None  # lead, False on padding
     weights: Tensor | None  # [*lead, E]; None where each module routes for itself
@@ -174,6 +175,7 @@ class BlockHook:
             context=context,
             lead=hidden.shape[:-1],
             mask=mask,
+            mixture=self.state.pool,
             pool=self.state.pool if shared is not None or self.router is None else self.router.pool,
             weights=weights,
             shared_by_user=shared is not None,
@@ -268,6 +270,12 @@ class _RoutedRegion:
 
     def __call__(self, weights: Tensor | None, *args: Any) -> Any:
         context, outer = self.routing.context, self.hook.routing
+        if self.hook.state.pool != self.routing.mixture:
+            then, now = [name for name, _ in self.routing.mixture], self.hook.state.active_adapters
+            raise RuntimeError(
+                f"the mixture changed between forward and backward: block `{self.hook.name}` ran with adapters {then} "
+                f"and is recomputed with {now}; call backward before changing adapters"
+            )
         encoder_hidden = self.routing.encoder_hidden
         position = self.hook.encoder_position
         if position is not None and len(args) > position and encoder_hidden is not None:

@@ -235,7 +235,14 @@ class MoELoraModel(RoutingControls, TunerModel):
             return
         with self.keep_trainability():
             self.set_adapter([*self.active_adapters, adapter_name])
-        self.set_requires_grad(adapter_name, not self.peft_config[adapter_name].inference_mode)
+        self.train_adapter(adapter_name, not self.peft_config[adapter_name].inference_mode)
+
+    def train_adapter(self, adapter_name: str, is_trainable: bool = True) -> None:
+        """Make an adapter's experts and routers trainable or frozen, but not its copies of `modules_to_save`: only the
+        first adapter's are in use."""
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
+        for layer in layers:
+            layer.set_requires_grad(adapter_name, is_trainable)
 
     @contextmanager
     def keep_trainability(self) -> Iterator[None]:
@@ -257,7 +264,8 @@ class MoELoraModel(RoutingControls, TunerModel):
 
     def disable_adapter_layers(self) -> None:
         """Switch the mixture off: the output is the base model's."""
-        self._trainable_when_enabled = [p for p in self.model.parameters() if p.requires_grad]
+        if "_trainable_when_enabled" not in self.__dict__:  # disabled twice: the first time knows
+            self._trainable_when_enabled = [p for p in self.model.parameters() if p.requires_grad]
         super().disable_adapter_layers()
 
     def enable_adapter_layers(self) -> None:

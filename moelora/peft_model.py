@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import checkpoint
+from .config import MoELoraConfig
 
 if TYPE_CHECKING:
-    from .config import MoELoraConfig
     from .model import MoELoraModel
 
 
@@ -60,8 +60,20 @@ class MixturePeftModel(PeftModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT; `routing_weights` [B, S, E] covers the prompt and as much of the answer as S allows, then holds its
         last row; [B, E] holds throughout. All beams of a sequence share its rows."""
-        with self.base_model.generating():
+        given = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        wanted = (kwargs.get(name, getattr(given, name, None)) for name in ("num_beams", "num_return_sequences"))
+        with self.base_model.generating(copies=max(count or 1 for count in wanted)):
             return super().generate(*args, **kwargs)
+
+    @property
+    def active_peft_config(self) -> MoELoraConfig:
+        """The mixture's governing configuration; a default one when every adapter has been deleted."""
+        return self.peft_config.get(self.active_adapter) or MoELoraConfig()
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """See PEFT; False when every adapter has been deleted."""
+        return self.active_adapter in self.peft_config and super().has_active_enabled_adapter
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """See PEFT; writes everything to a temporary directory first and moves it into place when complete.

@@ -33,6 +33,7 @@ class RoutingState:
     context: ForwardContext | None = None  # the forward in progress
     routing_weights: Tensor | None = None  # the user's own, for the duration of a forward or generate
     generating: bool = False  # the user's own weights then cover prompt and answer, once for all beams
+    copies: int = 1  # rows that generate makes of each prompt, for beams and returned sequences
     prefilled: bool = False  # generate is past the prompt
     attached: nn.Module | None = None  # the user's own router
     balancing_loss: Tensor | None = None  # of the latest training forward
@@ -74,6 +75,17 @@ class RoutingState:
     def current_context(self) -> ForwardContext:
         """The forward in progress, or a throw-away context for a submodule that is called by itself."""
         return self.context or ForwardContext(self, {}, training=False)
+
+    def close(self) -> None:
+        """Forget the forward in progress: it was interrupted."""
+        self.context = None
+        for hook in self.hooks.values():
+            hook.routing = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold no forward in progress and no autograd graph."""
+        passing = {"context": None, "routing_weights": None, "balancing_loss": None}
+        return self.__dict__ | passing
 
     def log_balancing_loss(self, loss: Tensor) -> None:
         """Remember a training forward's loss for the logs."""
@@ -180,8 +192,8 @@ class ForwardContext:
                 f"`routing_weights` has shape {list(weights.shape)}, expected {[batch, num_experts]}: encoder and "
                 "decoder see different tokens, so pass one row per sequence"
             )
-        if self.state.generating and batch % weights.shape[0] == 0:
-            weights = weights.repeat_interleave(batch // weights.shape[0], dim=0)  # one row for all beams
+        if self.state.generating and batch == weights.shape[0] * self.state.copies:
+            weights = weights.repeat_interleave(self.state.copies, dim=0)
         if weights.dim() == 2 and weights.shape[0] == batch:
             return weights.view(batch, *(1 for _ in lead[1:]), num_experts).expand(*lead, num_experts)
         covers_prompt = self.state.prefilled or weights.shape[1] >= lead[1]
