@@ -24,12 +24,12 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
     state = context.state
     is_training_step = context.training and torch.is_grad_enabled()
     for router, sums in context.records:
-        router.totals.add(sums.detached())
+        router.totals.add(sums)
     if not (is_training_step and context.records):
         return output
     all_sums, targets, world_size = _over_ranks([sums for _, sums in context.records], _num_targets(context, model))
     for (router, _), sums in zip(context.records, all_sums, strict=True):
-        router.grow(sums.detached(), commit=GradientState().sync_gradients)
+        router.grow(sums, commit=GradientState().sync_gradients)
     loss_type = state.config.load_balance_loss_type
     losses = [sums.balancing_loss(loss_type) for sums in all_sums]
     state.balancing_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

@@ -48,12 +48,14 @@ def z_loss(squared_lse_sum: Tensor, num_tokens: Tensor) -> Tensor:
     return squared_lse_sum / num_tokens.clamp(min=1)
 
 
-def masked_sum(values_TX: Tensor, mask_T: Tensor) -> Tensor:
-    """Sum of values_TX [T, ...] over the tokens where mask_T [T] bool is True.
+def masked_sum(values_TX: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Sum of values_TX [T, ...] over the tokens where mask_T [T] bool is True; None: over all.
 
     Example:
         >>> masked_sum(torch.tensor([[1.0, 2.0], [float("nan"), 4.0]]), torch.tensor([True, False])).tolist()
         [1.0, 2.0]
     """
+    if mask_T is None:
+        return values_TX.sum(dim=0)
     shape = (-1,) + (1,) * (values_TX.dim() - 1)
     return torch.where(mask_T.view(shape), values_TX, 0).sum(dim=0)

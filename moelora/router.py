@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ._peft import RouterTunerLayer
 from .config import MoELoraConfig, count_experts
-from .routing import FixedRouter, Router, Routing, rms_norm, route
+from .ops.norm_linear import norm_linear
+from .routing import FixedRouter, Router, Routing, route
 from .stats import RoutingSums, RoutingTotals
 
 if TYPE_CHECKING:
@@ -106,12 +107,10 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self._logits(hidden)
             logits_TE = logits.flatten(0, -2)
-            mask_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
-            if mask is not None:
-                mask_T = mask.to(logits.device).flatten()
-            maturity_E = context.maturity(self)
-            routing = self._route(logits_TE, config, maturity_E, mask_T if context.training else None)
-            context.record(self, RoutingSums.of(routing, logits_TE, mask_T))
+            mask_T = None if mask is None else mask.to(logits.device).flatten()
+            capacity_factor = config.expert_capacity_factor if context.training else None
+            routing = self._route(logits_TE, config, context.maturity(self), mask_T, capacity_factor)
+            context.record(self, RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type))
             return self._finish(routing.weights, config, context).view_as(logits)
 
     @staticmethod
@@ -124,20 +123,28 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
                 f"the router of `{self.name or 'the model'}` reads hidden states of width {self.hidden_size}, but got "
                 f'{hidden.shape[-1]}; use router_scope="module"'
             )
-        routers = self.active_routers()
-        normed = rms_norm(hidden.to(routers[0].maturity.device))
-        return torch.cat([router(normed) for router in routers], dim=-1)
+        routers = cast("list[Router]", self.active_routers())
+        firsts = [router.first_weight for router in routers]
+        weight = firsts[0] if len(firsts) == 1 else torch.cat(firsts)
+        pieces = norm_linear(hidden.to(weight.device), weight).split([first.shape[0] for first in firsts], dim=-1)
+        logits = [router.logits(piece) for router, piece in zip(routers, pieces, strict=True)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
 
+    @staticmethod
     def _route(
-        self, logits_TE: Tensor, config: MoELoraConfig, maturity_E: Tensor, training_mask_T: Tensor | None = None
+        logits_TE: Tensor,
+        config: MoELoraConfig,
+        maturity_E: Tensor,
+        mask_T: Tensor | None = None,
+        capacity_factor: float | None = None,
     ) -> Routing:
         return route(
             logits_TE,
             top_k=min(config.top_k_experts, logits_TE.shape[-1]),
             temperature=config.router_temperature,
             maturity_E=maturity_E if config.router_type == "learned_with_maturity" else None,
-            mask_T=training_mask_T,
-            capacity_factor=None if training_mask_T is None else config.expert_capacity_factor,
+            mask_T=mask_T,
+            capacity_factor=capacity_factor,
         )
 
     def _fixed_weights(self) -> Tensor:
@@ -148,22 +155,22 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """[E] of one adapter in the present pool; the adapter's router must be fixed."""
         return self[adapter_name](sum(count for _, count in self.pool))
 
-    def grow(self, sums: dict[str, Tensor], commit: bool) -> None:
+    def grow(self, sums: RoutingSums, commit: bool) -> None:
         """Add a training forward's routing mass and assignments; commit adds them to maturity and counters.
 
         Maturity must not move between the micro-batches of one optimizer step, or accumulated gradients would differ
         from those of one large batch.
         """
-        for name in ("mass", "assignments"):
+        for name, gained in (("mass", sums.mass), ("assignments", sums.assignments)):
             previous = self.pending.get(name)
-            self.pending[name] = sums[name] if previous is None else previous + sums[name]
+            self.pending[name] = gained if previous is None else previous + gained
         if not commit:
             return
         sizes = [count for _, count in self.pool]
         mass, assignments = (self.pending.pop(name).split(sizes) for name in ("mass", "assignments"))
-        for router, gained, taken in zip(self.active_routers(), mass, assignments, strict=True):
-            gained = gained.to(router.maturity.device) / self.state.config.maturity_tokens
-            router.maturity.copy_((router.maturity + gained).clamp(max=1.0))
+        for router, heard, taken in zip(self.active_routers(), mass, assignments, strict=True):
+            growth = heard.to(router.maturity.device) / self.state.config.maturity_tokens
+            router.maturity.add_(growth).clamp_(max=1.0)
             router.tokens_per_expert.add_(taken.to(router.maturity.device, torch.int64))
 
     def reset_counts(self) -> None:

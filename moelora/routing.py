@@ -65,11 +65,18 @@ class Router(ExpertRouter):
             if weight is not None:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
-    def forward(self, normed_TH: Tensor) -> Tensor:
-        """normed_TH float32 [..., H] -> logits float32 [..., E]."""
-        if self.hidden_weight is not None:
-            normed_TH = F.silu(F.linear(normed_TH, self.hidden_weight.float()))
-        return F.linear(normed_TH, self.weight.float())
+    @property
+    def first_weight(self) -> Tensor:
+        """[N, H]: what the normalised hidden states meet first."""
+        return self.weight if self.hidden_weight is None else self.hidden_weight
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """normed float32 [..., H] -> logits float32 [..., E]."""
+        return self.logits(F.linear(normed, self.first_weight.float()))
+
+    def logits(self, first: Tensor) -> Tensor:
+        """Logits [..., E] from the product with first_weight, [..., N]."""
+        return first if self.hidden_weight is None else F.linear(F.silu(first), self.weight.float())
 
 
 class FixedRouter(ExpertRouter):
@@ -123,21 +130,24 @@ def top_k_mask(probs_TE: Tensor, top_k: int) -> Tensor:
 
 
 def within_capacity(
-    probs_TE: Tensor, selected_TE: Tensor, mask_T: Tensor, capacity_factor: float, top_k: int
+    probs_TE: Tensor, selected_TE: Tensor, mask_T: Tensor | None, capacity_factor: float, top_k: int
 ) -> Tensor:
     """[T, E] bool: the assignments that fit when each expert keeps its most probable ones.
 
-    An expert keeps ``ceil(capacity_factor * tokens * top_k / E)`` assignments. Tokens outside mask_T [T] bool neither
-    count nor take room. No host synchronisation: the number of tokens stays on the device.
+    An expert keeps ``ceil(capacity_factor * tokens * top_k / E)`` assignments. Tokens outside mask_T [T] bool (None:
+    all are inside) neither count nor take room. No host synchronisation: the number of tokens stays on the device.
     """
     num_tokens, num_experts = probs_TE.shape
-    fair_share = mask_T.sum() * (capacity_factor * top_k / num_experts)
-    capacity = torch.ceil(fair_share * (1 - 1e-6))  # the product of exact shares may land a rounding above an integer
-    priority = torch.where(selected_TE & mask_T[:, None], probs_TE, -1.0)
+    counted_TE = selected_TE if mask_T is None else selected_TE & mask_T[:, None]
+    fair_share = (num_tokens if mask_T is None else mask_T.sum()) * (capacity_factor * top_k / num_experts)
+    rounded = fair_share * (1 - 1e-6)  # the product of exact shares may land a rounding above an integer
+    capacity = math.ceil(rounded) if isinstance(rounded, float) else rounded.ceil()
+    priority = torch.where(counted_TE, probs_TE, -1.0)
     order = priority.argsort(dim=0, descending=True, stable=True)
     positions = torch.arange(num_tokens, device=order.device)[:, None].expand_as(order)
     rank = torch.empty_like(order).scatter_(0, order, positions)
-    return selected_TE & ((rank < capacity) | ~mask_T[:, None])
+    within_TE = rank < capacity
+    return selected_TE & (within_TE if mask_T is None else within_TE | ~mask_T[:, None])
 
 
 def route(
@@ -173,7 +183,6 @@ def route(
     selected_TE = top_k_mask(probs_TE, top_k)
     kept_TE = selected_TE
     if capacity_factor is not None and top_k < logits_TE.shape[-1]:
-        mask_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if mask_T is None else mask_T
         kept_TE = within_capacity(probs_TE.detach(), selected_TE, mask_T, capacity_factor, top_k)
     outside_E = 0.0 if maturity_E is None else 1.0 - maturity_E
     total_T1 = (probs_TE * torch.where(selected_TE, 1.0, outside_E)).sum(dim=-1, keepdim=True)

@@ -29,24 +29,50 @@ class RoutingSums:
     squared_lse: Tensor  # [], with gradient
 
     @classmethod
-    def of(cls, routing: Routing, logits_TE: Tensor, mask_T: Tensor) -> RoutingSums:
-        """Sum up routing, whose logits are logits_TE [T, E], over the tokens where mask_T [T] is True."""
-        probs = routing.probs.detach()
+    def of(
+        cls, routing: Routing, logits_TE: Tensor, mask_T: Tensor | None = None, loss_type: str | None = None
+    ) -> RoutingSums:
+        """Sum up routing, whose logits are logits_TE [T, E], over the tokens where mask_T [T] is True (None: all).
+
+        A loss_type leaves out (as zero) what only other losses need: this runs in every forward of every router.
+        """
+        num_experts = logits_TE.shape[-1]
+        with torch.no_grad():
+            probs = routing.probs
+            columns = [routing.selected, routing.weights, torch.special.entr(probs).sum(-1, keepdim=True)]
+            columns += [probs.amax(dim=-1, keepdim=True)]
+            if routing.kept is not routing.selected:
+                columns.append(routing.kept)
+            if loss_type in (None, "switch"):
+                columns.append(top_k_mask(probs, 1))
+            pieces = iter(masked_sum(torch.cat(columns, dim=-1), mask_T).split([c.shape[-1] for c in columns]))
+            assignments, mass, entropy, top1_probs = (next(pieces) for _ in range(4))
+            zero = torch.zeros_like(entropy[0])
+            kept = next(pieces) if routing.kept is not routing.selected else assignments
+            top1 = next(pieces, zero.expand(num_experts))
+            num_tokens = zero + logits_TE.shape[0] if mask_T is None else mask_T.sum()
+        needs_lse = loss_type in (None, "z_loss")
         return cls(
-            num_tokens=mask_T.sum(),
-            assignments=masked_sum(routing.selected.float(), mask_T),
-            top1=masked_sum(top_k_mask(probs, 1).float(), mask_T),
-            dropped=masked_sum((routing.selected & ~routing.kept).float(), mask_T).sum(),
-            mass=masked_sum(routing.weights.detach(), mask_T),
-            entropy=masked_sum(torch.special.entr(probs), mask_T).sum(),
-            top1_probs=masked_sum(probs.amax(dim=-1), mask_T),
+            num_tokens=num_tokens,
+            assignments=assignments,
+            top1=top1,
+            dropped=(assignments - kept).sum(),
+            mass=mass,
+            entropy=entropy[0],
+            top1_probs=top1_probs[0],
             probs=masked_sum(routing.probs, mask_T),
-            squared_lse=masked_sum(logits_TE.logsumexp(dim=-1).square(), mask_T),
+            squared_lse=masked_sum(logits_TE.logsumexp(dim=-1).square(), mask_T) if needs_lse else zero,
         )
 
-    def detached(self) -> dict[str, Tensor]:
-        """The sums by name, without gradients."""
-        return {name: value.detach() for name, value in vars(self).items()}
+    def flat(self) -> Tensor:
+        """All sums in one tensor, without gradients."""
+        return torch.cat([value.detach().reshape(-1).to(self.mass.dtype) for value in vars(self).values()])
+
+    def like(self, flat: Tensor) -> RoutingSums:
+        """The sums that `flat` made one tensor of, shaped as these are."""
+        pieces = flat.split([value.numel() for value in vars(self).values()])
+        named = zip(vars(self).items(), pieces, strict=True)
+        return RoutingSums(**{name: piece.view(value.shape) for (name, value), piece in named})
 
     def balancing_loss(self, loss_type: str) -> Tensor:
         """The router's balancing loss, [] float32: see [`moelora.losses`]."""
@@ -81,26 +107,28 @@ class RoutingTotals:
     """Running [`RoutingSums`] of one router."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] | None = None
+        self._flat: Tensor | None = None
+        self._shape: RoutingSums | None = None
 
-    def add(self, sums: dict[str, Tensor]) -> None:
+    def add(self, sums: RoutingSums) -> None:
         """Add one forward's sums, on their device."""
-        if self._sums is None:
-            self._sums = {name: value.clone() for name, value in sums.items()}
+        flat = sums.flat()
+        if self._flat is None:
+            self._flat, self._shape = flat, sums.like(flat)
         else:
-            for name, value in sums.items():
-                self._sums[name] = self._sums[name] + value.to(self._sums[name].device)
+            self._flat = self._flat.to(flat.device) + flat
 
     def reset(self) -> None:
         """Forget everything."""
-        self._sums = None
+        self._flat = self._shape = None
 
     def report(self, maturity_E: Tensor, loss_type: str) -> RouterStats | None:
         """The statistics as numbers (synchronises with the device); None before the first token."""
-        if self._sums is None or int(self._sums["num_tokens"]) == 0:
+        if self._flat is None or self._shape is None:
             return None
-        sums = RoutingSums(**self._sums)
-        num_tokens = int(sums.num_tokens)
+        sums = self._shape.like(self._flat)
+        if (num_tokens := int(sums.num_tokens)) == 0:
+            return None
         load_E = sums.assignments / sums.assignments.sum().clamp(min=1)
         return RouterStats(
             num_tokens=num_tokens,
