@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from benchmarks.timing import environment, interleaved, ratio
 from moelora import MoELoraConfig
 
-ARMS = ("frozen", "lora", "lora-default", "lora-equal", "ours", "ours-default", "loop")
+ARMS = ("frozen", "lora", "lora-default", "lora-equal", "ours", "ours-default", "ours-fixed", "loop")
 
 
 class Block(GradientCheckpointingLayer):
@@ -76,7 +76,7 @@ def build(arm: str, block: nn.Module, hidden: int, args: argparse.Namespace) -> 
             target_modules=targets,
             num_experts=args.experts,
             top_k_experts=args.top_k,
-            router_type="learned",
+            router_type="fixed" if arm == "ours-fixed" else "learned",
         )
     model = get_peft_model(model, config, autocast_adapter_dtype=arm.endswith("default"))
     for name, parameter in model.named_parameters():

@@ -114,6 +114,9 @@ class ForwardHook:
         elif self.is_root or self.state.context is None:
             inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
             self.opened = self.state.context = ForwardContext(self.state, inputs, training=module.training)
+            if self.is_root and module.training:
+                for name, hook in self.state.hooks.items():
+                    make_checkpoint_routed(module.get_submodule(name), hook)
         else:
             self.state.context.forget(self.stacks)
 
@@ -158,9 +161,17 @@ class BlockHook:
         self.is_encoder_decoder = is_encoder_decoder
         self.encoder_position = encoder_position
         self.routing: BlockRouting | None = None
+        self.in_region = False  # inside a checkpointed region, which carries its routing
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        if self.in_region:
+            return  # decided before the checkpoint
+        self.decide(args, kwargs)
+        make_checkpoint_routed(block, self)
+
+    def decide(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Route the tokens that the block's arguments bring."""
         self.routing = None
         if not self.state.enabled:
             return
@@ -183,11 +194,11 @@ class BlockHook:
             encoder_hidden=self._encoder_hidden(args, kwargs),
         )
         context.latest = self.routing
-        _make_checkpoint_routed(block, self)
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, also called when the forward raised."""
-        self.routing = None
+        if not self.in_region:
+            self.routing = None
 
     def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
         if self.state.routing_weights is not None:
@@ -232,7 +243,7 @@ def _refuse_foreign_checkpoint(name: str) -> None:
         )
 
 
-def _make_checkpoint_routed(block: Any, hook: BlockHook) -> None:
+def make_checkpoint_routed(block: Any, hook: BlockHook) -> None:
     """Make the block's checkpoint function pass the routing on; the model may have set a new one since."""
     if not (getattr(block, "gradient_checkpointing", False) and block.training):
         return
@@ -253,10 +264,17 @@ class RoutedCheckpoint:
         self.hook = hook
 
     def __call__(self, region: Callable, *args: Any, **kwargs: Any) -> Any:
+        is_early = self.hook.routing is None  # early versions of transformers 5 checkpoint around the block's hooks
+        if is_early:
+            self.hook.decide(args, getattr(region, "keywords", {}))
         routing = self.hook.routing
         if routing is None:
             return self.function(region, *args, **kwargs)
-        return self.function(_RoutedRegion(region, self.hook, routing), routing.weights, *args, **kwargs)
+        try:
+            return self.function(_RoutedRegion(region, self.hook, routing), routing.weights, *args, **kwargs)
+        finally:
+            if is_early:
+                self.hook.routing = None
 
 
 class _RoutedRegion:
@@ -284,9 +302,9 @@ class _RoutedRegion:
             self.routing, weights=weights, encoder_hidden=encoder_hidden, encoder_weights=None
         )
         context.in_checkpoint, context.recomputing = True, self.has_run
-        self.has_run = True
+        self.has_run = self.hook.in_region = True
         try:
             return self.region(*args)
         finally:
-            context.in_checkpoint = context.recomputing = False
+            self.hook.in_region = context.in_checkpoint = context.recomputing = False
             self.hook.routing = outer
