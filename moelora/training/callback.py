@@ -10,8 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class MoELoraCallback(TrainerCallback):
     """Adds `balancing_loss`, the mean since the last log, beside the Trainer's `loss`.
 
-    `loss` is what is optimised: task loss plus `router_aux_loss_coef` times `balancing_loss` (TRL >= 1.15: the task loss
-    alone, whose gradient carries the other term).
+    `loss` is what is optimised: task loss plus `router_aux_loss_coef` times `balancing_loss` (TRL >= 1.15: the task
+    loss alone, whose gradient carries the other term).
 
     Reporters see what callbacks before them added, so put it first:
     ``trainer.callback_handler.callbacks.insert(0, MoELoraCallback())``. Passed as ``Trainer(callbacks=[...])`` it

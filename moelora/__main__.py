@@ -1,0 +1,5 @@
+"""`python -m moelora` is the `moelora` command."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""Continue a prompt with a trained adapter."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+
+import moelora  # noqa: F401 - registers MOELORA, without which PEFT cannot read the adapter
+
+from .base import check_model, load_model, load_tokenizer
+from .progress import console
+from .recipe import ModelOptions
+from .record import read_record
+from .schema import UserError, about, at_least, check_values, not_negative
+from .sources import resolve_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Continue a prompt with a trained adapter."""
+
+    adapter: str = field(metadata=about("folder that holds the trained adapter"))
+    prompt: str = field(metadata=about("text to continue"))
+    base: str | None = field(
+        default=None,
+        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
+    )
+    max_new_tokens: int = field(default=64, metadata=about("most tokens to add", check=at_least(1)))
+    temperature: float = field(
+        default=0.0, metadata=about("0 takes the likeliest token; higher is more random", check=not_negative)
+    )
+    seed: int = field(default=42, metadata=about("seed of the random choices", check=at_least(0)))
+    chat: bool = field(default=False, metadata=about("ask the prompt as a user's turn in the model's chat template"))
+
+
+def generate(options: GenerateOptions) -> str:
+    """Print the continuation of a prompt to standard output as it is made, and return the whole text.
+
+    Raises:
+        UserError: an option is out of range, there is no adapter, no base model, or the two do not fit each other.
+    """
+    problems = check_values(GenerateOptions, vars(options), "")
+    if problems:
+        flags = (replace(problem, key=f"--{problem.key.replace('_', '-')}") for problem in problems)
+        raise UserError("\n".join(map(str, flags)))
+    adapter = Path(options.adapter).expanduser()
+    base = find_base(adapter, options.base)
+    console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
+    tokenizer = load_tokenizer(base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load(base, adapter, device)
+    set_seed(options.seed)
+    inputs = _encode(tokenizer, options).to(device)
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=options.chat, skip_special_tokens=True),
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def find_base(adapter: Path, base: str | None) -> ModelOptions:
+    """The base model of an adapter: the one asked for, else the one its run used, else the one PEFT noted.
+
+    Raises:
+        UserError: there is no adapter in the folder, or no usable base model.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(_no_adapter(adapter))
+    if base is not None:
+        path = Path(resolve_path(base, Path.cwd()))
+        is_file = path.suffix == ".gguf"
+        model = ModelOptions(name=str(path.parent if is_file else path), gguf_file=path.name if is_file else None)
+    else:
+        # A checkpoint's run.json lies one folder up. It knows more than PEFT does: the GGUF file and the precision.
+        record = read_record(adapter) or read_record(adapter.resolve().parent)
+        noted = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        model = ModelOptions(**record["recipe"]["model"]) if record else ModelOptions(name=noted or "")
+    problems = check_model(model, None, None)
+    if problems:
+        raise UserError(
+            "\n".join([f"no base model for the adapter {adapter}; give one with --base", *map(str, problems)])
+        )
+    return model
+
+
+def _no_adapter(adapter: Path) -> str:
+    if not adapter.is_dir():
+        return f"--adapter {adapter}: no such folder; give the `output_dir` of a finished run"
+    inside = sorted(path.parent for path in adapter.glob("*/adapter_config.json"))
+    hint = f"try {inside[-1]}" if inside else "give the `output_dir` of a finished run"
+    return f"--adapter {adapter}: no adapter_config.json in this folder; {hint}"
+
+
+def _load(base: ModelOptions, adapter: Path, device: torch.device) -> PeftModel:
+    try:
+        model = PeftModel.from_pretrained(load_model(base, device), str(adapter))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"the adapter {adapter} does not load onto {base.name}: {error}") from error
+    return model.to(device).eval()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions):
+    if not options.chat:
+        return tokenizer(options.prompt, return_tensors="pt")
+    if not tokenizer.chat_template:
+        raise UserError("--chat: the model has no chat template; leave the flag out")
+    turns = [{"role": "user", "content": options.prompt}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)

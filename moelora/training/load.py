@@ -1,0 +1,257 @@
+"""Read a recipe file and check all of it before anything heavy loads; every mistake is reported at once."""
+
+import copy
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import TrainingArguments
+
+from ..config import MoELoraConfig
+from .base import check_model
+from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
+from .record import check_output_dir
+from .schema import (
+    Check,
+    Problem,
+    RecipeError,
+    at_least,
+    check_values,
+    culprit,
+    not_negative,
+    positive,
+    settable_fields,
+)
+from .sources import check_domain, resolve_path
+
+T = TypeVar("T")
+MISSING = dataclasses.MISSING
+
+TRAINING_RULES: dict[str, Check] = {
+    "learning_rate": positive,
+    "weight_decay": not_negative,
+    "max_grad_norm": not_negative,
+    "warmup_steps": not_negative,
+    "num_train_epochs": positive,
+    "max_steps": lambda value: None if value == -1 or value >= 1 else "must be 1 or greater, or -1 to count epochs",
+    "per_device_train_batch_size": at_least(1),
+    "per_device_eval_batch_size": at_least(1),
+    "gradient_accumulation_steps": at_least(1),
+    "logging_steps": positive,
+    "save_steps": positive,
+    "eval_steps": positive,
+}
+"""Rules that `TrainingArguments` leaves to fail, or to train on, later."""
+
+NOT_IN_TRAINING = {
+    "seed": "set `seed` at the top of the recipe",
+    "data_seed": "set `seed` at the top of the recipe",
+    "resume_from_checkpoint": "use `moelora train --resume`",
+    "do_train": "drop it: the job always trains",
+    "do_eval": "drop it: the job always measures the loss before and after",
+    "do_predict": "drop it: the job does not predict",
+    "local_rank": "drop it: the launcher sets it",
+}
+NOT_IN_MIXTURE = {
+    "peft_type": "drop it: it is always MOELORA",
+    "inference_mode": "drop it: the job trains",
+    "base_model_name_or_path": "set `model.name`",
+    "auto_mapping": "drop it: PEFT fills it in",
+    "peft_version": "drop it: PEFT fills it in",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `2e-4` is a number, `no` is a word, and a key given twice is an error, not a loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` is given {count} times", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
+) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` settings that replace what the file says, such as `training.max_steps=10`.
+        resume: the run is to continue from the last checkpoint in its output folder.
+        overwrite: what an earlier run left in the output folder may be replaced.
+
+    Raises:
+        RecipeError: listing every problem with its key, value and fix.
+    """
+    path = Path(path)
+    raw, problems = apply_overrides(_parse(path), overrides)
+    problems += check_values(Recipe, raw, "")
+    recipe = _build(raw, path.resolve().parent, problems)
+    if recipe is not None:
+        problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
+    if problems or recipe is None:
+        raise RecipeError(path, problems)
+    return recipe
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        fix = "no such file; give the path of a recipe" if isinstance(error, FileNotFoundError) else str(error)
+        raise RecipeError(path, [Problem("recipe", str(path), fix)]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(path, [Problem("recipe", str(path), f"not readable as YAML: {error}")]) from None
+    if not isinstance(raw, dict):
+        fix = "must be a mapping with the keys model, data and training; see docs/training.md"
+        raise RecipeError(path, [Problem("recipe", raw, fix)])
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Replace settings by dotted key; a domain is addressed by its name, as in `data.code.weight=2`."""
+    raw, problems = copy.deepcopy(raw), []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(Problem("--set", override, "must be KEY=VALUE, such as training.max_steps=10"))
+            continue
+        *parents, last = key.strip().split(".")
+        section: Any = raw
+        for name in parents:
+            section = _descend(section, name)
+        if not isinstance(section, dict):
+            problems.append(Problem("--set", override, f"the recipe has no section `{'.'.join(parents)}`"))
+            continue
+        try:
+            section[last] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            problems.append(Problem("--set", override, f"the value is not readable as YAML: {error}"))
+    return raw, problems
+
+
+def _descend(section: Any, name: str) -> Any:
+    if isinstance(section, list):
+        return next((item for item in section if isinstance(item, dict) and item.get("name") == name), None)
+    return section.setdefault(name, {}) if isinstance(section, dict) else None
+
+
+def _build(raw: dict[str, Any], folder: Path, problems: list[Problem]) -> Recipe | None:
+    """Check every section, adding to `problems`; the recipe, or None where a section is not usable at all."""
+    bad = {problem.key for problem in problems}
+    given = {name: value for name, value in raw.items() if name not in bad}
+    model = _build_model(given["model"], folder, problems) if "model" in given else None
+    data = _build_domains(given["data"], folder, problems) if "data" in given else None
+    mixture = _build_mixture(given.get("mixture", {}), problems)
+    training = _build_training(given["training"], folder, raw, problems) if "training" in given else None
+    numbers = {name: given[name] for name in ("block_size", "max_eval_blocks", "seed") if name in given}
+    if model is not None:
+        block_size = given.get("block_size", _default("block_size"))
+        problems += check_model(model, None if "block_size" in bad else block_size, mixture)
+    if model is None or data is None or mixture is None or training is None:
+        return None
+    return Recipe(model=model, data=data, mixture=mixture, training=training, **numbers)
+
+
+def _build_model(raw: Mapping[str, Any], folder: Path, problems: list[Problem]) -> ModelOptions | None:
+    found = check_values(ModelOptions, raw, "model")
+    problems += found
+    usable = _without(raw, "model", found)
+    return ModelOptions(**{**usable, "name": resolve_path(usable["name"], folder)}) if "name" in usable else None
+
+
+def _build_domains(raw: list[Any], folder: Path, problems: list[Problem]) -> tuple[DomainOptions, ...]:
+    if not raw:
+        problems.append(Problem("data", raw, "give at least one domain: a list of {name, path}"))
+    names = Counter(str(item["name"]) for item in raw if "name" in item)
+    problems += [Problem("data", name, "two domains of this name; rename one") for name in names if names[name] > 1]
+    built = (_build_domain(item, index, folder, problems) for index, item in enumerate(raw))
+    return tuple(domain for domain in built if domain is not None)
+
+
+def _build_domain(raw: Mapping[str, Any], index: int, folder: Path, problems: list[Problem]) -> DomainOptions | None:
+    key = f"data.{raw['name']}" if isinstance(raw.get("name"), str) else f"data[{index}]"
+    found = check_values(DomainOptions, raw, key)
+    problems += found
+    usable = {"name": key, **_without(raw, key, found)}
+    if "path" not in usable:
+        return None
+    paths = {name: resolve_path(usable[name], folder) for name in ("path", "eval_path") if usable.get(name)}
+    domain = DomainOptions(**{**usable, **paths})
+    problems += check_domain(domain, key)
+    return domain
+
+
+def _build_mixture(raw: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any] | None:
+    found = _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture")
+    values = {**MIXTURE_DEFAULTS, **raw}
+    if values["task_type"] != "CAUSAL_LM":
+        found.append(Problem("mixture.task_type", values["task_type"], "must be CAUSAL_LM: the job trains on texts"))
+    found += construct(MoELoraConfig, _without(values, "mixture", found), "mixture")
+    problems += found
+    return None if found else values
+
+
+def _build_training(
+    raw: Mapping[str, Any], folder: Path, recipe: Mapping[str, Any], problems: list[Problem]
+) -> dict[str, Any] | None:
+    found = _refused(raw, NOT_IN_TRAINING, "training")
+    found += check_values(TrainingArguments, _without(raw, "training", found), "training", rules=TRAINING_RULES)
+    values = {**TRAINING_DEFAULTS, **raw, "seed": recipe.get("seed", _default("seed"))}
+    if not raw.get("output_dir"):
+        found.append(
+            Problem("training.output_dir", MISSING, "missing; the folder for the adapter, run.json and checkpoints")
+        )
+    elif isinstance(raw["output_dir"], str):
+        values["output_dir"] = str((folder / Path(raw["output_dir"]).expanduser()).resolve())
+    found += construct(TrainingArguments, _without(values, "training", found), "training")
+    problems += found
+    return None if found else values
+
+
+def _default(name: str) -> Any:
+    return settable_fields(Recipe)[name].default
+
+
+def _refused(raw: Mapping[str, Any], refused: Mapping[str, str], key: str) -> list[Problem]:
+    return [Problem(f"{key}.{name}", raw[name], fix) for name, fix in refused.items() if name in raw]
+
+
+def _without(values: Mapping[str, Any], key: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """The values that have no problem, so that the rest of a section can still be checked."""
+    bad = {problem.key for problem in problems}
+    return {name: value for name, value in values.items() if f"{key}.{name}" not in bad}
+
+
+def construct(cls: type[T], values: Mapping[str, Any], key: str) -> list[Problem]:
+    """What a class that stops at its first error has against `values`: try, drop the value it names, try again."""
+    remaining = dict(values)
+    problems: list[Problem] = []
+    while True:
+        try:
+            cls(**remaining)
+            return problems
+        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+            name = culprit(str(error), remaining)
+            if name is None:
+                return [*problems, Problem(key, MISSING, str(error))]
+            problems.append(Problem(f"{key}.{name}", remaining.pop(name), str(error)))

@@ -1,0 +1,174 @@
+"""run.json: what a run was asked, where it ran and what came out; and what an output folder may be used for."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .recipe import Recipe
+from .schema import Problem
+
+RUN_FILE = "run.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a crash leaves the old file or the new one, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2, ensure_ascii=False, default=str)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_record(output_dir: Path) -> dict[str, Any] | None:
+    """The run.json of an output folder, or None where there is none that this package wrote."""
+    try:
+        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"status", "recipe", "domains"} <= record.keys() else None
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The Trainer's checkpoints, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    # The Trainer writes trainer_state.json last, so a checkpoint without one was cut short.
+    complete = [path for path in _checkpoints(output_dir) if (path / "trainer_state.json").is_file()]
+    return complete[-1] if complete else None
+
+
+def clear_output(output_dir: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    for checkpoint in _checkpoints(output_dir):
+        shutil.rmtree(checkpoint)
+    for name in (RUN_FILE, "adapter_config.json", ADAPTER_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def check_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[Problem]:
+    """Whether a run may start, or continue, in the recipe's output folder."""
+    folder = recipe.output_dir
+    if folder.exists() and not folder.is_dir():
+        return [_folder_problem(folder, "is a file; give a folder")]
+    record, checkpoint = read_record(folder), last_checkpoint(folder)
+    if resume:
+        return _check_resume(recipe, record, checkpoint)
+    if overwrite:
+        return []
+    if record is None and (checkpoint or (folder / RUN_FILE).exists()):
+        return [
+            _folder_problem(folder, "holds something else's run; give another folder, or --overwrite to replace it")
+        ]
+    if record and record["status"] == "finished":
+        return [_folder_problem(folder, "holds a finished run; give another folder, or --overwrite to replace it")]
+    if checkpoint:
+        return [_folder_problem(folder, "holds an unfinished run; --resume to continue it, --overwrite to start over")]
+    return []
+
+
+def _folder_problem(folder: Path, fix: str) -> Problem:
+    return Problem("training.output_dir", str(folder), fix)
+
+
+def _check_resume(recipe: Recipe, record: dict[str, Any] | None, checkpoint: Path | None) -> list[Problem]:
+    folder = recipe.output_dir
+    if record is None or checkpoint is None:
+        lacking = f"readable {RUN_FILE}" if record is None else "complete checkpoint"
+        return [_folder_problem(folder, f"nothing to resume: it holds no {lacking}; run without --resume")]
+    try:
+        with safe_open(checkpoint / ADAPTER_FILE, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        fix = f"{checkpoint.name} is damaged ({error}); remove it to continue from the one before"
+        return [_folder_problem(folder, fix)]
+    before, after = _identity(record["recipe"]), _identity(json.loads(json.dumps(recipe.as_dict())))
+    return [
+        Problem(
+            key,
+            after.get(key),
+            f"was {before.get(key)!r} when the run began; set it back, or --overwrite to start over",
+        )
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that must not change within a run, by dotted key; folders may move and training may be extended."""
+    flat = {f"mixture.{name}": value for name, value in recipe["mixture"].items()}
+    for domain in recipe["data"]:
+        flat |= {f"data.{domain['name']}.{name}": value for name, value in domain.items() if "path" not in name}
+    return flat | {name: recipe[name] for name in ("block_size", "max_eval_blocks", "seed")}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, source commit and hardware of this process."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": source_commit(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def source_commit() -> str | None:
+    """The commit of this package's sources, with `-dirty` for local changes; None where they are not in a git tree."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        # An installed copy inside somebody else's repository is not tracked there.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "..") else "")
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

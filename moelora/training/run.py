@@ -1,0 +1,149 @@
+"""The main job: fine-tune a causal language model with a mixture of LoRA experts, and measure what it learned."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+from ..config import MoELoraConfig
+from .base import load_model, load_tokenizer
+from .callback import MoELoraCallback
+from .data import DomainBlocks, load_domains, mix
+from .evaluate import DomainResult, evaluate
+from .progress import console
+from .recipe import Recipe
+from .record import RUN_FILE, clear_output, environment, last_checkpoint, now, read_record, write_json
+from .schema import UserError
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Run a checked recipe and save the adapter with its run.json in the recipe's output folder.
+
+    1. Read and cut the data, load the frozen model, add the mixture.
+    2. Measure every domain's held-out loss without the mixture and keep it in run.json, where a resumed run finds it.
+    3. Train with the Hugging Face Trainer and save the adapter.
+    4. Measure again, with the mixture and each domain's expert load, and complete run.json.
+
+    Args:
+        recipe: from `moelora.training.load_recipe`, called with the same `resume` and `overwrite`.
+        resume: continue from the last checkpoint in the output folder.
+        overwrite: first remove what an earlier run left in the output folder.
+
+    Returns:
+        The content of run.json.
+
+    Raises:
+        UserError: the data is too small, or is not the data that a resumed run began with.
+    """
+    seconds: dict[str, float] = {}
+    run_file = recipe.output_dir / RUN_FILE
+    with _timed(seconds, "load"):
+        trainer, domains = _prepare(recipe)
+    if resume:
+        record, checkpoint = _resumed_record(recipe, domains), last_checkpoint(recipe.output_dir)
+    else:
+        record, checkpoint = _new_record(recipe, trainer, domains), None
+        if overwrite:
+            clear_output(recipe.output_dir)
+        with _timed(seconds, "evaluate_before"), trainer.model.disable_adapter():
+            _add_losses(record, _measure(trainer, domains, "Before"), "before")
+    write_json(run_file, record)
+    with _timed(seconds, "train"):
+        outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model()
+    with _timed(seconds, "evaluate_after"):
+        results = _measure(trainer, domains, "After")
+    _add_losses(record, results, "after")
+    _add_expert_loads(record, results)
+    record |= {
+        "status": "finished",
+        "finished": now(),
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "steps": outcome.global_step,
+        "train_loss": outcome.training_loss,
+        "maturity": _maturity(trainer.model),
+        "seconds": record["seconds"] | seconds,
+        "log": trainer.state.log_history,
+    }
+    write_json(run_file, record)
+    return record
+
+
+def _prepare(recipe: Recipe) -> tuple[Trainer, list[DomainBlocks]]:
+    """Everything up to the first measurement: data, model, mixture, Trainer."""
+    console.print(f"Loading the tokenizer and {len(recipe.data)} domains")
+    tokenizer = load_tokenizer(recipe.model)
+    domains = load_domains(recipe, tokenizer)
+    arguments = TrainingArguments(**recipe.training)
+    console.print(f"Loading {recipe.model.name}", soft_wrap=True)
+    set_seed(recipe.seed)
+    model = get_peft_model(load_model(recipe.model, arguments.device), MoELoraConfig(**recipe.mixture))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=mix(domains, recipe.seed),
+        eval_dataset={domain.name: domain.held_out for domain in domains},
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
+    # First in line: the callbacks that print and store the logs must see the balancing loss in them.
+    trainer.callback_handler.callbacks.insert(0, MoELoraCallback())
+    return trainer, domains
+
+
+def _measure(trainer: Trainer, domains: Sequence[DomainBlocks], title: str) -> dict[str, DomainResult]:
+    return evaluate(trainer.model, domains, trainer.data_collator, trainer.args.eval_batch_size, title)
+
+
+def _new_record(recipe: Recipe, trainer: Trainer, domains: Sequence[DomainBlocks]) -> dict[str, Any]:
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    return {
+        "status": "training",
+        "started": now(),
+        "recipe": recipe.as_dict(),
+        "environment": environment(),
+        "device": str(trainer.args.device),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "domains": {domain.name: domain.sizes() for domain in domains},
+        "seconds": {},
+    }
+
+
+def _resumed_record(recipe: Recipe, domains: Sequence[DomainBlocks]) -> dict[str, Any]:
+    record = read_record(recipe.output_dir) or {}
+    for domain in domains:
+        stored = {name: record["domains"][domain.name].get(name) for name in domain.sizes()}
+        if stored != domain.sizes():
+            raise UserError(
+                f"data.{domain.name}: the data changed since the run began (it was {stored}, it is {domain.sizes()}); "
+                "restore it, or start over with --overwrite"
+            )
+    return record | {"status": "training", "recipe": recipe.as_dict(), "environment": environment()}
+
+
+def _add_losses(record: dict[str, Any], results: dict[str, DomainResult], when: str) -> None:
+    for name, result in results.items():
+        record["domains"][name] |= {f"loss_{when}": result.loss, f"perplexity_{when}": result.perplexity}
+
+
+def _add_expert_loads(record: dict[str, Any], results: dict[str, DomainResult]) -> None:
+    for name, result in results.items():
+        record["domains"][name] |= {
+            "expert_load": result.expert_load,
+            "expert_load_by_router": result.expert_load_by_router,
+        }
+
+
+def _maturity(model: PeftModel) -> list[float] | None:
+    return model.expert_maturity.tolist() if model.routing_or_none is not None else None
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 2)

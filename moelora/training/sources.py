@@ -1,0 +1,204 @@
+"""Where a domain's documents come from: JSONL and text files, or anything the `datasets` library reads.
+
+A document is a text, or a conversation (a list of {role, content}) where the domain names a `messages_field`.
+"""
+
+import glob
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+from rich import progress
+
+from .progress import console
+from .recipe import DomainOptions
+from .schema import Problem, UserError, did_you_mean, shorten
+
+JSON_LINES = {".jsonl", ".ndjson"}
+NEEDS_A_FOLDER = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst"}
+TEXT = {".txt", ".md", ".rst", ".py", ".html", ".tex"}
+PROBLEMS_SHOWN_PER_FILE = 5
+BYTES_WORTH_A_PROGRESS_BAR = 50_000_000
+
+Report = Callable[[str], None]
+
+
+def resolve_path(path: str, folder: Path) -> str:
+    """Make a recipe's path absolute, unless it names something on the hub."""
+    candidate = folder / Path(path).expanduser()
+    names_a_file = Path(path).suffix in JSON_LINES | NEEDS_A_FOLDER | TEXT
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or names_a_file or glob.has_magic(path)
+    return str(candidate.resolve()) if local or candidate.exists() else path
+
+
+def check_domain(domain: DomainOptions, key: str) -> list[Problem]:
+    """Read everything a domain names and say what is wrong with it."""
+    problems = _check_path(domain, domain.path, domain.split, f"{key}.path")
+    if domain.eval_path is not None:
+        problems += _check_path(domain, domain.eval_path, domain.split, f"{key}.eval_path")
+    if domain.eval_split is None:
+        return problems
+    if domain.eval_path is not None:
+        problems.append(Problem(f"{key}.eval_split", domain.eval_split, "drop it: `eval_path` is set"))
+    elif _is_files(domain.path):
+        problems.append(Problem(f"{key}.eval_split", domain.eval_split, "only `datasets` have splits; use `eval_path`"))
+    else:
+        problems += _check_path(domain, domain.path, domain.eval_split, f"{key}.eval_split")
+    return problems
+
+
+def load_documents(domain: DomainOptions, path: str, split: str) -> datasets.Dataset:
+    """All documents of one path in a single column, `document`.
+
+    Raises:
+        UserError: something cannot be read; a checked recipe raises it only if the data changed since.
+    """
+    if not _is_files(path):
+        return (
+            _open_dataset(domain, path, split).select_columns(_field(domain)).rename_column(_field(domain), "document")
+        )
+
+    def fail(fix: str) -> None:
+        raise UserError(f"data.{domain.name}: {path}: {fix}")
+
+    return datasets.Dataset.from_dict(
+        {"document": [text for file in _files(path) for text in _read(file, domain, fail)]}
+    )
+
+
+def _field(domain: DomainOptions) -> str:
+    return domain.messages_field or domain.text_field
+
+
+def _is_files(path: str) -> bool:
+    return Path(path).is_absolute() and not Path(path).is_dir()
+
+
+def _files(path: str) -> list[Path]:
+    if Path(path).exists():
+        return [Path(path)]
+    return [file for file in map(Path, sorted(glob.glob(path, recursive=True))) if file.is_file()]
+
+
+def _check_path(domain: DomainOptions, path: str, split: str, key: str) -> list[Problem]:
+    if not _is_files(path):
+        return _check_dataset(domain, path, split, key)
+    files = _files(path)
+    if not files:
+        missing = "no file matches the pattern" if glob.has_magic(path) else "no such file"
+        return [Problem(key, path, f"{missing}; relative paths start at the recipe's folder")]
+    return [problem for file in files for problem in _check_file(domain, file, key)]
+
+
+def _check_file(domain: DomainOptions, file: Path, key: str) -> list[Problem]:
+    if file.suffix in NEEDS_A_FOLDER:
+        fix = f"`{file.suffix}` files are read by `datasets`: put the file in a folder of its own and give the folder"
+        return [Problem(key, str(file), fix)]
+    fixes: list[str] = []
+    count = sum(1 for _ in _read(file, domain, fixes.append))
+    if count == 0 and not fixes:
+        fixes.append("the file holds no text; remove it or fill it")
+    if len(fixes) > PROBLEMS_SHOWN_PER_FILE:
+        fixes[PROBLEMS_SHOWN_PER_FILE:] = [f"and {len(fixes) - PROBLEMS_SHOWN_PER_FILE} more such lines"]
+    return [Problem(key, str(file), fix) for fix in fixes]
+
+
+def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
+    """Yield a file's documents that are not blank, reporting what cannot be read."""
+    size = file.stat().st_size
+    disable = size < BYTES_WORTH_A_PROGRESS_BAR
+    bar = progress.open(
+        file, "rb", description=f"Reading {file.name}", console=console, transient=True, disable=disable
+    )
+    with bar as stream:
+        lines = _decode(stream, report)
+        if file.suffix in JSON_LINES:
+            yield from _read_json_lines(lines, domain, report)
+            return
+        text = "".join(line for _, line in lines)
+    for document in text.split(domain.separator) if domain.separator else [text]:
+        if document.strip():
+            yield document
+
+
+def _decode(lines: Any, report: Report) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            report(f"line {number}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8 text")
+            return
+        if "\0" in text:
+            report(f"line {number}: holds a zero byte, so it is not text; give a UTF-8 text file")
+            return
+        yield number, text
+
+
+def _read_json_lines(lines: Iterator[tuple[int, str]], domain: DomainOptions, report: Report) -> Iterator[Any]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            report(f"line {number}: not JSON ({error.msg} at column {error.colno}); write one JSON object per line")
+            continue
+        fix = _check_row(row, domain)
+        if fix:
+            report(f"line {number}: {fix}")
+        elif row[_field(domain)]:
+            yield row[_field(domain)]
+
+
+def _check_row(row: Any, domain: DomainOptions) -> str | None:
+    if not isinstance(row, dict):
+        return f"must be a JSON object, not {shorten(json.dumps(row), 30)}"
+    field = _field(domain)
+    if field not in row:
+        return _no_such_field(domain, list(row))
+    value = row[field]
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return f"`{field}` holds half a character (a lone surrogate); remove it"
+    if domain.messages_field is None:
+        return None if isinstance(value, str) else f"`{field}` must be text, not {shorten(json.dumps(value), 30)}"
+    keys = ("role", "content")
+    good = isinstance(value, list) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in keys) for turn in value
+    )
+    return None if good else f"`{field}` must be a list of {{role, content}}, not {shorten(json.dumps(value), 30)}"
+
+
+def _no_such_field(domain: DomainOptions, fields: list[str]) -> str:
+    option = "text_field" if domain.messages_field is None else "messages_field"
+    guess = did_you_mean(_field(domain), fields)
+    return f"no field `{_field(domain)}`, only {', '.join(fields) or 'none'}; set `{option}`{guess}"
+
+
+def _open_dataset(domain: DomainOptions, path: str, split: str) -> datasets.Dataset:
+    if any((Path(path) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(path)
+        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    return datasets.load_dataset(path, domain.subset, split=split)
+
+
+def _check_dataset(domain: DomainOptions, path: str, split: str, key: str) -> list[Problem]:
+    try:
+        if Path(path).is_dir():
+            fields: list[str] | None = _open_dataset(domain, path, split).column_names
+        else:
+            info = datasets.load_dataset_builder(path, domain.subset).info
+            fields = list(info.features) if info.features else None
+            if info.splits and split not in info.splits:
+                raise KeyError(split)
+    except KeyError:
+        return [Problem(key, path, f"no split `{split}`; set `split` or `eval_split` to one that it has")]
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = shorten(str(error).strip().partition("\n")[0], 200)
+        return [Problem(key, path, f"no file of that name, and `datasets` cannot read it: {reason}")]
+    missing = fields is not None and _field(domain) not in fields
+    return [Problem(key, path, _no_such_field(domain, fields or []))] if missing else []

@@ -1,0 +1,69 @@
+"""The tables that end a run, drawn from run.json alone."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+Loads = Mapping[str, Sequence[float]]
+"""Expert load by domain."""
+
+
+def summary(record: Mapping[str, Any]) -> RenderableType:
+    """Losses per domain, then which experts each domain used."""
+    domains = record["domains"]
+    tables = [losses_table(domains)]
+    if all(domain["expert_load"] for domain in domains.values()):
+        by_router = loads_by_router(domains)
+        mean = {name: domain["expert_load"] for name, domain in domains.items()}
+        tables.append(
+            experts_table(f"Expert load per domain (share of assignments), mean over {len(by_router)} routers", mean)
+        )
+        if len(by_router) > 1 and len(domains) > 1:
+            # Experts of different routers have nothing in common but their number, so a mean hides most of the routing.
+            router = max(by_router, key=lambda name: difference(by_router[name]))
+            tables.append(experts_table(f"The same in {router}, where the domains differ most", by_router[router]))
+    return Group(*tables)
+
+
+def loads_by_router(domains: Mapping[str, Mapping[str, Any]]) -> dict[str, Loads]:
+    routers = next(iter(domains.values()))["expert_load_by_router"]
+    return {
+        router: {name: domain["expert_load_by_router"][router] for name, domain in domains.items()}
+        for router in routers
+    }
+
+
+def difference(loads: Loads) -> float:
+    """How much domains differ in the experts they use: total variation distance, summed over the pairs of domains.
+
+    >>> difference({"a": [1.0, 0.0], "b": [0.0, 1.0]}), difference({"a": [0.5, 0.5], "b": [0.5, 0.5]})
+    (1.0, 0.0)
+    """
+    pairs = combinations(loads.values(), 2)
+    return sum(abs(left - right) / 2 for pair in pairs for left, right in zip(*pair, strict=True))
+
+
+def losses_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title="Held-out loss per token (nats), before and after")
+    table.add_column("domain")
+    for column in ("train tokens", "held-out tokens", "loss", "perplexity"):
+        table.add_column(column, justify="right")
+    for name, domain in domains.items():
+        loss = f"{domain['loss_before']:.3f} → {domain['loss_after']:.3f}"
+        perplexities = f"{domain['perplexity_before']:.1f} → {domain['perplexity_after']:.1f}"
+        table.add_row(name, f"{domain['train_tokens']:,}", f"{domain['held_out_tokens']:,}", loss, perplexities)
+    return table
+
+
+def experts_table(title: str, loads: Loads) -> Table:
+    """One row per expert and one column per domain: a mixture may have far more experts than a screen has columns."""
+    table = Table(title=title, min_width=len(title))
+    table.add_column("expert", justify="right")
+    for name in loads:
+        table.add_column(name, justify="right")
+    for expert, row in enumerate(zip(*loads.values(), strict=True)):
+        table.add_row(str(expert), *(f"{load:.1%}" for load in row))
+    return table

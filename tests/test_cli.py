@@ -1,0 +1,102 @@
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_recipe, write_recipe
+
+from moelora.cli import COMMANDS, build_parser, main
+from moelora.training.reference import render
+
+
+def help_of(capsys, *command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_and_a_call_that_parses(capsys, command):
+    text = " ".join(help_of(capsys, command).split())
+    options, _, example = COMMANDS[command]
+    for name, field in options.__dataclass_fields__.items():
+        assert name.replace("_", "-") in text.lower()
+        assert " ".join(field.metadata["help"].split()) in text
+    assert example in text
+    build_parser().parse_args(shlex.split(example)[1:])
+
+
+def test_help_shows_a_call_for_every_command(capsys):
+    text = help_of(capsys)
+    for _, _, example in COMMANDS.values():
+        assert example in text
+
+
+def test_a_bad_recipe_ends_with_status_2_and_no_traceback(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {nam: x}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "moelora", "train", recipe], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "did you mean `name`?" in done.stderr
+    assert "  training\n    missing" in done.stderr
+    assert done.stdout == ""
+
+
+def test_bad_settings_name_the_setting(tmp_path, capsys):
+    path = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    assert main(["train", str(path), "--set", "training.max_step=3", "--set", "mixture.num_experts=1"]) == 2
+    error = capsys.readouterr().err
+    assert "2 problems" in error
+    assert "did you mean `max_steps`?" in error
+    assert "num_experts" in error
+
+
+def test_resume_without_a_run_is_refused(tmp_path, capsys):
+    path = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    assert main(["train", str(path), "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_resume_and_overwrite_exclude_each_other(capsys):
+    assert main(["train", "recipe.yaml", "--resume", "--overwrite"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_interrupting_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moelora.cli.load_recipe", interrupted)
+    assert main(["train", "recipe.yaml"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_generate_without_an_adapter_is_refused(tmp_path, capsys):
+    assert main(["generate", "--adapter", str(tmp_path / "gone"), "--prompt", "a"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["generate", "--adapter", str(tmp_path), "--prompt", "a"]) == 2
+    assert "no adapter_config.json" in capsys.readouterr().err
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "adapter_config.json").touch()
+    assert main(["generate", "--adapter", str(tmp_path), "--prompt", "a"]) == 2
+    assert "try" in capsys.readouterr().err
+
+
+def test_generate_checks_its_options(tmp_path, capsys):
+    options = ["--max-new-tokens", "0", "--temperature", "-1"]
+    assert main(["generate", "--adapter", str(tmp_path), "--prompt", "a", *options]) == 2
+    error = capsys.readouterr().err
+    assert "--max-new-tokens = 0" in error
+    assert "--temperature = -1.0" in error
+
+
+def test_the_reference_is_up_to_date():
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    text = page.read_text(encoding="utf-8")
+    assert render(text) == text, "run: python -m moelora.training.reference docs/training.md"
+    assert text.count("<!-- end -->") == 6

@@ -1,0 +1,297 @@
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from tiny import save_tiny_model, tiny_recipe, write_jsonl, write_recipe
+
+from moelora.training import RecipeError, load_recipe
+from moelora.training.recipe import Recipe
+from moelora.training.record import write_json
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipe")
+
+
+@pytest.fixture(scope="module")
+def valid(folder):
+    return tiny_recipe(folder)
+
+
+@pytest.fixture
+def recipe(valid):
+    return copy.deepcopy(valid)
+
+
+def problems(folder, recipe, *overrides, **options):
+    """The problems of a recipe as {key: fix}, and a check that the message holds them all."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_recipe(folder, recipe), overrides, **options)
+    for problem in caught.value.problems:
+        assert problem.key in str(caught.value)
+        assert problem.fix in str(caught.value)
+    return {problem.key: problem.fix for problem in caught.value.problems}
+
+
+def test_a_valid_recipe_resolves_paths_and_defaults(folder, recipe):
+    loaded = load_recipe(write_recipe(folder, recipe))
+    assert loaded.model.name == str(folder / "model")
+    assert loaded.data[0].path == str(folder / "counting.jsonl")
+    assert loaded.output_dir == folder / "out"
+    assert loaded.mixture["target_modules"] == "all-linear"
+    assert loaded.training["seed"] == loaded.seed == 42
+    assert json.loads(json.dumps(loaded.as_dict()))["block_size"] == 32
+
+
+def test_every_mistake_is_reported_at_once(folder, recipe):
+    recipe["model"]["nmae"] = "x"
+    recipe["data"][0]["path"] = "gone.jsonl"
+    recipe["data"][1]["weight"] = 0
+    recipe["blocksize"] = 12
+    recipe["mixture"] |= {"num_expert": 8, "top_k_experts": 5, "router_temperature": -1.0}
+    recipe["training"] |= {"max_step": 3, "learning_rate": -1, "lr_scheduler_type": "cosinus"}
+    found = problems(folder, recipe)
+    assert found["model.nmae"] == "unknown key; did you mean `name`?"
+    assert "no such file" in found["data.counting.path"]
+    assert found["data.shouting.weight"] == "must be greater than 0"
+    assert found["blocksize"] == "unknown key; did you mean `block_size`?"
+    assert found["mixture.num_expert"] == "unknown key; did you mean `num_experts`?"
+    assert "num_experts" in found["mixture.top_k_experts"]
+    assert "greater than 0" in found["mixture.router_temperature"]
+    assert found["training.max_step"] == "unknown key; did you mean `max_steps`?"
+    assert found["training.learning_rate"] == "must be greater than 0"
+    assert "cosine" in found["training.lr_scheduler_type"]
+    assert len(found) == 10
+
+
+# key, value, words of the fix
+MISTAKES = [
+    ("block_size", "long", "must be a whole number, not text"),
+    ("block_size", 1, "2 or greater"),
+    ("block_size", 65, "at most 64 tokens"),
+    ("seed", -1, "0 or greater"),
+    ("seed", True, "must be a whole number, not true or false"),
+    ("max_eval_blocks", 0, "1 or greater"),
+    ("data", [], "at least one domain"),
+    ("data", {"name": "x"}, "must be a list of a mapping"),
+    ("mixture", [1], "must be a mapping"),
+    ("model.name", "missing/model/folder", "no such folder"),
+    ("model.name", "no such hub id", "neither a folder next to the recipe nor a hub id"),
+    ("model.name", "nobody/nothing", "transformers reads"),
+    ("model.name", ".", "lacks config.json, weights, tokenizer"),
+    ("model.gguf_file", "x.gguf", "no such file"),
+    ("model.dtype", "float23", "must be one of auto, float32, bfloat16, float16; did you mean `float32`?"),
+    ("data.counting.eval_fraction", 1.0, "less than 1"),
+    ("data.counting.weight", float("inf"), "finite"),
+    ("mixture.target_modules", ["no_proj"], "no_proj"),
+    ("mixture.task_type", "SEQ_CLS", "CAUSAL_LM"),
+    ("mixture.router_scope", "layer", "block, model, module"),
+    ("mixture.use_dora", True, "use_dora"),
+    ("mixture.inference_mode", True, "drop it"),
+    ("mixture.num_experts", 2.5, "must be a whole number, not a number"),
+    ("training.seed", 3, "set `seed` at the top"),
+    ("training.resume_from_checkpoint", "x", "--resume"),
+    ("training.output_dir", "recipe.yaml", "is a file"),
+    ("training.output_dir", None, "missing"),
+    ("training.max_steps", 0, "1 or greater"),
+    ("training.optim", "sgdd", "sgd"),
+    ("training.per_device_train_batch_size", "4", "must be a whole number, not text"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), MISTAKES, ids=[f"{key}={value}" for key, value, _ in MISTAKES])
+def test_a_mistake_is_reported_with_key_and_fix(folder, recipe, key, value, expected):
+    found = problems(folder, recipe, f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
+    assert expected in found[key]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("section", ["model", "data", "training"])
+def test_missing_sections_are_named(folder, recipe, section):
+    del recipe[section]
+    assert problems(folder, recipe)[section].startswith("missing; ")
+
+
+def test_two_domains_need_two_names(folder, recipe):
+    recipe["data"][1]["name"] = "counting"
+    assert "two domains of this name" in problems(folder, recipe)["data"]
+
+
+def test_domain_names_are_plain(folder, recipe):
+    recipe["data"][0]["name"] = "a b"
+    assert "letters, digits" in problems(folder, recipe)["data.a b.name"]
+
+
+def test_an_empty_model_folder_with_a_gguf_file_says_so(folder, recipe):
+    (folder / "packed").mkdir(exist_ok=True)
+    (folder / "packed" / "weights.gguf").touch()
+    assert "model.gguf_file" in problems(folder, recipe, "model.name=packed")["model.name"]
+
+
+# The file itself
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: [", "line"),
+        ("- a list", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("seed: 1\nseed: 2\n", "`seed` is given 2 times"),
+        ("model: !!python/object:os.system x", "not readable as YAML"),
+    ],
+)
+def test_unreadable_recipes_are_reported(tmp_path, text, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="1 problem") as caught:
+        load_recipe(path)
+    assert expected in str(caught.value)
+
+
+def test_a_missing_recipe_is_reported(tmp_path):
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "gone.yaml")
+
+
+def test_numbers_like_2e_4_are_numbers(folder, recipe):
+    path = write_recipe(folder, recipe)
+    path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: 2e-4"))
+    assert load_recipe(path).training["learning_rate"] == 2e-4
+
+
+# --set
+
+
+def test_settings_replace_what_the_recipe_says(folder, recipe):
+    loaded = load_recipe(
+        write_recipe(folder, recipe),
+        ["seed=7", "data.shouting.weight=3", "training.learning_rate=1e-3", "mixture.expert_dropout=0.1"],
+    )
+    assert (loaded.seed, loaded.training["seed"]) == (7, 7)
+    assert loaded.data[1].weight == 3
+    assert loaded.training["learning_rate"] == 1e-3
+    assert loaded.mixture["expert_dropout"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("seed", "KEY=VALUE"), ("=3", "KEY=VALUE"), ("data.nobody.weight=2", "no section `data.nobody`"), ("a=[", "YAML")],
+)
+def test_bad_settings_are_reported(folder, recipe, override, expected):
+    assert expected in problems(folder, recipe, override)["--set"]
+
+
+# The output folder
+
+
+@pytest.fixture
+def record(folder, recipe):
+    resolved = load_recipe(write_recipe(folder, recipe)).as_dict()
+    path = folder / "out" / "run.json"
+    yield lambda status, **changes: write_json(
+        path, {"status": status, "recipe": {**resolved, **changes}, "domains": {}}
+    )
+    path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def checkpoint(folder):
+    path = folder / "out" / "checkpoint-2"
+    path.mkdir(parents=True)
+    (path / "trainer_state.json").write_text("{}")
+    save_file({"weight": torch.zeros(1)}, path / "adapter_model.safetensors")
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_finished_run_is_not_overwritten_unasked(folder, recipe, record):
+    record("finished")
+    assert "--overwrite" in problems(folder, recipe)["training.output_dir"]
+    assert load_recipe(write_recipe(folder, recipe), overwrite=True)
+
+
+def test_an_unfinished_run_is_resumed_or_overwritten(folder, recipe, record, checkpoint):
+    record("training")
+    assert "--resume" in problems(folder, recipe)["training.output_dir"]
+    assert load_recipe(write_recipe(folder, recipe), resume=True)
+    (checkpoint / "trainer_state.json").unlink()
+    assert load_recipe(write_recipe(folder, recipe)), (
+        "a run that died before its first checkpoint leaves nothing to lose"
+    )
+
+
+def test_resume_needs_a_complete_checkpoint(folder, recipe, record, checkpoint):
+    assert "no readable run.json" in problems(folder, recipe, resume=True)["training.output_dir"]
+    record("training")
+    (checkpoint / "trainer_state.json").unlink()
+    assert "no complete checkpoint" in problems(folder, recipe, resume=True)["training.output_dir"]
+
+
+def test_a_folder_with_something_elses_run_is_left_alone(folder, recipe, record, checkpoint):
+    assert "something else" in problems(folder, recipe)["training.output_dir"]
+    shutil.move(checkpoint / "trainer_state.json", folder / "out" / "run.json")
+    assert "something else" in problems(folder, recipe)["training.output_dir"]
+    assert load_recipe(write_recipe(folder, recipe), overwrite=True)
+
+
+def test_resume_refuses_a_damaged_checkpoint(folder, recipe, record, checkpoint):
+    record("training")
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"\x10\0\0")
+    assert "checkpoint-2 is damaged" in problems(folder, recipe, resume=True)["training.output_dir"]
+
+
+def test_resume_refuses_another_recipe(folder, recipe, record, checkpoint):
+    record("training")
+    found = problems(folder, recipe, "mixture.r=4", "data.shouting.weight=1", resume=True)
+    assert set(found) == {"mixture.r", "data.shouting.weight"}
+    assert "was 2 when the run began" in found["mixture.r"]
+    assert load_recipe(write_recipe(folder, recipe), ["training.max_steps=8"], resume=True).training["max_steps"] == 8
+
+
+def test_help_stands_on_every_field():
+    import dataclasses
+
+    from moelora import MoELoraConfig
+    from moelora.cli import TrainOptions
+    from moelora.training.generate import GenerateOptions
+    from moelora.training.recipe import DomainOptions, ModelOptions
+
+    for cls in (Recipe, ModelOptions, DomainOptions, TrainOptions, GenerateOptions, MoELoraConfig):
+        for field in dataclasses.fields(cls):
+            assert not field.init or field.metadata.get("help"), f"{cls.__name__}.{field.name}"
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+
+    class Unwritable:
+        def __str__(self):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_json(path, {"a": Unwritable()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_quickstart_recipe_is_valid(tmp_path):
+    from pathlib import Path
+
+    source = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
+    assert source.read_text().startswith("# moelora train examples/quickstart.yaml\n")
+    names = [domain["name"] for domain in yaml.safe_load(source.read_text())["data"]]
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "runs" / "quickstart" / "data").mkdir(parents=True)
+    for name in names:
+        write_jsonl(tmp_path / "runs" / "quickstart" / "data" / f"{name}.jsonl", [{"text": "a"}, {"text": "b"}])
+    save_tiny_model(tmp_path / "runs" / "quickstart" / "model", max_length=128)
+    recipe = tmp_path / "examples" / source.name
+    recipe.write_text(source.read_text())
+    assert [domain.name for domain in load_recipe(recipe).data] == names

