@@ -128,7 +128,7 @@ class TunerModel(LoraModel):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
-        self.check_targets(config, self.resolve_targets(config))
+        self.check_targets(config, self.resolve_targets(config) if config.use_moe_routing else [])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):

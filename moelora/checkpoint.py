@@ -207,7 +207,7 @@ def _load_adapter(
             model.delete_adapter(adapter_name)
         raise
     if is_new and is_trainable:
-        model.base_model.train_adapter(adapter_name)
+        model.set_requires_grad(adapter_name)
     return result
 
 

@@ -43,6 +43,8 @@ class MoELoraLayer(_LayerBase):
     lora_A[adapter].weight is [E * r, D] and lora_B[adapter].weight [O, E * r]; rank block e is expert e.
     """
 
+    other_param_names = (*LoraLayer.other_param_names, "num_experts")  # deleted with an adapter
+
     link: LayerLink
     num_experts: dict[str, int]
     moe_router: MoELoraRouter  # "module" scope only

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from peft.functional import set_adapter as set_auxiliary_adapter
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import blocks
@@ -203,12 +203,19 @@ class MoELoraModel(RoutingControls, TunerModel):
         Raises:
             ValueError: an adapter does not exist, or the adapters disagree on a field that the mixture shares.
         """
+        if self.routing_or_none is None:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            return
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_agreement(names)
-        # modules_to_save and trainable tokens know one active adapter: the mixture's first.
-        set_auxiliary_adapter(self.model, adapter_name=names[:1] or [], inference_mode=inference_mode, layer_cls=())
         for module in self.model.modules():
-            if isinstance(module, self.tuner_layer_cls):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                # Modules to save and trainable tokens can be one adapter's only: the mixture's first that has them.
+                chosen: str | list[str] = next(
+                    (name for name in names if module.check_set_adapter([name]) is not None), []
+                )
+                module.set_adapter(chosen, inference_mode=inference_mode)
+            elif isinstance(module, self.tuner_layer_cls):
                 if module.merged:
                     module.unmerge()
                 module.set_adapter(names, inference_mode=inference_mode)
@@ -255,6 +262,10 @@ class MoELoraModel(RoutingControls, TunerModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; the others of the mixture stay active and as trainable as they were."""
         remaining = [name for name in self.active_adapters if name != adapter_name]
+        is_merged = any(getattr(module, "merged", False) for module in self.model.modules())
+        if self.routing_or_none is None or is_merged:  # PEFT refuses where the merged adapter is to go
+            super().delete_adapter(adapter_name)
+            return
         with self.keep_trainability():
             if remaining and adapter_name in self.peft_config:
                 self.set_adapter(remaining[:1])  # PEFT's modules_to_save refuse several active adapters here

@@ -152,8 +152,19 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         return torch.cat([router(num_pooled) for router in self.active_routers()])
 
     def fixed_weights_of(self, adapter_name: str) -> Tensor:
-        """[E] of one adapter in the present pool; the adapter's router must be fixed."""
-        return self[adapter_name](sum(count for _, count in self.pool))
+        """[E] of one adapter, in the present pool where it is active; the adapter's router must be fixed."""
+        pool = dict(self.pool)
+        return self[adapter_name](sum(pool.values()) if adapter_name in pool else self[adapter_name].num_experts)
+
+    @property
+    def in_features(self) -> int:
+        """H, as on PEFT's layers."""
+        return self.hidden_size
+
+    @property
+    def out_features(self) -> int:
+        """E."""
+        return sum(count for _, count in self.pool)
 
     def grow(self, sums: RoutingSums, commit: bool) -> None:
         """Add a training forward's routing mass and assignments; commit adds them to maturity and counters.
