@@ -211,10 +211,8 @@ class MoELoraModel(RoutingControls, TunerModel):
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 # Modules to save and trainable tokens can be one adapter's only: the mixture's first that has them.
-                chosen: str | list[str] = next(
-                    (name for name in names if module.check_set_adapter([name]) is not None), []
-                )
-                module.set_adapter(chosen, inference_mode=inference_mode)
+                holders = [name for name in names if module.check_set_adapter([name]) is not None]
+                module.set_adapter(holders[:1], inference_mode=inference_mode)
             elif isinstance(module, self.tuner_layer_cls):
                 if module.merged:
                     module.unmerge()
