@@ -95,7 +95,8 @@ class MixturePeftModel(PeftModel):
 
 
 def _mixture_class(cls: type[PeftModel]) -> type[PeftModel]:
-    return type(f"MoELora{cls.__name__}", (MixturePeftModel, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+    doc = f"PEFT's {cls.__name__} around a mixture; see [`MixturePeftModel`]."
+    return type(f"MoELora{cls.__name__}", (MixturePeftModel, cls), {"__module__": __name__, "__doc__": doc})
 
 
 _CLASSES = {cls: _mixture_class(cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
