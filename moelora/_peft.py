@@ -79,10 +79,13 @@ class RouterTunerLayer(BaseTunerLayer):
         """Move one adapter's router to where it is needed."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing to merge: the layers merge their deltas."""
+        """Note what the layers merge: a model's status compares all tuner layers."""
+        available = self._get_available_adapters()
+        self.merged_adapters = [name for name in adapter_names or self.active_adapters if name in available]
 
     def unmerge(self) -> None:
-        """Nothing to unmerge."""
+        """Forget what was merged."""
+        self.merged_adapters = []
 
 
 class TunerModel(LoraModel):

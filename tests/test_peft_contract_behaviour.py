@@ -369,3 +369,11 @@ def test_no_routing_is_plain_lora_to_the_bit():
     torch.testing.assert_close(
         ours.merge_and_unload()(**NO_LABELS).logits, theirs.merge_and_unload()(**NO_LABELS).logits
     )
+
+
+def test_a_merged_mixture_reports_itself_merged():
+    model = mixture_of("llama", router_type="fixed")
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    model.unmerge_adapter()
+    assert model.get_model_status().merged_adapters == []

@@ -1,0 +1,129 @@
+"""Why a case of PEFT's tests does not apply to a mixture, or applies and ends otherwise by design.
+
+The first pattern found in "<test> <message>" counts. What no pattern explains is a bug and fails the command.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One class of cases.
+
+    Args:
+        pattern: regular expression over the test's name and the error's message.
+        reason: a sentence for the record.
+        applies: False where the mixture refuses by name what the case needs.
+        plain: also expected with `use_moe_routing=False`.
+    """
+
+    pattern: str
+    reason: str
+    applies: bool = False
+    plain: bool = False
+
+
+DEVIATIONS = (
+    Deviation(
+        r"`(?P<option>\w+)` \(.*\) cannot be honoured by a mixture",
+        "the case sets `{option}`, which MoELoraConfig refuses: experts weighted per token cannot honour it",
+    ),
+    Deviation(
+        r"which a mixture cannot route",
+        "the case adapts an embedding, a convolution or another layer that is not linear",
+    ),
+    Deviation(r"cannot merge: router_type=|has no single delta", 'merging needs `router_type="fixed"`'),
+    Deviation(
+        r"`add_weighted_adapter` cannot", "`add_weighted_adapter` would combine experts as if they were one LoRA"
+    ),
+    Deviation(r"`adapter_names` cannot", "`adapter_names` gives each sample one adapter; a mixture's act together"),
+    Deviation(r"`safe_serialization=False` cannot", "a mixture of several adapters is saved as safetensors only"),
+    Deviation(
+        r"Hotswapping only supports LORA|PEFT types found: MOELORA|MIXED models|mixed models|`PeftMixedModel`",
+        "PEFT's hot-swapping and PeftMixedModel list the methods they accept by type",
+        plain=True,
+    ),
+    Deviation(
+        r"initial adapter should be set to `True`|<- ValueError: `eigens` attribute not found",
+        "PEFT's `path_initial_model_for_weight_conversion` resets `init_lora_weights` for its own type only",
+        plain=True,
+    ),
+    Deviation(
+        r"warns_for_unsharded_state_dict",
+        "PEFT checks gathered FSDP weights for its own type only",
+        applies=True,
+        plain=True,
+    ),
+    Deviation(
+        r"'MoELoraModel' == 'LoraModel'|test_peft_types|startswith.*lora\.MoELora|child of <class 'moelora",
+        "the case expects the type or class names of PEFT's LoRA",
+        applies=True,
+        plain=True,
+    ),
+    Deviation(
+        r"Can't find 'adapter_config.json' at|Could not determine the dtype of this adapter",
+        "several adapters are saved as one mixture and loaded under their own names, not one directory each",
+        applies=True,
+    ),
+    Deviation(
+        r"test_active_adapter |test_set_adapter_non_overlapping|test_delete_adapter_(with_)?multiple_adapters_"
+        r"|test_loading_model_requires_grad_set_correctly|test_set_requires_grad |test_scaling_multiple_adapters "
+        r"|test_requires_grad_(lora_\w+_targets|modules_to_save_\w+|follows_inference_mode_\w+) .*to require gradients",
+        "an added adapter joins the mixture at once, active and trainable, and routers are trainable too",
+        applies=True,
+    ),
+    Deviation(
+        r"with_(same|overlapping)_(modules_to_save|trainable_token_indices)_raises .*DID NOT RAISE",
+        "adapters that save the same module may be active together: the first one's copy is in use",
+        applies=True,
+    ),
+    Deviation(
+        r"Rank \d+ is not equal to|TestRankAndAlphaPattern|target rank|compiled_hotswap|test_scaling_with_rslora ",
+        "a layer stores its experts as one LoRA of rank num_experts * r, which the case reads, or rounds with",
+        applies=True,
+    ),
+    Deviation(
+        r"test_lora_linear_init_gaussian",
+        "the case tests the randomness of one seed's draw, whose shape is num_experts times as large",
+        applies=True,
+    ),
+    Deviation(
+        r"TunerLayerStatus|test_quantization_backend|TestTunerStateDictKeyPrefixes|name_is_suffix_of_another_module"
+        r"|test_(active_adapters|available_adapters|devices_all_cpu|enabled|layer_names|merge_adapters|module_type"
+        r"|nb_params|num_adapter_layers|requires_grad)_small |(same_as_module_name|missing_keys_warning) .*moe_router",
+        "the case counts the model's tuner layers or weights, and routers are among them",
+        applies=True,
+    ),
+    Deviation(
+        r"test_multiple_active_adapters_with_(overlapping|same)_(modules_to_save|trainable_token_indices)_raises",
+        "several active adapters may name the same module to save: the first one's copy is used",
+        applies=True,
+    ),
+    Deviation(
+        r"test_inject_from_state_dict_(missing_keys_warning|low_cpu_mem_usage)",
+        "routers come with the layers, whatever the state dict lists, and their buffers are real, not meta, tensors",
+        applies=True,
+    ),
+    Deviation(
+        r"test_add_second_adapter_with_all_linear_works",
+        "`add_adapter` copies the configuration, so the caller's own does not get the resolved targets",
+        applies=True,
+    ),
+    Deviation(
+        r"test_from_pretrained_missing_keys_warning|does not fit the model",
+        "a checkpoint with missing or extra weights is refused, where PEFT warns",
+        applies=True,
+    ),
+)
+
+
+def explain(test: str, message: str, is_plain: bool) -> tuple[str, bool] | None:
+    """The reason for a failure and whether the case applies; None for a bug."""
+    for deviation in DEVIATIONS:
+        found = re.search(deviation.pattern, f"{test} {message}", re.DOTALL)
+        if found and (deviation.plain or not is_plain):
+            return deviation.reason.format(**found.groupdict()), deviation.applies
+    return None
