@@ -44,7 +44,9 @@ test: $(INSTALLED) $(OLD_TRL)
 slow: $(EXAMPLE)
 	$(BIN)/python -m pytest -m slow
 
+# PEFT's tests import diffusers and attrs.
 peft-suite: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet diffusers attrs
 	$(BIN)/python tests/peft_suite/run.py
 
 lint: $(INSTALLED)

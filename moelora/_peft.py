@@ -6,6 +6,7 @@ method of ours. tests/test_peft_contract.py checks every name and signature used
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,7 @@ class TunerModel(LoraModel):
 
     def resolve_targets(self, config: MoELoraConfig) -> list[str]:
         """Names of the modules that injecting config would adapt."""
+        config = copy.copy(config)  # PEFT resolves defaults and "all-linear" on the object itself
         config = self._prepare_adapter_config(config, self.get_model_config(self.model))
         config = _maybe_include_all_linear_layers(config, self.model)
         inside = tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer))

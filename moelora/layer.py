@@ -47,6 +47,7 @@ class MoELoraLayer(_LayerBase):
 
     link: LayerLink
     num_experts: dict[str, int]
+    merged_weights: dict[str, Tensor]  # fixed routing weights [E] of each merged adapter
     moe_router: MoELoraRouter  # "module" scope only
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -103,6 +104,20 @@ class MoELoraLayer(_LayerBase):
             )
         return routing.weights_for(x, self.link.name), routing.pool
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """See PEFT. The experts weigh in as in a mixture of the adapters that are merged, whatever is active, and their
+        weights are kept, so that unmerging takes back what was merged even if routing has changed since."""
+        names = list(adapter_names or self.active_adapters)
+        if self.link.state.configs[names[0]].router_type == "fixed":
+            chosen = {name: self._fixed_router().fixed_weights_of(name, names) for name in names if name in self.lora_A}
+            self.merged_weights = chosen | self.merged_weights
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """See PEFT."""
+        super().unmerge()
+        self.merged_weights = {}
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """[O, D] (PEFT's orientation): the adapter's delta under fixed routing, which alone can be merged.
 
@@ -113,7 +128,10 @@ class MoELoraLayer(_LayerBase):
         if config.router_type != "fixed":
             raise ValueError(f'`{self.link.name}` routes per token and has no single delta; use router_type="fixed"')
         factor = self.lora_B[adapter].weight
-        weights_E = self._fixed_router().fixed_weights_of(adapter) * config.routing_scale
+        weights_E = self.merged_weights.get(adapter)
+        if weights_E is None:
+            weights_E = self._fixed_router().fixed_weights_of(adapter, self.active_adapters)
+        weights_E = weights_E * config.routing_scale
         per_rank = weights_E.repeat_interleave(factor.shape[1] // self.num_experts[adapter])
         original = factor.data
         try:  # PEFT's own method does the rest: transposition, precision, quantised types
@@ -167,6 +185,7 @@ def make_routed(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
     if not isinstance(layer, MoELoraLayer):
         layer.__class__ = routed_class(type(layer))
         layer.num_experts = {}
+        layer.merged_weights = {}
     layer.num_experts[adapter_name] = count_experts(adapter_name, config)
     if config.init_lora_weights == "gaussian" and not layer.lora_A[adapter_name].weight.is_meta:
         # PEFT draws with deviation 1 / rank, and the stored rank is that of all experts together.

@@ -240,14 +240,12 @@ class MoELoraModel(RoutingControls, TunerModel):
             return
         with self.keep_trainability():
             self.set_adapter([*self.active_adapters, adapter_name])
-        self.train_adapter(adapter_name, not self.peft_config[adapter_name].inference_mode)
-
-    def train_adapter(self, adapter_name: str, is_trainable: bool = True) -> None:
-        """Make an adapter's experts and routers trainable or frozen, but not its copies of `modules_to_save`: only the
-        first adapter's are in use."""
-        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
-        for layer in layers:
-            layer.set_requires_grad(adapter_name, is_trainable)
+        is_trainable = not self.peft_config[adapter_name].inference_mode
+        for module in self.model.modules():
+            # Of its modules to save, only those in use: another adapter's copy may be the active one.
+            is_in_use = isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module.active_adapters
+            if is_in_use or isinstance(module, self.tuner_layer_cls):
+                cast(Any, module).set_requires_grad(adapter_name, is_trainable)
 
     @contextmanager
     def keep_trainability(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -151,10 +152,10 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         num_pooled = sum(count for _, count in self.pool)
         return torch.cat([router(num_pooled) for router in self.active_routers()])
 
-    def fixed_weights_of(self, adapter_name: str) -> Tensor:
-        """[E] of one adapter, in the present pool where it is active; the adapter's router must be fixed."""
-        pool = dict(self.pool)
-        return self[adapter_name](sum(pool.values()) if adapter_name in pool else self[adapter_name].num_experts)
+    def fixed_weights_of(self, adapter_name: str, mixture: Sequence[str]) -> Tensor:
+        """[E] of one adapter in a mixture of these adapters, a copy; the adapter's router must be fixed."""
+        num_pooled = sum(self[name].num_experts for name in mixture if name in self.lora_router)
+        return self[adapter_name](num_pooled).clone()
 
     @property
     def in_features(self) -> int:
