@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,19 +25,11 @@ def save_router(router: nn.Module, path: Path) -> None:
     """
     try:
         torch.save(router, path)
-    except (AttributeError, TypeError, ImportError) as error:  # what pickle raises, PicklingError included below
-        raise ValueError(_cannot_save(router, error)) from error
-    except Exception as error:
-        if type(error).__name__ != "PicklingError":
-            raise
-        raise ValueError(_cannot_save(router, error)) from error
-
-
-def _cannot_save(router: nn.Module, error: Exception) -> str:
-    return (
-        f"the attached router {type(router).__name__} cannot be saved ({error}); define its classes and functions at "
-        "the top level of a module"
-    )
+    except (pickle.PicklingError, AttributeError, TypeError, ImportError) as error:  # all of which pickle raises
+        raise ValueError(
+            f"the attached router {type(router).__name__} cannot be saved ({error}); define its classes and functions "
+            "at the top level of a module"
+        ) from error
 
 
 def load_router(tuner: MoELoraModel, path: Path) -> None:
