@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .balance import finish_forward
+from .shared_input import SharedInputs
 from .state import ForwardContext, RoutingState, call_attached_router
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class BlockRouting:
     shared_by_user: bool  # weights are the user's own or the attached router's
     router: MoELoraRouter | None  # the block's or model's
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
+    inputs: SharedInputs = field(default_factory=SharedInputs)
     encoder_weights: Tensor | None = None
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
@@ -197,7 +199,8 @@ class BlockHook:
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, also called when the forward raised."""
-        if not self.in_region:
+        if not self.in_region and self.routing is not None:
+            self.routing.inputs.close()
             self.routing = None
 
     def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
@@ -299,7 +302,11 @@ class _RoutedRegion:
         if position is not None and len(args) > position and encoder_hidden is not None:
             encoder_hidden = args[position]
         self.hook.routing = dataclasses.replace(
-            self.routing, weights=weights, encoder_hidden=encoder_hidden, encoder_weights=None
+            self.routing,
+            weights=weights,
+            encoder_hidden=encoder_hidden,
+            inputs=SharedInputs(),
+            encoder_weights=None,
         )
         context.in_checkpoint, context.recomputing = True, self.has_run
         self.has_run = self.hook.in_region = True

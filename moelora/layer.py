@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import MoELoraConfig, count_experts
 from .forward import BlockHook
-from .ops import ExpertPool, mixture_linear
+from .ops import ExpertPool, can_fuse, mixture_fused, mixture_linear
 from .router import MoELoraRouter, Pool
 from .state import RoutingState
 
@@ -27,6 +27,7 @@ class LayerLink:
     name: str
     state: RoutingState
     hook: BlockHook | None  # of the block around it; None outside every block
+    followers: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
 
 
 # Python lets an object change its class only where the memory layouts agree, so at run time the mixin has no base.
@@ -57,12 +58,29 @@ class MoELoraLayer(_LayerBase):
             RuntimeError: the layer is called outside its block, which decides its routing.
             ValueError: x does not line up with the tokens that were routed.
         """
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or not names:
+        pools = self.expert_pools()
+        if not pools:
             return super().forward(x, *args, **kwargs)
         weights, pool = self.routing_weights(x)
-        weights = _columns(weights, pool, names).to(x.device)
-        return mixture_linear(self.base_layer, x, [self.expert_pool(name) for name in names], weights, *args, **kwargs)
+        weights = _columns(weights, pool, self._routed_adapters()).to(x.device)
+        if args or kwargs or not self.is_fusible(pools):
+            return mixture_linear(self.base_layer, x, pools, weights, *args, **kwargs)
+        hook = self.link.hook
+        projection = None if hook is None or hook.routing is None else hook.routing.inputs.projection(self, x)
+        return mixture_fused(self.base_layer, x, pools, weights, projection)
+
+    def _routed_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def is_fusible(self, pools: list[ExpertPool]) -> bool:
+        """Whether the hand-written compute serves this layer with these pools."""
+        return bool(pools) and can_fuse(self.base_layer, pools)
+
+    def expert_pools(self) -> list[ExpertPool]:
+        """The factors of every routed adapter, in expert order; none where PEFT computes: disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self.expert_pool(name) for name in self._routed_adapters()]
 
     def expert_pool(self, adapter_name: str) -> ExpertPool:
         """The factors of one adapter's experts."""

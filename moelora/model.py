@@ -19,6 +19,7 @@ from .forward import BlockHook, ForwardHook, encoder_argument_position
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
+from .shared_input import readers_of
 from .state import RoutingState
 
 
@@ -116,6 +117,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             if not hasattr(layer, "link"):
                 hook = self._hook_block(block, config.router_scope) if block else None
                 layer.link = LayerLink(name, state, hook)
+        self._link_readers()
         state.routers = {m.name: m for m in self.model.modules() if isinstance(m, MoELoraRouter)}
         is_trainable = adapter_name in self.active_adapters and not config.inference_mode
         with self.keep_trainability():
@@ -124,6 +126,14 @@ class MoELoraModel(RoutingControls, TunerModel):
         for router in state.routers.values():
             if adapter_name in router.lora_router:
                 router[adapter_name].requires_grad_(is_trainable)
+
+    def _link_readers(self) -> None:
+        """Tell every routed layer which others read the same tensor after it."""
+        for parent in self.model.modules():
+            for names in readers_of(type(parent).forward):
+                children = [child for name in names if isinstance(child := getattr(parent, name, None), MoELoraLayer)]
+                for i, child in enumerate(children):
+                    child.link.followers = tuple(children[i + 1 :])
 
     def _open_state(self) -> RoutingState:
         state = self.routing_or_none

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ._peft import RouterTunerLayer
 from .config import MoELoraConfig, count_experts
 from .ops.norm_linear import norm_linear
+from .ops.triton import kernels_for
 from .routing import FixedRouter, Router, Routing, route
 from .stats import RoutingSums, RoutingTotals
 
@@ -91,9 +93,9 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         if config.router_type == "fixed":
             return self._fixed_weights().expand(*hidden.shape[:-1], -1)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self._logits(hidden)
             maturity_E = self.maturity() if maturity_E is None else maturity_E
-            return self._route(logits.flatten(0, -2), config, maturity_E).weights.view_as(logits)
+            logits_TE = self._logits(self._checked(hidden), self._first_weights())
+            return self._route(logits_TE, config, maturity_E).weights.view(*hidden.shape[:-1], -1)
 
     def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
         """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
@@ -104,38 +106,89 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         config = self.state.config
         if config.router_type == "fixed":
             weights = self._fixed_weights().expand(*hidden.shape[:-1], -1)
-            return self._finish(weights, config, context)
+            return self._finish(weights, config.routing_scale, context)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self._logits(hidden)
-            logits_TE = logits.flatten(0, -2)
-            mask_T = None if mask is None else mask.to(logits.device).flatten()
+            weight_NH = self._first_weights()
+            hidden_TH = self._checked(hidden).to(weight_NH.device)
+            mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
+            maturity_E = context.maturity(self) if config.router_type == "learned_with_maturity" else None
             capacity_factor = config.expert_capacity_factor if context.training else None
-            routing = self._route(logits_TE, config, context.maturity(self), mask_T, capacity_factor)
-            context.record(self, RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type))
-            return self._finish(routing.weights, config, context).view_as(logits)
+            if self._can_fuse(hidden_TH, weight_NH, capacity_factor):
+                routed = self._fused(hidden_TH, weight_NH, config, maturity_E, mask_T, capacity_factor)
+                weights_TE, sums, scale = *routed, 1.0
+            else:
+                logits_TE = self._logits(hidden_TH, weight_NH)
+                routing = self._route(logits_TE, config, maturity_E, mask_T, capacity_factor)
+                sums = RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type)
+                weights_TE, scale = routing.weights, config.routing_scale
+            context.record(self, sums)
+            return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], -1)
 
-    @staticmethod
-    def _finish(weights: Tensor, config: MoELoraConfig, context: ForwardContext) -> Tensor:
-        return F.dropout(weights, config.expert_dropout, training=context.training) * config.routing_scale
+    def _finish(self, weights: Tensor, scale: float, context: ForwardContext) -> Tensor:
+        weights = F.dropout(weights, self.state.config.expert_dropout, training=context.training)
+        return weights if scale == 1.0 else weights * scale
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _checked(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] as [T, H]."""
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"the router of `{self.name or 'the model'}` reads hidden states of width {self.hidden_size}, but got "
                 f'{hidden.shape[-1]}; use router_scope="module"'
             )
+        return hidden.flatten(0, -2)
+
+    def _first_weights(self) -> Tensor:
+        """[N, H]: what the normalised hidden states meet first, of all active adapters."""
+        firsts = [router.first_weight for router in cast("list[Router]", self.active_routers())]
+        return firsts[0] if len(firsts) == 1 else torch.cat(firsts)
+
+    def _logits(self, hidden_TH: Tensor, weight_NH: Tensor) -> Tensor:
+        """[T, E]."""
         routers = cast("list[Router]", self.active_routers())
-        firsts = [router.first_weight for router in routers]
-        weight = firsts[0] if len(firsts) == 1 else torch.cat(firsts)
-        pieces = norm_linear(hidden.to(weight.device), weight).split([first.shape[0] for first in firsts], dim=-1)
+        pieces = norm_linear(hidden_TH.to(weight_NH.device), weight_NH).split(
+            [router.first_weight.shape[0] for router in routers], dim=-1
+        )
         logits = [router.logits(piece) for router, piece in zip(routers, pieces, strict=True)]
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+
+    def _can_fuse(self, hidden_TH: Tensor, weight_NH: Tensor, capacity_factor: float | None) -> bool:
+        """Whether the Triton router serves these tokens; else steps 1 to 3 run one by one."""
+        if not kernels_for(hidden_TH):
+            return False
+        from .ops.triton.router import serves
+
+        is_linear = all(router.hidden_weight is None for router in cast("list[Router]", self.active_routers()))
+        return is_linear and serves(hidden_TH, weight_NH, capacity_factor)
+
+    @staticmethod
+    def _fused(
+        hidden_TH: Tensor,
+        weight_EH: Tensor,
+        config: MoELoraConfig,
+        maturity_E: Tensor | None,
+        mask_T: Tensor | None,
+        capacity_factor: float | None,
+    ) -> tuple[Tensor, RoutingSums]:
+        """Weights [T, E], times routing_scale, and sums by one kernel."""
+        from .ops.triton.router import route_fused
+
+        weights_TE, flat, probs, squared_lse = route_fused(
+            hidden_TH,
+            weight_EH,
+            top_k=min(config.top_k_experts, weight_EH.shape[0]),
+            temperature=config.router_temperature,
+            maturity_E=maturity_E,
+            mask_T=mask_T,
+            capacity_factor=capacity_factor,
+            scale=config.routing_scale,
+        )
+        return weights_TE, replace(RoutingSums.of_flat(flat), probs=probs, squared_lse=squared_lse)
 
     @staticmethod
     def _route(
         logits_TE: Tensor,
         config: MoELoraConfig,
-        maturity_E: Tensor,
+        maturity_E: Tensor | None,
         mask_T: Tensor | None = None,
         capacity_factor: float | None = None,
     ) -> Routing:

@@ -179,12 +179,14 @@ def route(
         >>> [round(w, 4) for w in route(logits, top_k=2, maturity_E=torch.zeros(3)).weights[0].tolist()]
         [0.09, 0.2447, 0.6652]
     """
-    probs_TE = torch.softmax(logits_TE / temperature, dim=-1)
+    probs_TE = torch.softmax(logits_TE if temperature == 1.0 else logits_TE / temperature, dim=-1)
     selected_TE = top_k_mask(probs_TE, top_k)
     kept_TE = selected_TE
     if capacity_factor is not None and top_k < logits_TE.shape[-1]:
         kept_TE = within_capacity(probs_TE.detach(), selected_TE, mask_T, capacity_factor, top_k)
     outside_E = 0.0 if maturity_E is None else 1.0 - maturity_E
-    total_T1 = (probs_TE * torch.where(selected_TE, 1.0, outside_E)).sum(dim=-1, keepdim=True)
-    weights_TE = probs_TE * torch.where(kept_TE, 1.0, outside_E) / total_T1
-    return Routing(weights_TE, probs_TE, selected_TE, kept_TE)
+    shares_TE = probs_TE * torch.where(selected_TE, 1.0, outside_E)
+    total_T1 = shares_TE.sum(dim=-1, keepdim=True)
+    if kept_TE is not selected_TE:
+        shares_TE = probs_TE * torch.where(kept_TE, 1.0, outside_E)
+    return Routing(shares_TE / total_T1, probs_TE, selected_TE, kept_TE)

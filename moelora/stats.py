@@ -5,7 +5,7 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch import Tensor
 from .losses import load_balancing_loss, masked_sum, z_loss
 from .routing import Routing, top_k_mask
 
+PER_EXPERT = ("assignments", "top1", "mass", "probs")  # sums [E]; the others are []
+
 
 @dataclass(frozen=True)
 class RoutingSums:
-    """Sums of one routing decision over its non-padding tokens."""
+    """Sums of one routing decision over its non-padding tokens. The Triton router writes them in this order."""
 
     num_tokens: Tensor  # []
     assignments: Tensor  # [E] top-k assignments
@@ -34,7 +36,8 @@ class RoutingSums:
     ) -> RoutingSums:
         """Sum up routing, whose logits are logits_TE [T, E], over the tokens where mask_T [T] is True (None: all).
 
-        A loss_type leaves out (as zero) what only other losses need: this runs in every forward of every router.
+        A loss_type leaves out (as zero) what only other losses need, for this runs in every forward of every router;
+        the Triton router has all sums in hand and leaves out nothing.
         """
         num_experts = logits_TE.shape[-1]
         with torch.no_grad():
@@ -48,15 +51,15 @@ class RoutingSums:
             pieces = iter(masked_sum(torch.cat(columns, dim=-1), mask_T).split([c.shape[-1] for c in columns]))
             assignments, mass, entropy, top1_probs = (next(pieces) for _ in range(4))
             zero = torch.zeros_like(entropy[0])
-            kept = next(pieces) if routing.kept is not routing.selected else assignments
+            dropped = zero if routing.kept is routing.selected else (assignments - next(pieces)).sum()
             top1 = next(pieces, zero.expand(num_experts))
-            num_tokens = zero + logits_TE.shape[0] if mask_T is None else mask_T.sum()
+            num_tokens = zero.new_full((), logits_TE.shape[0]) if mask_T is None else mask_T.sum()
         needs_lse = loss_type in (None, "z_loss")
         return cls(
             num_tokens=num_tokens,
             assignments=assignments,
             top1=top1,
-            dropped=(assignments - kept).sum(),
+            dropped=dropped,
             mass=mass,
             entropy=entropy[0],
             top1_probs=top1_probs[0],
@@ -65,14 +68,17 @@ class RoutingSums:
         )
 
     def flat(self) -> Tensor:
-        """All sums in one tensor, without gradients."""
+        """All sums in one tensor [4E + 5], without gradients."""
         return torch.cat([value.detach().reshape(-1).to(self.mass.dtype) for value in vars(self).values()])
 
-    def like(self, flat: Tensor) -> RoutingSums:
-        """The sums that `flat` made one tensor of, shaped as these are."""
-        pieces = flat.split([value.numel() for value in vars(self).values()])
-        named = zip(vars(self).items(), pieces, strict=True)
-        return RoutingSums(**{name: piece.view(value.shape) for (name, value), piece in named})
+    @classmethod
+    def of_flat(cls, flat: Tensor) -> RoutingSums:
+        """The sums that `flat` [4E + 5] made one tensor of."""
+        names = [field.name for field in fields(cls)]
+        num_experts = (flat.shape[0] - len(names)) // len(PER_EXPERT) + 1
+        pieces = flat.split([num_experts if name in PER_EXPERT else 1 for name in names])
+        shaped = (piece if name in PER_EXPERT else piece[0] for name, piece in zip(names, pieces, strict=True))
+        return cls(*shaped)
 
     def balancing_loss(self, loss_type: str) -> Tensor:
         """The router's balancing loss, [] float32: see [`moelora.losses`]."""
@@ -108,25 +114,21 @@ class RoutingTotals:
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
-        self._shape: RoutingSums | None = None
 
     def add(self, sums: RoutingSums) -> None:
         """Add one forward's sums, on their device."""
         flat = sums.flat()
-        if self._flat is None:
-            self._flat, self._shape = flat, sums.like(flat)
-        else:
-            self._flat = self._flat.to(flat.device) + flat
+        self._flat = flat if self._flat is None else self._flat.to(flat.device) + flat
 
     def reset(self) -> None:
         """Forget everything."""
-        self._flat = self._shape = None
+        self._flat = None
 
     def report(self, maturity_E: Tensor, loss_type: str) -> RouterStats | None:
         """The statistics as numbers (synchronises with the device); None before the first token."""
-        if self._flat is None or self._shape is None:
+        if self._flat is None:
             return None
-        sums = self._shape.like(self._flat)
+        sums = RoutingSums.of_flat(self._flat)
         if (num_tokens := int(sums.num_tokens)) == 0:
             return None
         load_E = sums.assignments / sums.assignments.sum().clamp(min=1)

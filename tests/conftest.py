@@ -7,9 +7,39 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
+
 
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture
+def kernel_device(monkeypatch):
+    """Where Triton kernels run in this test: the GPU, or the CPU in Triton's interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("Triton's interpreter is switched off (TRITON_INTERPRET)")
+    monkeypatch.setattr("moelora.ops.triton.INTERPRET", True)
+    _repair_interpreter(monkeypatch)
+    return torch.device("cpu")
+
+
+def _repair_interpreter(monkeypatch):
+    """Triton 3.6's interpreter keeps bfloat16 as uint16 and multiplies those integers in tl.dot."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *args):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return multiply(self, a, b, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

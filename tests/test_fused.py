@@ -1,4 +1,6 @@
-"""The hand-written autograd function against the loop over experts: outputs and every gradient."""
+"""The hand-written autograd functions against the loop over experts: outputs and every gradient."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import nn
 
 from moelora.ops import ExpertPool, mixture, mixture_linear
 from moelora.ops.fused import can_fuse, mixture_fused
+from moelora.ops.project import project
 
 SHAPES = {  # tokens, D, O, E, r, adapters
     "one-token": ((1,), 3, 5, 2, 1, 1),
@@ -151,9 +154,111 @@ def test_what_cannot_be_fused_takes_the_plain_form():
     wider = ExpertPool(torch.randn(9, 6), torch.randn(8, 9), 3, 1.0, nn.Identity())
     assert not can_fuse(base, [*pools, wider])
     dropping = ExpertPool(pools[0].lora_A, pools[0].lora_B, 3, 0.5, nn.Dropout(0.5))
-    assert not can_fuse(base, [dropping])
-    assert can_fuse(base, [ExpertPool(pools[0].lora_A, pools[0].lora_B, 3, 0.5, nn.Dropout(0.5).eval())])
+    assert not can_fuse(base, [*pools, dropping])
     assert not can_fuse(nn.Sequential(base), pools)
     with torch.no_grad():
         expected = reference(base, pools, x, weights)
         torch.testing.assert_close(mixture_linear(nn.Sequential(base), x, pools, weights), expected, rtol=0, atol=1e-10)
+
+
+def build_readers(count=3):
+    """Linears of different widths, ranks and numbers of adapters that read one x."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    readers = []
+    for i in range(count):
+        base = nn.Linear(7, 3 + i).double().requires_grad_(False)
+        leaf = {"dtype": torch.float64, "requires_grad": True}
+        pools = [
+            ExpertPool(
+                torch.randn(3 * (i + 1), 7, **leaf), torch.randn(3 + i, 3 * (i + 1), **leaf), 3, 0.7, nn.Identity()
+            )
+            for _ in range(1 + i % 2)
+        ]
+        readers.append((base, pools, torch.rand(2, 5, 3 * len(pools), **leaf)))
+    return x, readers
+
+
+def together(x, readers):
+    projections = project(x, [pools for _, pools, _ in readers])
+    return [mixture_fused(b, x, p, w, s) for (b, p, w), s in zip(readers, projections, strict=True)]
+
+
+def apart(x, readers):
+    return [reference(base, pools, x, weights) for base, pools, weights in readers]
+
+
+def leaves_of(x, readers):
+    return [x, *(leaf for _, pools, weights in readers for leaf in (weights, *factors(pools)))]
+
+
+def joined(outputs):
+    return torch.cat([output.flatten() for output in outputs])
+
+
+def test_readers_of_one_input_share_its_projection():
+    x, readers = build_readers()
+    assert_equal_gradients(joined(together(x, readers)), joined(apart(x, readers)), leaves_of(x, readers))
+
+
+def test_readers_gradcheck():
+    x, readers = build_readers(2)
+
+    def run(x, *leaves):
+        return joined(together(x, readers))
+
+    assert torch.autograd.gradcheck(run, tuple(leaves_of(x, readers)))
+
+
+@pytest.mark.parametrize("used", [[0], [2], [0, 1], [1, 2]])
+def test_a_reader_whose_output_is_not_used(used):
+    x, readers = build_readers()
+    actual = joined([together(x, readers)[i] for i in used])
+    expected = joined([apart(x, readers)[i] for i in used])
+    upstream = torch.randn_like(expected)
+    (ours,) = torch.autograd.grad(actual, x, upstream)
+    (theirs,) = torch.autograd.grad(expected, x, upstream)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_backward_twice_and_in_part_leaves_nothing_behind():
+    x, readers = build_readers()
+    actual, expected = joined(together(x, readers)), joined(apart(x, readers))
+    upstream = torch.randn_like(expected)
+    weights, first_B = readers[0][2], readers[0][1][0].lora_B
+    for wanted in ([weights], [x, first_B], [first_B], [x, weights]):
+        ours = torch.autograd.grad(actual, wanted, upstream, retain_graph=True)
+        theirs = torch.autograd.grad(expected, wanted, upstream, retain_graph=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_readers_of_an_input_that_needs_no_gradient():
+    x, readers = build_readers()
+    x.requires_grad_(False)
+    assert_equal_gradients(joined(together(x, readers)), joined(apart(x, readers)), leaves_of(x, readers)[1:])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_dropout_keeps_one_mask_and_no_dropped_copy(count):
+    x, readers = build_readers(count)
+    dropout = nn.Dropout(0.4)
+    dropping = [(base, [replace(pool, dropout=dropout) for pool in pools], weights) for base, pools, weights in readers]
+
+    def dropped(x):
+        torch.manual_seed(3)
+        return torch.native_dropout(x.flatten(0, -2), 0.4, True)[0].view_as(x)
+
+    def run(x):
+        torch.manual_seed(3)
+        return joined(together(x, dropping))
+
+    expected = [base(x) + mixture(dropped(x), pools, w, backend="reference") for base, pools, w in readers]
+    assert_equal_gradients(run(x), joined(expected), leaves_of(x, readers))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        run(x)
+    like_x = [t for t in saved if t.shape == (10, 7) and t.is_floating_point()]
+    assert all(t.data_ptr() == x.data_ptr() for t in like_x)
+    assert sum(t.dtype == torch.bool for t in saved) == 1
+    dropout.eval()
+    torch.testing.assert_close(run(x), joined(apart(x, readers)), rtol=0, atol=1e-10)

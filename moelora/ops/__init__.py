@@ -14,7 +14,7 @@ from .fused import can_fuse, mixture_fused
 from .pool import ExpertPool
 from .reference import mixture_reference
 
-__all__ = ["BACKENDS", "ExpertPool", "mixture", "mixture_linear"]
+__all__ = ["BACKENDS", "ExpertPool", "can_fuse", "mixture", "mixture_fused", "mixture_linear"]
 
 BACKENDS = {"concat": mixture_concat, "reference": mixture_reference}
 

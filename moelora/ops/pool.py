@@ -23,6 +23,6 @@ class ExpertPool:
         return self.lora_A.shape[0] // self.num_experts
 
     @property
-    def drops(self) -> bool:
-        """Whether lora_dropout is at work."""
-        return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0
+    def drop_rate(self) -> float:
+        """Probability of lora_dropout at work; 0 when it rests."""
+        return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0

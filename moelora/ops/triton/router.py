@@ -1,0 +1,197 @@
+"""Triton form of a one-layer router: norm_linear, `moelora.routing.route` and `moelora.stats.RoutingSums.of` at once.
+
+Forward:  one program scores and routes a block of tokens, and leaves its share of every sum. With a capacity, a second
+          kernel, one program per expert, finds the least priority that still fits and takes the excess back.
+Backward: one program routes its tokens again from the saved logits, gets dz, and walks over the columns of h and W.
+Letters: T tokens, H width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..norm_linear import EPS, _exact_product
+from .router_kernels import backward_kernel, capacity_kernel, forward_kernel
+
+MAX_EXPERTS = 128  # a block holds all experts
+MAX_PARTIAL_BYTES = 32 * 2**20  # of dW, above which one product of all tokens is made instead
+MAX_CAPACITY_TOKENS = 32768  # one program holds an expert's column in registers
+DTYPES = {torch.bfloat16, torch.float16, torch.float32}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut up. splits: programs that share one block of tokens, each with its span of columns."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+    def options(self, H: int, E: int) -> dict[str, int]:
+        """The launch's keyword arguments."""
+        return {
+            "BT": self.tokens,
+            "BE": _padded(E),
+            "BH": min(self.columns, max(16, triton.next_power_of_2(H))),
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def _padded(E: int) -> int:
+    return max(16, triton.next_power_of_2(E))  # what tl.dot takes
+
+
+def forward_blocks(T: int, E: int, dtype: torch.dtype) -> Blocks:
+    """Few tokens: small blocks of tokens, so that no program waits for many; else blocks that reuse W."""
+    if dtype != torch.bfloat16:
+        return Blocks(16, 32, 4, 2)
+    widest, warps = max(32, 4096 // _padded(E)), 4 if E <= 32 else 8
+    if T <= 256:
+        return Blocks(16, min(256, widest), warps, 3)
+    return Blocks(32, min(128, widest), warps, 3)
+
+
+def backward_blocks(T: int, E: int, dtype: torch.dtype) -> Blocks:
+    """Larger blocks of tokens than forward: there is one partial dW for each."""
+    if dtype != torch.bfloat16:
+        return Blocks(32, 32, 4 if E <= 32 else 8, 2, splits=8)
+    widest, warps = max(32, 2048 // _padded(E)), 4 if E <= 32 else 8
+    return Blocks(16 if T <= 256 else 64, min(128, widest), warps, 3, splits=4)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one call routes."""
+
+    top_k: int
+    temperature: float
+    scale: float
+    capacity_factor: float | None
+    maturity_E: Tensor | None
+    mask_T: Tensor | None  # uint8
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the forward kernels write."""
+
+    weights: Tensor  # [T, E]
+    sums: Tensor  # [4E + 5]
+    z: Tensor | None  # [T, E], where a backward may follow
+    rstd: Tensor | None  # [T]
+    dropped: Tensor | None  # [T, E] uint8, where there is a capacity
+
+
+def _forward(hidden: Tensor, weight: Tensor, decision: Decision, keep: bool) -> Result:
+    (T, H), E = hidden.shape, weight.shape[0]
+    blocks = forward_blocks(T, E, hidden.dtype)
+    programs = triton.cdiv(T, blocks.tokens)
+    weights, partial = (hidden.new_empty(size, dtype=torch.float32) for size in ((T, E), (programs, 4 * E + 5)))
+    z, rstd = (torch.empty_like(weights), weights.new_empty(T)) if keep else (None, None)
+    is_limited = decision.capacity_factor is not None and decision.top_k < E
+    priority = weights.new_empty(E, T) if is_limited else None
+    with torch.cuda.device_of(hidden):  # a launch goes to the current device, which need not be the tensor's
+        forward_kernel[(programs,)](
+            hidden, weight, decision.maturity_E, decision.mask_T, weights, partial, z, rstd, priority, T,
+            hidden.stride(0), decision.temperature, decision.scale, EPS, H=H, E=E, K=decision.top_k,
+            **blocks.options(H, E),
+        )  # fmt: skip
+        sums = partial[0] if programs == 1 else partial.sum(0)
+        dropped = None if priority is None else _limit(priority, weights, sums, decision)
+    return Result(weights, sums, z, rstd, dropped)
+
+
+def _limit(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) -> Tensor:
+    """Which assignments [T, E] are beyond capacity; their weights, and the sums that change, are set right in place."""
+    assert decision.capacity_factor is not None
+    E, T = priority.shape
+    dropped, counts = torch.empty_like(weights, dtype=torch.uint8), sums.new_empty(E)
+    block = max(16, triton.next_power_of_2(T))
+    capacity_kernel[(E,)](
+        priority, decision.maturity_E, decision.mask_T, weights, dropped, counts, sums[2 + 2 * E :], T,
+        decision.capacity_factor * decision.top_k / E, decision.scale, E=E, BT=block,
+        num_warps=min(32, max(4, block // 512)),
+    )  # fmt: skip
+    torch.sum(counts, dim=0, out=sums[1 + 2 * E])
+    return dropped
+
+
+class _RouteFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, decision):
+        result = _forward(hidden, weight, decision, keep=True)
+        kept = (result.z, result.rstd, result.dropped)
+        ctx.save_for_backward(hidden, weight, decision.maturity_E, decision.mask_T, *kept)
+        ctx.decision = (decision.top_k, decision.temperature, decision.scale)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(result.sums)
+        return result.weights, result.sums, result.sums[-weight.shape[0] - 1 : -1], result.sums[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweights, _, dprobs, dlse):
+        hidden, weight, maturity, mask, z, rstd, dropped = ctx.saved_tensors
+        top_k, temperature, scale = ctx.decision
+        wants_dh, wants_dw, _ = ctx.needs_input_grad
+        if all(gradient is None for gradient in (dweights, dprobs, dlse)):
+            return None, None, None
+        (T, H), E = hidden.shape, weight.shape[0]
+        blocks = backward_blocks(T, E, hidden.dtype)
+        programs = triton.cdiv(T, blocks.tokens)
+        options = blocks.options(H, E)
+        span = triton.cdiv(H, blocks.splits * options["BH"]) * options["BH"]
+        dh = hidden.new_empty(T, H) if wants_dh else None
+        fits = programs * E * H * 4 <= MAX_PARTIAL_BYTES
+        partial = rstd.new_empty(programs, E, H) if wants_dw and fits else None
+        scaled = rstd.new_empty(T, E) if wants_dw and not fits else None
+        gradients = [None if g is None else g.contiguous() for g in (dweights, dprobs, dlse)]
+        backward_kernel[(programs, triton.cdiv(H, span))](
+            hidden, weight, maturity, mask, z, rstd, dropped, *gradients, dh, partial, scaled, T, hidden.stride(0),
+            temperature, scale, H=H, E=E, K=top_k, SPAN=span, **options,
+        )  # fmt: skip
+        dw = None if partial is None else partial[0] if programs == 1 else partial.sum(0)
+        if scaled is not None:
+            dw = _exact_product(hidden.t(), scaled).t()
+        return dh, None if dw is None else dw.to(weight.dtype), None
+
+
+def serves(hidden_TH: Tensor, weight_EH: Tensor, capacity_factor: float | None) -> bool:
+    """Whether the kernels can take these; float64 is the references' business."""
+    is_small = capacity_factor is None or hidden_TH.shape[0] <= MAX_CAPACITY_TOKENS
+    return is_small and {hidden_TH.dtype, weight_EH.dtype} <= DTYPES and weight_EH.shape[0] <= MAX_EXPERTS
+
+
+def route_fused(
+    hidden_TH: Tensor,
+    weight_EH: Tensor,
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+    maturity_E: Tensor | None = None,
+    mask_T: Tensor | None = None,
+    capacity_factor: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`moelora.routing.route` on ``norm_linear(hidden_TH, weight_EH)``, and sums over the tokens of mask_T.
+
+    Returns:
+        weights [T, E] float32 times scale; the sums [4E + 5] float32 in the order of RoutingSums' fields, without
+        gradient; of them, with gradient, that of the probabilities [E] and that of the squared logsumexp [].
+    """
+    hidden = hidden_TH if hidden_TH.stride(-1) == 1 else hidden_TH.contiguous()
+    weight = weight_EH.contiguous()
+    mask = None if mask_T is None else mask_T.contiguous().view(torch.uint8)
+    decision = Decision(top_k, temperature, scale, capacity_factor, maturity_E, mask)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _RouteFused.apply(hidden, weight, decision)
+    result = _forward(hidden, weight, decision, keep=False)
+    return result.weights, result.sums, result.sums[-weight.shape[0] - 1 : -1], result.sums[-1]
