@@ -1,5 +1,6 @@
 # make quickstart   learn three domains with a mixture on the real small model, in minutes on a laptop CPU
 # make test         the fast tests
+# make bench        speed against the frozen model, PEFT's LoRA and other mixtures; BENCH="--device cpu --quick" for a taste
 # make lint types doctest slow peft-suite
 #
 # Each target works from a bare clone: it makes .venv and installs the pinned versions first.
@@ -13,7 +14,7 @@ EXAMPLE := $(VENV)/.example
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test slow lint types doctest peft-suite clean
+.PHONY: quickstart test slow lint types doctest peft-suite bench clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -48,6 +49,10 @@ slow: $(EXAMPLE)
 peft-suite: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet diffusers attrs
 	$(BIN)/python tests/peft_suite/run.py
+
+# Refuses to time anything that computes something wrong.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

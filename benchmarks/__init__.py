@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.layer --help`. Every number is a ratio of arms timed in turn in one run."""
+"""Benchmarks: `python -m benchmarks --help`. Every number is a ratio of arms timed in turn in one run."""

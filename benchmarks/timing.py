@@ -1,63 +1,117 @@
-"""Timing arms in turn, and saying on what they ran."""
+"""Timing arms in turn.
+
+Nothing flushes the L2 cache between calls: a step of the sizes measured here streams far more than it holds.
+"""
 
 from __future__ import annotations
 
-import platform
-import statistics
-import subprocess
+import math
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 
+from .record import Recorder, Row, clock_mhz
 
-def environment(device: str) -> str:
-    """Hardware, versions and commit in one line."""
-    import peft
-    import transformers
-
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    return f"{name}; {versions}; commit {commit.stdout.strip() or 'unknown'}"
+Arms = dict[str, Callable[[], object]]
+Result = TypeVar("Result")
 
 
-def seconds(function: Callable[[], None], device: str, min_time: float) -> float:
-    """Mean seconds of one call, over at least min_time after one warm-up call."""
+def seconds(function: Callable[[], object], device: str, min_time: float) -> float:
+    """Mean seconds of one call, over at least min_time, after one warm-up call."""
     function()
+    elapsed = _elapsed(function, 1, device)
+    if elapsed >= min_time:
+        return elapsed
+    count = math.ceil(min_time / max(elapsed, 1e-5))
+    return _elapsed(function, count, device) / count
+
+
+def _elapsed(function: Callable[[], object], count: int, device: str) -> float:
     if device != "cuda":
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < min_time:
+        start = time.perf_counter()
+        for _ in range(count):
             function()
-            count += 1
-        return (time.perf_counter() - start) / count
+        return time.perf_counter() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    begin.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    count = max(3, int(min_time / max(begin.elapsed_time(end) / 1e3, 1e-5)))
     begin.record()
     for _ in range(count):
         function()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3 / count
+    return begin.elapsed_time(end) / 1e3
 
 
-def interleaved(
-    arms: dict[str, Callable[[], None]], device: str, repeats: int = 5, min_time: float = 0.1
-) -> dict[str, list[float]]:
-    """Seconds of each arm, `repeats` times, the arms taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(repeats):
-        for name, function in arms.items():
-            times[name].append(seconds(function, device, min_time))
-    return times
+def take_turns(
+    arms: Arms, recorder: Recorder, row: Row, device: str, repeats: int, min_time: float, calls: int = 1
+) -> None:
+    """Record the seconds of each arm, `repeats` times, the arms taking turns; an arm that runs out of memory leaves.
+
+    Args:
+        row: what all arms have in common.
+        calls: how many steps one call of an arm makes.
+    """
+    arms = dict(arms)
+    for repeat in range(repeats):
+        for arm, function in list(arms.items()):
+            result = attempt(partial(seconds, function, device, min_time), recorder, row, arm)
+            if result is None:
+                del arms[arm]
+            else:
+                recorder.add(row, arm=arm, repeat=repeat, value=result / calls)
+    if device == "cuda" and arms:
+        _record_clock(next(iter(arms.values())), result or 1.0, recorder, row)
 
 
-def ratio(times: dict[str, list[float]], arm: str, to: str) -> tuple[float, float]:
-    """Median and half-spread of arm / to over the repeats."""
-    ratios = [a / b for a, b in zip(times[arm], times[to], strict=True)]
-    return statistics.median(ratios), (max(ratios) - min(ratios)) / 2
+def _record_clock(function: Callable[[], object], duration: float, recorder: Recorder, row: Row) -> None:
+    for _ in range(math.ceil(0.5 / duration)):  # queued, so that the GPU is busy while it is asked
+        function()
+    if clock := clock_mhz():
+        recorder.add(row, metric="clock_mhz", value=clock)
+    torch.cuda.synchronize()
+
+
+def attempt(
+    function: Callable[[], Result],
+    recorder: Recorder,
+    row: Row,
+    arm: str,
+    errors: type[Exception] = torch.OutOfMemoryError,
+) -> Result | None:
+    """What the function returns; None, with the reason recorded, if it raises `errors`."""
+    try:
+        return function()
+    except errors as error:
+        recorder.add(row, arm=arm, metric="failed", note=_cause(error))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The first error's text: ending a CUDA graph's capture raises another one over it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Bytes that a call on the GPU allocates beyond what was there, at the worst moment."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def kept_bytes(function: Callable[[], object]) -> int:
+    """Bytes that are still allocated while the result of a call on the GPU is held."""
+    before = torch.cuda.memory_allocated()
+    result = function()
+    kept = torch.cuda.memory_allocated() - before
+    del result
+    return kept

@@ -1,0 +1,86 @@
+"""The correctness gate, then the benchmarks, into one CSV and one file of Markdown tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from . import crossover, decode, growth, layer, model, table
+from .gate import GateError, run_gate
+from .options import add_output_options, make_parser, output_folder
+from .record import CSV_NAME, TABLE_NAME, command_line
+
+MODULES = {"layer": layer, "model": model, "decode": decode, "growth": growth, "crossover": crossover}
+EXAMPLES = (
+    "",
+    "--device cpu --quick",
+    "--device cuda --only layer --out benchmarks/results/h200",
+    "--device cuda --only growth crossover --repeats 7",
+)
+SMALL = "--dtype float32 --hidden 576 --intermediate 1536 --kv 192 --experts 4 --rank 8"
+GROWTH_ON_CPU = f"{SMALL} --tokens 256 --num-tokens 1 8 64 256 --num-experts 2 4 8 16 --ranks 4 8 16"
+CROSSOVER_ON_CPU = "--dtype float32 --tokens 256 --widths 576 576 576 1536"
+# The options of each benchmark by device and --quick.
+PLANS: dict[tuple[str, bool], dict[str, str]] = {
+    ("cuda", False): {"layer": "", "model": "", "decode": "", "growth": "", "crossover": ""},
+    ("cuda", True): {
+        "layer": "--shapes block",
+        "model": "--layers 2",
+        "decode": "--layers 2 --batches 1 8",
+        "growth": "--num-experts 2 8 --ranks 8 16 --num-tokens 64 8192",
+        "crossover": "--num-experts 8 32",
+    },
+    ("cpu", False): {
+        "layer": f"{SMALL} --tokens 512",
+        "model": "--preset quickstart",
+        "decode": "--preset quickstart",
+        "growth": GROWTH_ON_CPU,
+        "crossover": CROSSOVER_ON_CPU,
+    },
+    ("cpu", True): {
+        "layer": f"{SMALL} --tokens 128 --shapes block --min-time 0.05",
+        "model": "--preset tiny --min-time 0.05",
+        "decode": "--preset tiny --min-time 0.05",
+        "growth": f"{GROWTH_ON_CPU} --min-time 0.01",
+        "crossover": f"{CROSSOVER_ON_CPU} --num-experts 8 --min-time 0.01",
+    },
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = make_parser("benchmarks", __doc__, EXAMPLES)
+    add_output_options(parser)
+    parser.add_argument("--quick", action="store_true", help="small sizes: two minutes on two cores")
+    default = ["layer", "model", "decode"]
+    names = f"benchmarks to run, of {', '.join(MODULES)} (default: {', '.join(default)})"
+    parser.add_argument("--only", nargs="+", default=default, choices=list(MODULES), metavar="NAME", help=names)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Gate, measure, write.
+
+    Raises:
+        SystemExit: the gate failed.
+    """
+    args = parse(argv)
+    try:
+        run_gate(args.device)
+    except GateError as error:
+        raise SystemExit(f"correctness gate failed: {error}") from None
+    out = output_folder(args)
+    common = ["--device", args.device, "--repeats", str(args.repeats), "--out", str(out)]
+    common += ["--commit", args.commit] if args.commit else []
+    for name in args.only:
+        arguments = [*common, *PLANS[args.device, args.quick][name].split()]
+        print(f"\n{command_line(MODULES[name].MODULE, arguments)}", flush=True)
+        try:
+            MODULES[name].main(arguments)
+        finally:  # what was measured so far is worth a table whatever happens to the rest
+            if (out / CSV_NAME).exists():
+                table.write([out / CSV_NAME], out / TABLE_NAME)
+
+
+if __name__ == "__main__":
+    main()

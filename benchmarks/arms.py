@@ -1,0 +1,134 @@
+"""What is compared: one base model, adapted in different ways that all share its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import moelora.layer
+from moelora import MoELoraConfig, ops
+
+from . import peers
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+ARMS = {
+    "frozen": "the frozen model, with gradients for its inputs as in LoRA training",
+    "lora": "PEFT LoRA of the active rank k*r, adapters in the model's dtype (autocast_adapter_dtype=False)",
+    "lora-default": "the same with PEFT's default, adapters in float32",
+    "lora-equal": "PEFT LoRA of the mixture's total rank E*r, adapters in the model's dtype",
+    "ours": "moelora, adapters in the model's dtype",
+    "ours-default": "moelora with PEFT's default, adapters in float32",
+    "ours-fixed": "moelora with constant routing weights",
+    "ours-e1": "moelora's kernels with one expert of rank k*r and no router: what LoRA would cost in them",
+    "loop": "the same mixture as a loop over experts",
+    "mixlora": "MixLoRA / MoE-PEFT, re-implemented from its formula",
+    "loramoe": "LoRAMoE, re-implemented from its formula",
+    "hydralora": "HydraLoRA, re-implemented from its formula",
+    "concat": "moelora's mixture of one linear, routing given",
+    "grouped": "the same with tokens sorted by expert and grouped products, sorting not counted",
+}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """E experts of rank r, of which k speak."""
+
+    experts: int
+    rank: int
+    top_k: int
+
+    @property
+    def active_rank(self) -> int:
+        """k * r."""
+        return self.top_k * self.rank
+
+    @property
+    def total_rank(self) -> int:
+        """E * r."""
+        return self.experts * self.rank
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the very same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def adapt(base: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
+    """A copy of the base model, around its own weights, as one arm adapts it.
+
+    Factors B that start at zero are filled with noise: arithmetic on zeros draws less power and runs faster.
+    """
+    base.requires_grad_(False)
+    model = shared_copy(base)
+    with torch.device(next(base.parameters()).device):
+        if arm == "frozen":
+            pass
+        elif arm in peers.PEERS:
+            model = _adapt_as_peer(model, arm, mixture)
+        elif arm.startswith("lora"):
+            rank = mixture.total_rank if arm == "lora-equal" else mixture.active_rank
+            model = _plain_lora(model, rank, ATTENTION + FEED_FORWARD, autocast=arm.endswith("default"))
+        else:
+            model = _adapt_as_ours(model, arm, mixture)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    return model
+
+
+def _present(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [name for name in names if name in found]
+
+
+def _plain_lora(model: nn.Module, rank: int, names: tuple[str, ...], autocast: bool) -> nn.Module:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_present(model, names))
+    return get_peft_model(model, config, autocast_adapter_dtype=autocast)
+
+
+def _adapt_as_peer(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
+    if arm != "hydralora" and _present(model, ATTENTION):
+        model = _plain_lora(model, mixture.active_rank, ATTENTION, autocast=False)
+    peers.adapt(model, arm, mixture.experts, mixture.rank, mixture.top_k, ATTENTION, FEED_FORWARD)
+    return model
+
+
+def _adapt_as_ours(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
+    is_single = arm == "ours-e1"
+    rank = mixture.active_rank if is_single else mixture.rank
+    config = MoELoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=_present(model, ATTENTION + FEED_FORWARD),
+        num_experts=max(mixture.experts, 2),
+        top_k_experts=mixture.top_k,
+        router_type="fixed" if arm in ("ours-fixed", "ours-e1") else "learned_with_maturity",
+    )
+    name = "expert_0" if is_single else "default"  # an adapter of that name holds one expert
+    return get_peft_model(model, config, name, autocast_adapter_dtype=arm == "ours-default")
+
+
+def with_loop(run: Callable[[], object]) -> Callable[[], object]:
+    """The same call with the loop over experts in place of moelora's fast compute."""
+
+    def loop(base_layer, x, pools, weights):
+        delta = ops.mixture(x.to(pools[0].lora_A.dtype), pools, weights, backend="reference")
+        return base_layer(x) + delta
+
+    def looped() -> object:
+        layers = moelora.layer
+        with (
+            mock.patch.object(layers.MoELoraLayer, "is_fusible", lambda self, pools: False),
+            mock.patch.object(layers, "mixture_linear", loop),
+        ):
+            return run()
+
+    return looped
