@@ -119,14 +119,14 @@ def _adapt_as_ours(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
 def with_loop(run: Callable[[], object]) -> Callable[[], object]:
     """The same call with the loop over experts in place of moelora's fast compute."""
 
-    def loop(base_layer, x, pools, weights):
-        delta = ops.mixture(x.to(pools[0].lora_A.dtype), pools, weights, backend="reference")
-        return base_layer(x) + delta
+    def loop(x, reader, weights):
+        delta = ops.mixture(x.to(reader.pools[0].lora_A.dtype), reader.pools, weights, backend="reference")
+        return reader.base_layer(x) + delta
 
     def looped() -> object:
         layers = moelora.layer
         with (
-            mock.patch.object(layers.MoELoraLayer, "is_fusible", lambda self, pools: False),
+            mock.patch.object(layers.MoELoraLayer, "_shared_input", lambda self: None),
             mock.patch.object(layers, "mixture_linear", loop),
         ):
             return run()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moelora.ops import ExpertPool, mixture_linear
+from moelora.ops import ExpertPool, Reader, mixture_linear
 
 from .grouped import grouped_linear, make_plan
 from .options import add_options, make_parser, recorder_of, row_of
@@ -31,7 +31,7 @@ EXAMPLES = (
 def concat(base: nn.Linear, x: Tensor, lora_A: Tensor, lora_B: Tensor, weights_TE: Tensor, scaling: float) -> Tensor:
     """moelora's form: lora_A [E * r, D], lora_B [O, E * r]."""
     pool = ExpertPool(lora_A, lora_B, weights_TE.shape[-1], scaling, nn.Identity())
-    return mixture_linear(base, x, [pool], weights_TE)
+    return mixture_linear(x, Reader(base, [pool]), weights_TE)
 
 
 def make_calls(width_in: int, width_out: int, row: Row, device: str) -> dict[str, Callable[[], None]]:

@@ -1,10 +1,11 @@
 """The end of a training forward: balancing loss, maturity and statistics.
 
-Shapes: E experts.
+Shapes: E experts, L routers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,11 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .stats import RoutingSums
+from .routing import ExpertRouter
+from .stats import RoutingSums, RoutingTotals
 
 if TYPE_CHECKING:
+    from .router import MoELoraRouter
     from .state import ForwardContext
 
 
@@ -23,19 +26,67 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
     """Count what the routers did and, in training, add the balancing loss to the output's loss."""
     state = context.state
     is_training_step = context.training and torch.is_grad_enabled()
-    for router, sums in context.records:
-        router.totals.add(sums)
-    if not (is_training_step and context.records):
+    groups = _alike(context.records)
+    for routers, sums in groups:
+        RoutingTotals.add_each([router.totals for router in routers], sums.packed)
+    if not (is_training_step and groups):
         return output
-    all_sums, targets, world_size = _over_ranks([sums for _, sums in context.records], _num_targets(context, model))
-    for (router, _), sums in zip(context.records, all_sums, strict=True):
-        router.grow(sums, commit=GradientState().sync_gradients)
-    loss_type = state.config.load_balance_loss_type
-    losses = [sums.balancing_loss(loss_type) for sums in all_sums]
-    state.balancing_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    all_sums, targets, world_size = _over_ranks([sums for _, sums in groups], _num_targets(context, model))
+    for (routers, _), sums in zip(groups, all_sums, strict=True):
+        grow(routers, sums, state.config.maturity_tokens, commit=GradientState().sync_gradients)
+    losses = [sums.balancing_loss(state.config.load_balance_loss_type) for sums in all_sums]
+    state.balancing_loss = torch.cat([loss.to(losses[0].device) for loss in losses]).mean()
     state.log_balancing_loss(state.balancing_loss)
     share = _accumulation_share(context, targets, world_size)
     return _add_to_output(output, state.balancing_loss, state.config.router_aux_loss_coef, share, context)
+
+
+def _alike(records: Sequence[tuple[MoELoraRouter, RoutingSums]]) -> list[tuple[list[MoELoraRouter], RoutingSums]]:
+    """Routers with equally many experts on one device, and their sums [L, ...] stacked: as a rule, all of them.
+
+    A router that ran twice (encoders called again) is in two groups, for what is added to it is added in place.
+    """
+    groups: dict[Any, list[tuple[MoELoraRouter, RoutingSums]]] = {}
+    turns: dict[MoELoraRouter, int] = {}
+    for router, sums in records:
+        turns[router] = turns.get(router, -1) + 1
+        groups.setdefault((sums.packed.shape, sums.packed.device, turns[router]), []).append((router, sums))
+    return [([router for router, _ in group], RoutingSums.stack([s for _, s in group])) for group in groups.values()]
+
+
+def grow(routers: Sequence[MoELoraRouter], sums: RoutingSums, maturity_tokens: int, commit: bool) -> None:
+    """Add a training forward's routing mass and assignments; commit adds them to maturity and counters.
+
+    Maturity must not move between the micro-batches of one optimizer step, or accumulated gradients would differ from
+    those of one large batch. A few operations serve all routers.
+
+    Args:
+        sums: of all routers, stacked.
+    """
+    gained = torch.stack([sums.mass, sums.assignments], dim=1)  # [L, 2, E]
+    if any(router.pending is not None for router in routers):
+        zero = torch.zeros_like(gained[0])
+        gained = gained + torch.stack([zero if r.pending is None else r.pending.to(zero.device) for r in routers])
+    for router, row in zip(routers, gained.unbind(0), strict=True):
+        router.pending = None if commit else row
+    if not commit:
+        return
+    masses, counts = gained[:, 0].unbind(0), gained[:, 1].to(torch.int64).unbind(0)
+    parts = [part for router, *rows in zip(routers, masses, counts, strict=True) for part in _by_adapter(router, *rows)]
+    maturities = [expert_router.maturity for expert_router, _, _ in parts]
+    torch._foreach_add_(
+        maturities,
+        [mass.to(m.device) for (_, mass, _), m in zip(parts, maturities, strict=True)],
+        alpha=1 / maturity_tokens,
+    )
+    torch._foreach_clamp_max_(maturities, 1.0)
+    counters = [expert_router.tokens_per_expert for expert_router, _, _ in parts]
+    torch._foreach_add_(counters, [taken.to(c.device) for (_, _, taken), c in zip(parts, counters, strict=True)])
+
+
+def _by_adapter(router: MoELoraRouter, mass_E: Tensor, counts_E: Tensor) -> list[tuple[ExpertRouter, Tensor, Tensor]]:
+    sizes = [count for _, count in router.pool]
+    return list(zip(router.active_routers(), mass_E.split(sizes), counts_E.split(sizes), strict=True))
 
 
 def _over_ranks(all_sums: list[RoutingSums], num_targets: Tensor) -> tuple[list[RoutingSums], Tensor, int]:
@@ -46,19 +97,19 @@ def _over_ranks(all_sums: list[RoutingSums], num_targets: Tensor) -> tuple[list[
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world_size == 1:
         return all_sums, num_targets, 1
-    device = all_sums[0].mass.device
-    counts = ("num_tokens", "assignments", "top1", "mass")
-    flat = [getattr(sums, name).to(device, torch.float32).reshape(-1) for sums in all_sums for name in counts]
+    device = all_sums[0].packed.device
+    flat = [sums.packed.to(device, torch.float32).flatten() for sums in all_sums]
     flat.append(num_targets.to(device, torch.float32).reshape(1))
     total = torch.cat(flat)
     dist.all_reduce(total)
-    pieces = iter(total.split([piece.numel() for piece in flat]))
-    reduced = []
-    for sums in all_sums:
-        values = {name: next(pieces).view(getattr(sums, name).shape).to(sums.mass.device) for name in counts}
-        local = {"probs": sums.probs * world_size, "squared_lse": sums.squared_lse * world_size}
-        reduced.append(RoutingSums(**(vars(sums) | values | local)))
-    return reduced, next(pieces).squeeze(0), world_size
+    *pieces, num_targets = total.split([piece.numel() for piece in flat])
+    reduced = [
+        RoutingSums(
+            piece.view_as(sums.packed).to(sums.packed.device), sums.probs * world_size, sums.squared_lse * world_size
+        )
+        for piece, sums in zip(pieces, all_sums, strict=True)
+    ]
+    return reduced, num_targets.squeeze(0), world_size
 
 
 def _num_targets(context: ForwardContext, model: nn.Module) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .balance import finish_forward
-from .shared_input import SharedInputs
+from .shared_input import SharedInput
 from .state import ForwardContext, RoutingState, call_attached_router
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class BlockRouting:
     shared_by_user: bool  # weights are the user's own or the attached router's
     router: MoELoraRouter | None  # the block's or model's
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
-    inputs: SharedInputs = field(default_factory=SharedInputs)
+    shared_input: SharedInput = field(default_factory=SharedInput)
     encoder_weights: Tensor | None = None
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
@@ -200,7 +200,7 @@ class BlockHook:
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, also called when the forward raised."""
         if not self.in_region and self.routing is not None:
-            self.routing.inputs.close()
+            self.routing.shared_input.close()
             self.routing = None
 
     def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
@@ -305,7 +305,7 @@ class _RoutedRegion:
             self.routing,
             weights=weights,
             encoder_hidden=encoder_hidden,
-            inputs=SharedInputs(),
+            shared_input=SharedInput(),
             encoder_weights=None,
         )
         context.in_checkpoint, context.recomputing = True, self.has_run

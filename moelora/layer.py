@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .config import MoELoraConfig, count_experts
 from .forward import BlockHook
-from .ops import ExpertPool, can_fuse, mixture_fused, mixture_linear
+from .ops import ExpertPool, Reader, mixture_linear
 from .router import MoELoraRouter, Pool
+from .shared_input import SharedInput
 from .state import RoutingState
 
 
@@ -58,23 +59,24 @@ class MoELoraLayer(_LayerBase):
             RuntimeError: the layer is called outside its block, which decides its routing.
             ValueError: x does not line up with the tokens that were routed.
         """
+        inputs = self._shared_input()
+        if inputs is not None and (ready := inputs.take(self, x)) is not None:
+            return ready
         pools = self.expert_pools()
         if not pools:
             return super().forward(x, *args, **kwargs)
-        weights, pool = self.routing_weights(x)
-        weights = _columns(weights, pool, self._routed_adapters()).to(x.device)
-        if args or kwargs or not self.is_fusible(pools):
-            return mixture_linear(self.base_layer, x, pools, weights, *args, **kwargs)
-        hook = self.link.hook
-        projection = None if hook is None or hook.routing is None else hook.routing.inputs.projection(self, x)
-        return mixture_fused(self.base_layer, x, pools, weights, projection)
+        reader, weights = Reader(self.base_layer, pools), self.weights_for(x)
+        if inputs is None or args or kwargs:
+            return mixture_linear(x, reader, weights, *args, **kwargs)
+        return inputs.run(x, self, reader, weights)
+
+    def _shared_input(self) -> SharedInput | None:
+        """Where linears of the block leave each other results; None where each has weights of its own."""
+        routing = self.link.hook.routing if self.link.hook else None
+        return None if routing is None or routing.weights is None else routing.shared_input
 
     def _routed_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
-
-    def is_fusible(self, pools: list[ExpertPool]) -> bool:
-        """Whether the hand-written compute serves this layer with these pools."""
-        return bool(pools) and can_fuse(self.base_layer, pools)
 
     def expert_pools(self) -> list[ExpertPool]:
         """The factors of every routed adapter, in expert order; none where PEFT computes: disabled or merged."""
@@ -92,8 +94,12 @@ class MoELoraLayer(_LayerBase):
             dropout=self.lora_dropout[adapter_name],
         )
 
-    def routing_weights(self, x: Tensor) -> tuple[Tensor, Pool]:
-        """Weights [..., E] for x [..., D], and the pool their columns belong to."""
+    def weights_for(self, x: Tensor) -> Tensor:
+        """Routing weights [..., E] for x [..., D], E being the experts of this layer's routed adapters."""
+        weights, pool = self._weights_of_pool(x)
+        return _columns(weights, pool, self._routed_adapters()).to(x.device)
+
+    def _weights_of_pool(self, x: Tensor) -> tuple[Tensor, Pool]:
         link = self.link
         if link.hook is None:
             return self._weights_outside_blocks(x)

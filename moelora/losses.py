@@ -18,26 +18,31 @@ def load_balancing_loss(assignments_E: Tensor, probs_sum_E: Tensor, num_tokens: 
     probs_sum_E carries a gradient; f is a count.
 
     Args:
-        assignments_E: [E] assignments per expert, over non-padding tokens.
-        probs_sum_E: [E] sum of the routing probabilities over the same tokens.
-        num_tokens: [] number of those tokens.
+        assignments_E: [..., E] assignments per expert, over non-padding tokens; leading dimensions are routers.
+        probs_sum_E: [..., E] sum of the routing probabilities over the same tokens.
+        num_tokens: [...] number of those tokens.
+
+    Returns:
+        [...]
 
     Example:
         >>> probs = torch.full((8, 4), 0.25)
         >>> load_balancing_loss(torch.full((4,), 4.0), probs.sum(0), torch.tensor(8.0)).item()
         1.0
     """
-    load_E = assignments_E / assignments_E.sum().clamp(min=1)
-    mean_probs_E = probs_sum_E / num_tokens.clamp(min=1)
-    return assignments_E.numel() * (load_E * mean_probs_E).sum()
+    load_E = assignments_E / assignments_E.sum(-1, keepdim=True).clamp(min=1)
+    return assignments_E.shape[-1] * (load_E * probs_sum_E).sum(-1) / num_tokens.clamp(min=1)
 
 
 def z_loss(squared_lse_sum: Tensor, num_tokens: Tensor) -> Tensor:
     """``mean_t logsumexp(z_t)^2`` (ST-MoE, arXiv:2202.08906, eq. 5): keeps router logits small.
 
     Args:
-        squared_lse_sum: [] sum over non-padding tokens of the squared logsumexp of their logits.
-        num_tokens: [] number of those tokens.
+        squared_lse_sum: [...] sum over non-padding tokens of the squared logsumexp of their logits.
+        num_tokens: [...] number of those tokens.
+
+    Returns:
+        [...]
 
     Example:
         >>> logits = torch.zeros(5, 4)

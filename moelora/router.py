@@ -6,7 +6,6 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -50,7 +49,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         self.lora_router = nn.ModuleDict()
         self.state = state
         self.totals = RoutingTotals()
-        self.pending: dict[str, Tensor] = {}  # mass and assignments not yet added to maturity and counters
+        self.pending: Tensor | None = None  # [2, E]: mass and assignments not yet added to maturity and counters
         self.set_adapter([])
 
     def add_adapter(self, adapter_name: str, config: MoELoraConfig, like: Tensor) -> None:
@@ -172,7 +171,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """Weights [T, E], times routing_scale, and sums by one kernel."""
         from .ops.triton.router import route_fused
 
-        weights_TE, flat, probs, squared_lse = route_fused(
+        weights_TE, packed, probs, squared_lse = route_fused(
             hidden_TH,
             weight_EH,
             top_k=min(config.top_k_experts, weight_EH.shape[0]),
@@ -182,7 +181,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             capacity_factor=capacity_factor,
             scale=config.routing_scale,
         )
-        return weights_TE, replace(RoutingSums.of_flat(flat), probs=probs, squared_lse=squared_lse)
+        return weights_TE, RoutingSums(packed, probs, squared_lse)
 
     @staticmethod
     def _route(
@@ -220,28 +219,10 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """E."""
         return sum(count for _, count in self.pool)
 
-    def grow(self, sums: RoutingSums, commit: bool) -> None:
-        """Add a training forward's routing mass and assignments; commit adds them to maturity and counters.
-
-        Maturity must not move between the micro-batches of one optimizer step, or accumulated gradients would differ
-        from those of one large batch.
-        """
-        for name, gained in (("mass", sums.mass), ("assignments", sums.assignments)):
-            previous = self.pending.get(name)
-            self.pending[name] = gained if previous is None else previous + gained
-        if not commit:
-            return
-        sizes = [count for _, count in self.pool]
-        mass, assignments = (self.pending.pop(name).split(sizes) for name in ("mass", "assignments"))
-        for router, heard, taken in zip(self.active_routers(), mass, assignments, strict=True):
-            growth = heard.to(router.maturity.device) / self.state.config.maturity_tokens
-            router.maturity.add_(growth).clamp_(max=1.0)
-            router.tokens_per_expert.add_(taken.to(router.maturity.device, torch.int64))
-
     def reset_counts(self) -> None:
         """Forget statistics and pending counts: the pool of experts they belong to has changed."""
         self.totals.reset()
-        self.pending.clear()
+        self.pending = None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """See PEFT."""

@@ -7,15 +7,15 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from .ops.project import Projection, project
+from .ops import Reader, can_fuse, mixture_fused, mixture_linear
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
-    from .ops import ExpertPool
 
 
 @cache
@@ -62,38 +62,65 @@ class _Readers(ast.NodeVisitor):
         for target in node.targets:
             self.visit(target)
 
+    def visit_If(self, node: ast.If) -> None:
+        """What may not happen is no part of a group: a branch's calls are grouped among themselves."""
+        self.visit(node.test)
+        for branch in (node.body, node.orelse):
+            outer, self._open = self._open, {}
+            for statement in branch:
+                self.visit(statement)
+            self._open = outer
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                self._open.pop(inner.id, None)
+
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Store):
             self._open.pop(node.id, None)
 
 
-class SharedInputs:
-    """The inputs of one block's linears, during one run of the block."""
+class SharedInput:
+    """What was computed of one tensor for linears that have not been called yet, during one run of a block."""
 
     def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
         self._x: Tensor | None = None
-        self._ready: dict[MoELoraLayer, Projection] = {}
+        self._outputs: dict[MoELoraLayer, Tensor] = {}
 
-    def projection(self, layer: MoELoraLayer, x: Tensor) -> Projection:
-        """The layer's projection of x [..., D], made together with those of the linears that read x after it."""
-        if x is not self._x:
-            self._x, self._ready = x, {}
-        if layer not in self._ready:
-            readers = _readers_with_pools(layer, x)
-            self._ready.update(zip(readers, project(x, list(readers.values())), strict=True))
-        return self._ready.pop(layer)
+    def take(self, layer: MoELoraLayer, x: Tensor) -> Tensor | None:
+        """The layer's output [..., O] for x [..., D], if it was computed with an earlier reader of the same x."""
+        if not self._outputs or x is not self._x or self._key != _key(x):
+            return None
+        return self._outputs.pop(layer, None)
+
+    def run(self, x: Tensor, layer: MoELoraLayer, reader: Reader, weights: Tensor) -> Tensor:
+        """The layer's output [..., O] for x [..., D] under weights [..., E]; those of its followers are kept."""
+        self.close()
+        followers = _followers(layer, reader, x, weights)
+        if not followers:
+            return mixture_linear(x, reader, weights)
+        first, *others = mixture_fused(x, [reader, *followers.values()], weights)
+        self._key, self._x, self._outputs = _key(x), x, dict(zip(followers, others, strict=True))
+        return first
 
     def close(self) -> None:
         """Let go of the tensors."""
-        self._x, self._ready = None, {}
+        self._key, self._x, self._outputs = None, None, {}
 
 
-def _readers_with_pools(layer: MoELoraLayer, x: Tensor) -> dict[MoELoraLayer, list[ExpertPool]]:
-    readers = {layer: layer.expert_pools()}
-    (first,) = readers.values()
+def _key(x: Tensor) -> tuple[Any, ...]:
+    """What has to be the same, besides x itself, for an output to be that of a later call."""
+    return (None if x.is_inference() else x._version), torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+
+
+def _followers(layer: MoELoraLayer, reader: Reader, x: Tensor, weights: Tensor) -> dict[MoELoraLayer, Reader]:
+    """The linears that are about to read x, as their module's source says, and that one product serves as well."""
+    if not can_fuse(reader.pools):
+        return {}
+    found = {}
     for other in layer.link.followers:
-        pools = other.expert_pools()
-        is_near = bool(pools) and pools[0].lora_A.device == x.device and pools[0].lora_A.shape[-1] == x.shape[-1]
-        if is_near and other.is_fusible(pools) and pools[0].drop_rate == first[0].drop_rate:
-            readers[other] = pools
-    return readers
+        theirs = Reader(other.base_layer, other.expert_pools())
+        is_near = bool(theirs.pools) and theirs.pools[0].lora_A.device == x.device
+        if is_near and reader.goes_with(theirs) and other.weights_for(x) is weights:
+            found[other] = theirs
+    return found

@@ -5,6 +5,7 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,22 +14,19 @@ from torch import Tensor
 from .losses import load_balancing_loss, masked_sum, z_loss
 from .routing import Routing, top_k_mask
 
-PER_EXPERT = ("assignments", "top1", "mass", "probs")  # sums [E]; the others are []
-
 
 @dataclass(frozen=True)
 class RoutingSums:
-    """Sums of one routing decision over its non-padding tokens. The Triton router writes them in this order."""
+    """Sums of routing decisions over their non-padding tokens, of one router or (leading dimension) of several.
 
-    num_tokens: Tensor  # []
-    assignments: Tensor  # [E] top-k assignments
-    top1: Tensor  # [E] tokens whose most probable expert this is
-    dropped: Tensor  # [] assignments beyond capacity
-    mass: Tensor  # [E] routing weights
-    entropy: Tensor  # []
-    top1_probs: Tensor  # []
-    probs: Tensor  # [E], with gradient
-    squared_lse: Tensor  # [], with gradient
+    Counts and sums come as one tensor, so that those of all routers add up in one operation. In it lie, in this order:
+    num_tokens; assignments [E], the top-k assignments; top1 [E], tokens whose most probable expert this is; dropped,
+    assignments beyond capacity; mass [E], routing weights; entropy; top1_probs; probs [E]; squared_lse.
+    """
+
+    packed: Tensor  # [..., 4E + 5] float32 or wider, without gradient; the Triton router writes it
+    probs: Tensor  # [..., E], with gradient
+    squared_lse: Tensor  # [...], with gradient
 
     @classmethod
     def of(
@@ -39,49 +37,45 @@ class RoutingSums:
         A loss_type leaves out (as zero) what only other losses need, for this runs in every forward of every router;
         the Triton router has all sums in hand and leaves out nothing.
         """
-        num_experts = logits_TE.shape[-1]
+        probs_TE, selected_TE = routing.probs, routing.selected
+        squared_lse_T1 = torch.zeros_like(logits_TE[:, :1])
+        if loss_type in (None, "z_loss"):
+            squared_lse_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square()
         with torch.no_grad():
-            probs = routing.probs
-            columns = [routing.selected, routing.weights, torch.special.entr(probs).sum(-1, keepdim=True)]
-            columns += [probs.amax(dim=-1, keepdim=True)]
-            if routing.kept is not routing.selected:
-                columns.append(routing.kept)
-            if loss_type in (None, "switch"):
-                columns.append(top_k_mask(probs, 1))
-            pieces = iter(masked_sum(torch.cat(columns, dim=-1), mask_T).split([c.shape[-1] for c in columns]))
-            assignments, mass, entropy, top1_probs = (next(pieces) for _ in range(4))
-            zero = torch.zeros_like(entropy[0])
-            dropped = zero if routing.kept is routing.selected else (assignments - next(pieces)).sum()
-            top1 = next(pieces, zero.expand(num_experts))
-            num_tokens = zero.new_full((), logits_TE.shape[0]) if mask_T is None else mask_T.sum()
-        needs_lse = loss_type in (None, "z_loss")
-        return cls(
-            num_tokens=num_tokens,
-            assignments=assignments,
-            top1=top1,
-            dropped=dropped,
-            mass=mass,
-            entropy=entropy[0],
-            top1_probs=top1_probs[0],
-            probs=masked_sum(routing.probs, mask_T),
-            squared_lse=masked_sum(logits_TE.logsumexp(dim=-1).square(), mask_T) if needs_lse else zero,
-        )
-
-    def flat(self) -> Tensor:
-        """All sums in one tensor [4E + 5], without gradients."""
-        return torch.cat([value.detach().reshape(-1).to(self.mass.dtype) for value in vars(self).values()])
+            top1_TE = top_k_mask(probs_TE, 1) if loss_type in (None, "switch") else torch.zeros_like(selected_TE)
+            entropy_T1 = torch.special.entr(probs_TE).sum(-1, keepdim=True)
+            dropped_T1 = (selected_TE & ~routing.kept).sum(-1, keepdim=True)
+            first = [torch.ones_like(entropy_T1), selected_TE, top1_TE, dropped_T1, routing.weights]
+            last = [entropy_T1, probs_TE.amax(dim=-1, keepdim=True), probs_TE, squared_lse_T1]
+            packed = masked_sum(torch.cat([*first, *last], dim=-1), mask_T)
+        return cls(packed, masked_sum(probs_TE, mask_T), masked_sum(squared_lse_T1, mask_T).squeeze(-1))
 
     @classmethod
-    def of_flat(cls, flat: Tensor) -> RoutingSums:
-        """The sums that `flat` [4E + 5] made one tensor of."""
+    def of_packed(cls, packed: Tensor) -> RoutingSums:
+        """The same without gradients, from `packed` [..., 4E + 5] alone."""
+        num_experts = (packed.shape[-1] - 5) // 4
+        return cls(packed, packed[..., -num_experts - 1 : -1], packed[..., -1])
+
+    @classmethod
+    def stack(cls, sums: Sequence[RoutingSums]) -> RoutingSums:
+        """Several routers' sums as one, with a leading dimension."""
         names = [field.name for field in fields(cls)]
-        num_experts = (flat.shape[0] - len(names)) // len(PER_EXPERT) + 1
-        pieces = flat.split([num_experts if name in PER_EXPERT else 1 for name in names])
-        shaped = (piece if name in PER_EXPERT else piece[0] for name, piece in zip(names, pieces, strict=True))
-        return cls(*shaped)
+        return cls(**{name: torch.stack([getattr(each, name) for each in sums]) for name in names})
+
+    def _part(self, index: int) -> Tensor:
+        E = self.probs.shape[-1]
+        return self.packed.split([1, E, E, 1, E, 1, 1, E, 1], dim=-1)[index]
+
+    num_tokens = property(lambda self: self._part(0).squeeze(-1), doc="[...]")
+    assignments = property(lambda self: self._part(1), doc="[..., E]")
+    top1 = property(lambda self: self._part(2), doc="[..., E]")
+    dropped = property(lambda self: self._part(3).squeeze(-1), doc="[...]")
+    mass = property(lambda self: self._part(4), doc="[..., E]")
+    entropy = property(lambda self: self._part(5).squeeze(-1), doc="[...]")
+    top1_probs = property(lambda self: self._part(6).squeeze(-1), doc="[...]")
 
     def balancing_loss(self, loss_type: str) -> Tensor:
-        """The router's balancing loss, [] float32: see [`moelora.losses`]."""
+        """The balancing loss, [...] float32: see [`moelora.losses`]."""
         if loss_type == "z_loss":
             return z_loss(self.squared_lse, self.num_tokens)
         assignments = self.top1 if loss_type == "switch" else self.assignments
@@ -113,22 +107,27 @@ class RoutingTotals:
     """Running [`RoutingSums`] of one router."""
 
     def __init__(self) -> None:
-        self._flat: Tensor | None = None
+        self._packed: Tensor | None = None
 
-    def add(self, sums: RoutingSums) -> None:
-        """Add one forward's sums, on their device."""
-        flat = sums.flat()
-        self._flat = flat if self._flat is None else self._flat.to(flat.device) + flat
+    @staticmethod
+    def add_each(totals: Sequence[RoutingTotals], packed_LF: Tensor) -> None:
+        """Add row l of packed_LF [L, 4E + 5] to totals[l], on its device and all rows in one operation."""
+        for total in totals:
+            if total._packed is None:
+                total._packed = packed_LF.new_zeros(packed_LF.shape[1:])
+            elif total._packed.device != packed_LF.device:
+                total._packed = total._packed.to(packed_LF.device)
+        torch._foreach_add_([total._packed for total in totals if total._packed is not None], list(packed_LF.unbind(0)))
 
     def reset(self) -> None:
         """Forget everything."""
-        self._flat = None
+        self._packed = None
 
     def report(self, maturity_E: Tensor, loss_type: str) -> RouterStats | None:
         """The statistics as numbers (synchronises with the device); None before the first token."""
-        if self._flat is None:
+        if self._packed is None:
             return None
-        sums = RoutingSums.of_flat(self._flat)
+        sums = RoutingSums.of_packed(self._packed)
         if (num_tokens := int(sums.num_tokens)) == 0:
             return None
         load_E = sums.assignments / sums.assignments.sum().clamp(min=1)

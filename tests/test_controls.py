@@ -271,14 +271,14 @@ def test_maturity_set_between_forward_and_backward():
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("experts", [False, True], ids=["whole", "expert-by-expert"])
 def test_fixed_weights(scope, experts):
-    model = mixture_of("llama", router_scope=scope, router_type="fixed", experts=experts)
-    vector = torch.tensor([0.1, 0.0, 2.0, -0.5])
+    model = mixture_of("llama", router_scope=scope, router_type="fixed", experts=experts).double()
+    vector = torch.tensor([0.125, 0.0, 2.0, -0.5], dtype=torch.float64)  # exact in float32, which stores them
     with torch.no_grad():
-        uniform = model(**NO_LABELS, routing_weights=torch.full((3, E), 0.25)).logits
-        torch.testing.assert_close(model(**NO_LABELS).logits, uniform, rtol=1e-6, atol=1e-6)
+        uniform = model(**NO_LABELS, routing_weights=torch.full((3, E), 0.25).double()).logits
+        torch.testing.assert_close(model(**NO_LABELS).logits, uniform, rtol=0, atol=1e-10)
         model.set_routing_weights(vector.tolist())
         by_hand = model(**NO_LABELS, routing_weights=vector.expand(3, E)).logits
-        torch.testing.assert_close(model(**NO_LABELS).logits, by_hand, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model(**NO_LABELS).logits, by_hand, rtol=0, atol=1e-10)
     assert not [name for name, _ in model.named_parameters() if "router" in name]
     output = model.train()(**INPUTS)
     assert getattr(output, "balancing_loss", None) is None

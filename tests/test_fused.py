@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from moelora.ops import ExpertPool, mixture, mixture_linear
-from moelora.ops.fused import can_fuse, mixture_fused
-from moelora.ops.project import project
+from moelora.ops import ExpertPool, Reader, can_fuse, mixture, mixture_linear
+from moelora.ops import mixture_fused as mixture_of_readers
 
 SHAPES = {  # tokens, D, O, E, r, adapters
     "one-token": ((1,), 3, 5, 2, 1, 1),
@@ -41,6 +40,10 @@ def build(shape, dtype=torch.float64):
 
 def factors(pools):
     return [factor for pool in pools for factor in (pool.lora_A, pool.lora_B)]
+
+
+def mixture_fused(base, x, pools, weights):
+    return mixture_of_readers(x, [Reader(base, pools)], weights)[0]
 
 
 def reference(base, pools, x, weights):
@@ -131,7 +134,7 @@ def test_float32_experts_on_a_bfloat16_base_follow_the_base():
 def test_autocast_equals_the_plain_form_under_autocast():
     base, pools, x, weights = build("batch-of-sequences", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = mixture_linear(base, x, pools, weights)
+        actual = mixture_linear(x, Reader(base, pools), weights)
         expected = base(x) + mixture(x, pools, weights)
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0.03, atol=0.05)
@@ -148,84 +151,113 @@ def test_a_hook_on_the_base_layer_still_runs():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("kind", ["sequential", "frozen-float64-on-float32"])
+def test_any_base_layer_is_served(kind):
+    base, pools, x, weights = build("batch-of-sequences")
+    if kind == "sequential":
+        other = nn.Sequential(base, nn.Tanh())
+    else:  # computes in its own precision, as some quantised layers do
+        other = type("Exact", (nn.Module,), {"forward": lambda self, x: base(x.double())})()
+        x, weights = (t.detach().float().requires_grad_() for t in (x, weights))
+        pools = [replace(p, lora_A=p.lora_A.detach().float(), lora_B=p.lora_B.detach().float()) for p in pools]
+    actual, expected = mixture_fused(other, x, pools, weights), reference(other, pools, x, weights)
+    assert actual.dtype == expected.dtype == torch.float64
+    tolerance = 1e-10 if kind == "sequential" else 1e-4  # float32 has 24 bits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    upstream = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(y, (x, weights), upstream) for y in (actual, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
 def test_what_cannot_be_fused_takes_the_plain_form():
     base, pools, x, weights = build("batch-of-sequences")
-    assert can_fuse(base, pools)
-    wider = ExpertPool(torch.randn(9, 6), torch.randn(8, 9), 3, 1.0, nn.Identity())
-    assert not can_fuse(base, [*pools, wider])
+    assert can_fuse(pools)
+    wider = ExpertPool(torch.randn(9, 6).double(), torch.randn(8, 9).double(), 3, 1.0, nn.Identity())
     dropping = ExpertPool(pools[0].lora_A, pools[0].lora_B, 3, 0.5, nn.Dropout(0.5))
-    assert not can_fuse(base, [*pools, dropping])
-    assert not can_fuse(nn.Sequential(base), pools)
+    assert not can_fuse([*pools, dropping])
+    assert not can_fuse([*pools, wider])
+    both = [*pools, wider]
+    weights = torch.cat([weights, weights], dim=-1)
     with torch.no_grad():
-        expected = reference(base, pools, x, weights)
-        torch.testing.assert_close(mixture_linear(nn.Sequential(base), x, pools, weights), expected, rtol=0, atol=1e-10)
+        expected = reference(base, both, x, weights)
+        torch.testing.assert_close(mixture_linear(x, Reader(base, both), weights), expected, rtol=0, atol=1e-10)
 
 
-def build_readers(count=3):
-    """Linears of different widths, ranks and numbers of adapters that read one x."""
+def build_readers(count=3, adapters=1):
+    """Linears of different widths that read one x under one set of weights."""
     torch.manual_seed(1)
-    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    leaf = {"dtype": torch.float64, "requires_grad": True}
+    x, weights = torch.randn(2, 5, 7, **leaf), torch.rand(2, 5, 3 * adapters, **leaf)
     readers = []
     for i in range(count):
-        base = nn.Linear(7, 3 + i).double().requires_grad_(False)
-        leaf = {"dtype": torch.float64, "requires_grad": True}
+        base = nn.Linear(7, 3 + i, bias=i != 1).double().requires_grad_(False)
         pools = [
-            ExpertPool(
-                torch.randn(3 * (i + 1), 7, **leaf), torch.randn(3 + i, 3 * (i + 1), **leaf), 3, 0.7, nn.Identity()
-            )
-            for _ in range(1 + i % 2)
+            ExpertPool(torch.randn(6, 7, **leaf), torch.randn(3 + i, 6, **leaf), 3, 0.7 + n, nn.Identity())
+            for n in range(adapters)
         ]
-        readers.append((base, pools, torch.rand(2, 5, 3 * len(pools), **leaf)))
-    return x, readers
+        readers.append(Reader(base, pools))
+    return x, weights, readers
 
 
-def together(x, readers):
-    projections = project(x, [pools for _, pools, _ in readers])
-    return [mixture_fused(b, x, p, w, s) for (b, p, w), s in zip(readers, projections, strict=True)]
+def together(x, weights, readers):
+    return mixture_of_readers(x, readers, weights)
 
 
-def apart(x, readers):
-    return [reference(base, pools, x, weights) for base, pools, weights in readers]
+def apart(x, weights, readers):
+    return [reference(reader.base_layer, reader.pools, x, weights) for reader in readers]
 
 
-def leaves_of(x, readers):
-    return [x, *(leaf for _, pools, weights in readers for leaf in (weights, *factors(pools)))]
+def leaves_of(x, weights, readers):
+    return [x, weights, *(leaf for reader in readers for leaf in factors(reader.pools))]
 
 
 def joined(outputs):
     return torch.cat([output.flatten() for output in outputs])
 
 
-def test_readers_of_one_input_share_its_projection():
-    x, readers = build_readers()
-    assert_equal_gradients(joined(together(x, readers)), joined(apart(x, readers)), leaves_of(x, readers))
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("count", [2, 3])
+def test_readers_of_one_input_are_computed_together(count, adapters):
+    case = build_readers(count, adapters)
+    assert_equal_gradients(joined(together(*case)), joined(apart(*case)), leaves_of(*case))
 
 
-def test_readers_gradcheck():
-    x, readers = build_readers(2)
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_readers_gradcheck(adapters):
+    x, weights, readers = build_readers(2, adapters)
 
-    def run(x, *leaves):
-        return joined(together(x, readers))
+    def run(x, weights, *pairs):
+        given = iter(zip(pairs[::2], pairs[1::2], strict=True))
+        rebuilt = [
+            replace(r, pools=[replace(p, lora_A=A, lora_B=B) for p, (A, B) in zip(r.pools, given, strict=False)])
+            for r in readers
+        ]
+        return tuple(together(x, weights, rebuilt))
 
-    assert torch.autograd.gradcheck(run, tuple(leaves_of(x, readers)))
+    assert torch.autograd.gradcheck(run, tuple(leaves_of(x, weights, readers)), fast_mode=adapters > 1)
+
+
+def test_readers_whose_base_layers_are_inside_and_outside():
+    case = build_readers()
+    case[2][1].base_layer.register_forward_hook(lambda module, args, output: None)
+    case[2][2].base_layer.weight.requires_grad_()
+    leaves = [*leaves_of(*case), case[2][2].base_layer.weight]
+    assert_equal_gradients(joined(together(*case)), joined(apart(*case)), leaves)
 
 
 @pytest.mark.parametrize("used", [[0], [2], [0, 1], [1, 2]])
 def test_a_reader_whose_output_is_not_used(used):
-    x, readers = build_readers()
-    actual = joined([together(x, readers)[i] for i in used])
-    expected = joined([apart(x, readers)[i] for i in used])
-    upstream = torch.randn_like(expected)
-    (ours,) = torch.autograd.grad(actual, x, upstream)
-    (theirs,) = torch.autograd.grad(expected, x, upstream)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    case = build_readers()
+    leaves = [case[0], case[1], *(leaf for i in used for leaf in factors(case[2][i].pools))]
+    actual, expected = (joined([outputs[i] for i in used]) for outputs in (together(*case), apart(*case)))
+    assert_equal_gradients(actual, expected, leaves)
 
 
 def test_backward_twice_and_in_part_leaves_nothing_behind():
-    x, readers = build_readers()
-    actual, expected = joined(together(x, readers)), joined(apart(x, readers))
+    x, weights, readers = build_readers()
+    actual, expected = joined(together(x, weights, readers)), joined(apart(x, weights, readers))
     upstream = torch.randn_like(expected)
-    weights, first_B = readers[0][2], readers[0][1][0].lora_B
+    first_B = readers[0].pools[0].lora_B
     for wanted in ([weights], [x, first_B], [first_B], [x, weights]):
         ours = torch.autograd.grad(actual, wanted, upstream, retain_graph=True)
         theirs = torch.autograd.grad(expected, wanted, upstream, retain_graph=True)
@@ -233,16 +265,17 @@ def test_backward_twice_and_in_part_leaves_nothing_behind():
 
 
 def test_readers_of_an_input_that_needs_no_gradient():
-    x, readers = build_readers()
+    x, weights, readers = build_readers()
     x.requires_grad_(False)
-    assert_equal_gradients(joined(together(x, readers)), joined(apart(x, readers)), leaves_of(x, readers)[1:])
+    case = (x, weights, readers)
+    assert_equal_gradients(joined(together(*case)), joined(apart(*case)), leaves_of(*case)[1:])
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_dropout_keeps_one_mask_and_no_dropped_copy(count):
-    x, readers = build_readers(count)
+    x, weights, readers = build_readers(count)
     dropout = nn.Dropout(0.4)
-    dropping = [(base, [replace(pool, dropout=dropout) for pool in pools], weights) for base, pools, weights in readers]
+    dropping = [replace(r, pools=[replace(pool, dropout=dropout) for pool in r.pools]) for r in readers]
 
     def dropped(x):
         torch.manual_seed(3)
@@ -250,15 +283,38 @@ def test_dropout_keeps_one_mask_and_no_dropped_copy(count):
 
     def run(x):
         torch.manual_seed(3)
-        return joined(together(x, dropping))
+        return joined(together(x, weights, dropping))
 
-    expected = [base(x) + mixture(dropped(x), pools, w, backend="reference") for base, pools, w in readers]
-    assert_equal_gradients(run(x), joined(expected), leaves_of(x, readers))
+    expected = [r.base_layer(x) + mixture(dropped(x), r.pools, weights, backend="reference") for r in readers]
+    assert_equal_gradients(run(x), joined(expected), leaves_of(x, weights, readers))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         run(x)
     like_x = [t for t in saved if t.shape == (10, 7) and t.is_floating_point()]
-    assert all(t.data_ptr() == x.data_ptr() for t in like_x)
+    assert like_x and all(t.data_ptr() == x.data_ptr() for t in like_x)
     assert sum(t.dtype == torch.bool for t in saved) == 1
     dropout.eval()
-    torch.testing.assert_close(run(x), joined(apart(x, readers)), rtol=0, atol=1e-10)
+    torch.testing.assert_close(run(x), joined(apart(x, weights, readers)), rtol=0, atol=1e-10)
+
+
+def test_saved_are_x_once_h_and_the_weights():
+    x, weights, readers = build_readers()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        together(x, weights, readers)
+    known = {t.data_ptr() for t in leaves_of(x, weights, readers)} | {r.base_layer.weight.data_ptr() for r in readers}
+    assert [t.shape for t in saved if t.data_ptr() not in known] == [(10, 3 * 6)]  # h of three linears
+
+
+@pytest.mark.parametrize("change", ["experts", "rank", "scaling", "dropout"])
+def test_linears_that_differ_are_not_computed_together(change):
+    _, _, (first, second, _) = build_readers()
+    assert first.goes_with(second)
+    (pool,) = second.pools
+    changed = {
+        "experts": replace(pool, num_experts=2),
+        "rank": replace(pool, lora_A=torch.zeros(3, 7)),
+        "scaling": replace(pool, scaling=0.1),
+        "dropout": replace(pool, dropout=nn.Dropout(0.1)),
+    }
+    assert not first.goes_with(replace(second, pools=[changed[change]]))

@@ -45,10 +45,10 @@ def case(shape, dtype, device, weight_dtype=torch.float32):
 def fused(hidden, weight, scale=1.0, **options):
     from moelora.ops.triton.router import route_fused
 
-    weights, flat, probs, squared_lse = route_fused(hidden, weight, scale=scale, **options)
-    sums = RoutingSums.of_flat(flat)
+    weights, packed, probs, squared_lse = route_fused(hidden, weight, scale=scale, **options)
+    sums = RoutingSums.of_packed(packed)
     assert torch.equal(sums.probs, probs) and torch.equal(sums.squared_lse, squared_lse)
-    return weights, RoutingSums(**(vars(sums) | {"probs": probs, "squared_lse": squared_lse}))
+    return weights, RoutingSums(packed, probs, squared_lse)
 
 
 def reference(hidden, weight, scale=1.0, **options):
@@ -181,7 +181,7 @@ def test_padding_that_is_nan_counts_nothing(kernel_device):
     spoilt = torch.where(mask[:, None], hidden, float("nan"))
     with torch.no_grad():
         (_, sums), (_, clean) = (fused(h, weight, top_k=2, mask_T=mask) for h in (spoilt, hidden))
-    assert torch.equal(sums.flat(), clean.flat())
+    assert torch.equal(sums.packed, clean.packed)
 
 
 def test_nothing_is_kept_without_gradient(kernel_device, monkeypatch):
@@ -200,7 +200,7 @@ def test_nothing_is_kept_without_gradient(kernel_device, monkeypatch):
 def test_no_tokens(kernel_device):
     hidden, weight = case((0, 3, 20, 2), torch.float32, kernel_device)
     weights, sums = fused(hidden, weight, top_k=2)
-    assert weights.shape == (0, 3) and sums.flat().eq(0).all()
+    assert weights.shape == (0, 3) and sums.packed.eq(0).all()
     weights.sum().backward()
     assert weight.grad.eq(0).all()
 

@@ -5,21 +5,22 @@ Shapes: D in, O out, E experts, r rank of one expert, R = E * r.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .concat import mixture_concat
-from .fused import can_fuse, mixture_fused
+from .fused import Reader, can_fuse, mixture_fused
 from .pool import ExpertPool
 from .reference import mixture_reference
 
-__all__ = ["BACKENDS", "ExpertPool", "can_fuse", "mixture", "mixture_fused", "mixture_linear"]
+__all__ = ["BACKENDS", "ExpertPool", "Reader", "can_fuse", "mixture", "mixture_fused", "mixture_linear"]
 
 BACKENDS = {"concat": mixture_concat, "reference": mixture_reference}
 
 
-def mixture(x: Tensor, pools: list[ExpertPool], weights: Tensor, *, backend: str = "concat") -> Tensor:
+def mixture(x: Tensor, pools: Sequence[ExpertPool], weights: Tensor, *, backend: str = "concat") -> Tensor:
     """``sum_e weights_e * scaling_e * B_e A_e dropout(x)`` for every token.
 
     Args:
@@ -40,10 +41,8 @@ def mixture(x: Tensor, pools: list[ExpertPool], weights: Tensor, *, backend: str
     return BACKENDS[backend](x, pools, weights)
 
 
-def mixture_linear(
-    base_layer: nn.Module, x: Tensor, pools: list[ExpertPool], weights: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """base_layer(x) plus the mixture, by the fastest form that serves this base layer.
+def mixture_linear(x: Tensor, reader: Reader, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The reader's base layer applied to x [..., D] plus the mixture, by the fastest form that serves it.
 
     Args:
         args, kwargs: passed on to the base layer.
@@ -51,8 +50,8 @@ def mixture_linear(
     Returns:
         [..., O] in the dtype of the base layer's output.
     """
-    if not args and not kwargs and can_fuse(base_layer, pools):
-        return mixture_fused(base_layer, x, pools, weights)
-    result = base_layer(x, *args, **kwargs)
-    delta = mixture(x.to(pools[0].lora_A.dtype), pools, weights)
+    if not args and not kwargs and can_fuse(reader.pools):
+        return mixture_fused(x, [reader], weights)[0]
+    result = reader.base_layer(x, *args, **kwargs)
+    delta = mixture(x.to(reader.pools[0].lora_A.dtype), reader.pools, weights)
     return (result + delta).to(result.dtype)

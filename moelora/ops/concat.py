@@ -1,9 +1,11 @@
 """Experts concatenated along the rank: each rank block of ``h = x A^T`` is multiplied by its expert's weight.
 
-Plain autograd for now; the hand-written backward takes this module's place behind [`moelora.ops.mixture`].
+Autograd differentiates it, so it serves wherever fused.py does not, and torch.compile fuses it by itself.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor
 from .pool import ExpertPool
 
 
-def mixture_concat(x: Tensor, pools: list[ExpertPool], weights: Tensor) -> Tensor:
+def mixture_concat(x: Tensor, pools: Sequence[ExpertPool], weights: Tensor) -> Tensor:
     """See [`moelora.ops.mixture`]."""
     hidden = [F.linear(pool.dropout(x), pool.lora_A) for pool in pools]
     shares = weights.split([pool.num_experts for pool in pools], dim=-1)

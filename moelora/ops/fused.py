@@ -1,16 +1,23 @@
-"""The hand-written form: experts concatenated along the rank, products accumulated in place.
+"""The hand-written form: experts concatenated along the rank, products accumulated in place, x read once per group.
 
-Forward:    h = x A^T (project.py);  y = (h * w) B^T + b;  y += x W^T, in place.
-Backward:   g = dy B;  dB = dy^T (h * w);  dw_e = <g_e, h_e>;  dh = g * w;  dx += dy W, in place (project.py).
+Linears that read the same x under the same routing weights (q, k and v; gate and up) are computed together:
+
+Forward:    h = dropout(x) A^T for all of them;  y = (h * w) B^T + b;  y += x W^T, in place.
+Backward:   g = dy B;  dB = dy^T (h * w);  dw_e = <g_e, h_e>;  dh = g * w;  dA = dh^T dropout(x);
+            dx = dh A;  dx += dy W for each of them, in place.
 
 The small product comes first and the frozen one accumulates onto it: reading y again costs nothing where arithmetic
-takes all the time, and the sum is rounded once. Saved are h and w, and x for A's gradient; h * w is made again.
-The reference is reference.py. Letters: T tokens, D in, O out, E experts, r rank, R = E * r.
+takes all the time, and the sum is rounded once. Saved are x (once), h and w, and of dropout one byte per element of x;
+h * w is made again. The reference is reference.py.
+Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a group.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,87 +25,175 @@ from torch.autograd.function import once_differentiable
 
 from .gate import weighted, weighted_backward
 from .pool import ExpertPool
-from .project import Projection, project, stacked
 
 
-class _Expand(torch.autograd.Function):
-    """y [T, O] for a projection, weights [T, E], factors B [O, R] and either the frozen weight [O, D] and bias [O], or
-    `out` [T, O], what the base layer made of x, which is overwritten. `out` comes first: autograd passes the gradient
-    of an overwritten view on as that of the first input."""
+@dataclass(frozen=True)
+class Reader:
+    """A linear that reads x: its base layer, and the factors of its adapters in expert order."""
+
+    base_layer: nn.Module
+    pools: Sequence[ExpertPool]
+
+    def goes_with(self, other: Reader) -> bool:
+        """Whether one product with x can serve both."""
+        mine, its = ([(p.num_experts, p.rank, p.scaling, p.drop_rate) for p in r.pools] for r in (self, other))
+        return mine == its
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is constant in one call, and in what order its tensors come."""
+
+    num_readers: int
+    num_pools: int  # of each reader
+    rank: int  # of one expert
+    scale: float
+    drop_rate: float
+
+    def split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """(outside, weight, bias) of every reader; every factor A; the factors B of every reader."""
+        start = 3 * self.num_readers
+        middle = start + self.num_readers * self.num_pools
+        return _chunks(values[:start], 3), list(values[start:middle]), _chunks(values[middle:], self.num_pools)
+
+
+class _Mixture(torch.autograd.Function):
+    """One y [..., O] for each reader of x [..., D], under weights [..., E]. What is frozen is either the weight [O, D]
+    and bias [O] of a plain linear, which are constants here, or `outside` [..., O], what another layer made of x."""
 
     @staticmethod
-    def forward(ctx: Any, out, projection, h, weights, scale, weight, bias, *factors):
-        lora_B = stacked(factors, h.dtype, dim=1)
-        hw = weighted(h, weights, scale)
-        if out is None:
-            out = hw @ lora_B.t() if bias is None else torch.addmm(bias, hw, lora_B.t())
-            out.addmm_(projection.x, weight.t())
-        else:
-            ctx.mark_dirty(out)
-            out.addmm_(hw, lora_B.t())
-        ctx.save_for_backward(h, weights, lora_B, weight)
-        ctx.gradient, ctx.scale = projection.gradient, scale
-        ctx.factors = [(factor.shape[1], factor.dtype) for factor in factors]
-        return out
+    def forward(ctx: Any, plan: _Plan, x: Tensor, weights: Tensor, *tensors: Any):
+        frozen, As, Bs = plan.split(tensors)
+        lead, x, weights = x.shape[:-1], x.flatten(0, -2), weights.flatten(0, -2)
+        read, kept = torch.native_dropout(x, plan.drop_rate, True) if plan.drop_rate > 0 else (x, None)
+        h = read @ _stacked(As, x.dtype).t()
+        hws = weighted(h, weights, plan.rank, plan.scale).chunk(plan.num_readers, dim=1)
+        ys = tuple(_expand(x, hw, B, *parts).view(*lead, -1) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
+        ctx.save_for_backward(x, h, weights, kept, *(weight for _, weight, _ in frozen), *As, *_joined(Bs))
+        ctx.plan, ctx.lead = plan, lead
+        ctx.set_materialize_grads(False)
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor):
-        h, weights, lora_B, weight = ctx.saved_tensors
-        hw, dh, dw = weighted_backward(dy @ lora_B, h, weights, ctx.scale)
-        dB: list[Tensor | None] = [None] * len(ctx.factors)
-        if any(ctx.needs_input_grad[7:]):
-            pieces = (dy.t() @ hw).split([columns for columns, _ in ctx.factors], dim=1)
-            dB = [piece.to(dtype) for piece, (_, dtype) in zip(pieces, ctx.factors, strict=True)]
-        if weight is not None and ctx.gradient.wanted:
-            ctx.gradient.add(dy, weight)
-        return dy if ctx.needs_input_grad[0] else None, None, dh, dw, None, None, None, *dB
+    def backward(ctx: Any, *dys: Tensor | None):
+        plan: _Plan = ctx.plan
+        x, h, weights, kept, *saved = ctx.saved_tensors
+        Ws, As, Bs = saved[: plan.num_readers], *_halves(saved[plan.num_readers :])
+        _, needs_x, needs_weights, *needs = ctx.needs_input_grad
+        needs_outside, needs_A, needs_B = plan.split(needs)
+        keep_rate = 1 - plan.drop_rate
+
+        flat = [None if dy is None else dy.flatten(0, -2).to(h.dtype) for dy in dys]
+        g = _products(flat, _chunks(Bs, plan.num_pools), h)
+        hw, dh, dw = weighted_backward(g, h, weights, plan.rank, plan.scale)
+        hws = hw.chunk(plan.num_readers, dim=1)
+        dBs: list[Any] = [None] * len(Bs)
+        for i, (dy, needed) in enumerate(zip(flat, needs_B, strict=True)):
+            if dy is not None and any(needed):
+                mine = slice(i * plan.num_pools, (i + 1) * plan.num_pools)
+                dBs[mine] = _unstacked(dy.t() @ hws[i], Bs[mine], dim=1)
+        dAs: list[Any] = [None] * len(As)
+        if any(needs_A):
+            dAs = _unstacked(dh.t() @ (x if kept is None else (x * kept).div_(keep_rate)), As)
+        dx = None
+        if needs_x:
+            dx = dh @ _stacked(As, h.dtype)
+            if kept is not None:
+                dx.mul_(kept).div_(keep_rate)
+            for dy, W in zip(flat, Ws, strict=True):
+                if dy is not None and W is not None:
+                    dx.addmm_(dy, W)
+            dx = dx.view(*ctx.lead, -1)
+        d_weights = dw.view(*ctx.lead, -1) if needs_weights else None
+        d_frozen = [(dy if needed[0] else None, None, None) for dy, needed in zip(dys, needs_outside, strict=True)]
+        return None, dx, d_weights, *_joined(d_frozen), *dAs, *dBs
 
 
-def can_fuse(base_layer: nn.Module, pools: list[ExpertPool]) -> TypeGuard[nn.Linear]:
-    """Whether the hand-written form serves this layer; else the caller uses a form that autograd differentiates."""
+def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, weight: Any, bias: Any) -> Tensor:
+    """hw [T, R] times B^T, plus what is frozen: [T, O]."""
+    B = _stacked(factors_B, hw.dtype, dim=1)
+    if outside is None:
+        return (hw @ B.t() if bias is None else torch.addmm(bias, hw, B.t())).addmm_(x, weight.t())
+    outside = outside.flatten(0, -2)
+    return torch.addmm(outside, hw, B.t()) if outside.dtype == hw.dtype else outside + hw @ B.t()
+
+
+def _products(dys: Sequence[Tensor | None], factors_B: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
+    """dy [T, O] B [O, R] for every reader, side by side: [T, G * R]; zero where there is no dy."""
+    products = torch.empty_like(like)
+    for dy, Bs, product in zip(dys, factors_B, products.chunk(len(dys), dim=1), strict=True):
+        if dy is None:
+            product.zero_()
+        else:
+            torch.mm(dy, _stacked(Bs, like.dtype, dim=1), out=product)
+    return products
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:
+    cast = [factor.to(dtype) for factor in factors]
+    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=dim)
+
+
+def _unstacked(gradient: Tensor, factors: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+    pieces = gradient.split([factor.shape[dim] for factor in factors], dim=dim)
+    return [piece.to(factor.dtype) for piece, factor in zip(pieces, factors, strict=True)]
+
+
+def _chunks(values: Sequence[Any], size: int) -> list[Any]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def _halves(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def _joined(groups: Iterable[Sequence[Any]]) -> list[Any]:
+    return [value for group in groups for value in group]
+
+
+def can_fuse(pools: Sequence[ExpertPool]) -> bool:
+    """Whether the hand-written form serves these; else the caller uses a form that autograd differentiates."""
     if torch.compiler.is_compiling():
         return False  # inductor fuses the plain form, and does not trace in-place autograd functions
-    uniform = len({pool.rank for pool in pools}) == len({pool.drop_rate for pool in pools}) == 1
-    return type(base_layer) is nn.Linear and uniform
+    return len({(pool.rank, pool.drop_rate) for pool in pools}) == 1
 
 
-def mixture_fused(
-    base_layer: nn.Linear, x: Tensor, pools: list[ExpertPool], weights: Tensor, projection: Projection | None = None
-) -> Tensor:
-    """base_layer(x) plus the mixture: x [..., D], weights [..., E] -> [..., O] in the dtype of the base layer's output.
+def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> list[Tensor]:
+    """base_layer(x) plus the mixture for every reader: x [..., D], weights [..., E] -> [..., O] each.
 
-    The factors are cast to that dtype, as autocast does; the frozen product joins the function where nobody watches it.
+    x and the factors are cast to the dtype that a linear would compute in (x's own, or autocast's), and the frozen
+    product joins the function where nobody watches it.
 
     Args:
-        projection: of x for these pools, if it was made together with other linears'.
+        readers: linears that all go with each other ([`Reader.goes_with`]) and whose pools can be fused.
     """
-    if projection is None:
-        (projection,) = project(x, [pools])
-    h = projection.h
-    is_inside = _is_plain(base_layer) and h.dtype == base_layer.weight.dtype
-    out = None if is_inside else base_layer(x)
+    pools, device = readers[0].pools, x.device.type
+    is_autocast = torch.is_autocast_enabled(device)
+    compute = x.to(torch.get_autocast_dtype(device) if is_autocast else x.dtype)
     scale = pools[0].scaling
     if any(pool.scaling != scale for pool in pools):
         shares = weights.split([pool.num_experts for pool in pools], dim=-1)
         scale, weights = 1.0, torch.cat([share * p.scaling for share, p in zip(shares, pools, strict=True)], dim=-1)
-    with torch.autocast(x.device.type, enabled=False):
-        y = _Expand.apply(
-            None if out is None else out.to(h.dtype).flatten(0, -2),
-            projection,
-            h,
-            weights.flatten(0, -2),
-            scale,
-            base_layer.weight if is_inside else None,
-            base_layer.bias if is_inside else None,
-            *[pool.lora_B for pool in pools],
-        )
-    return y.view(*x.shape[:-1], -1)
+    plan = _Plan(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
+    frozen = _joined(_frozen_part(reader.base_layer, x, compute.dtype) for reader in readers)
+    As = [pool.lora_A for reader in readers for pool in reader.pools]
+    Bs = [pool.lora_B for reader in readers for pool in reader.pools]
+    with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
+        return list(_Mixture.apply(plan, compute, weights, *frozen, *As, *Bs))
 
 
-def _is_plain(base_layer: nn.Linear) -> bool:
-    """Whether calling the base layer does nothing but x W^T + b with frozen W and b."""
-    hooks = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
-    is_frozen = not any(parameter.requires_grad for parameter in base_layer.parameters())
-    is_untouched = "forward" not in vars(base_layer) and not torch.is_autocast_enabled(base_layer.weight.device.type)
-    return not hooks and is_frozen and is_untouched and type(base_layer.weight.data) is Tensor
+def _frozen_part(base_layer: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """(None, weight, bias) of a linear that does nothing but x W^T + b in dtype; of others (base_layer(x), None, None).
+
+    It does more where somebody hooked or replaced its forward, trains it, or changed the type of its weight.
+    """
+    if type(base_layer) is not nn.Linear or base_layer.weight.dtype != dtype:
+        return base_layer(x), None, None
+    weight, bias = base_layer.weight, base_layer.bias
+    is_hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
+    is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    is_plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in vars(base_layer)
+    if is_hooked or is_trained or not is_plain:
+        return base_layer(x), None, None
+    return None, weight, bias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from .pool import ExpertPool
 
 
-def mixture_reference(x: Tensor, pools: list[ExpertPool], weights: Tensor) -> Tensor:
+def mixture_reference(x: Tensor, pools: Sequence[ExpertPool], weights: Tensor) -> Tensor:
     """See [`moelora.ops.mixture`]."""
     total = torch.zeros((*x.shape[:-1], pools[0].lora_B.shape[0]), dtype=x.dtype, device=x.device)
     expert = 0

@@ -1,9 +1,11 @@
 """Triton form of gate.py: one pass over h instead of three.
 
-Shapes: T tokens, E experts, r rank, R = E * r.
+Shapes: T tokens, G linears, E experts, r rank, N = G * E * r.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -20,57 +22,64 @@ def _blocks(T, E, r, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.c
     return t.to(tl.int64), e, j, (t < T) & (e < E), (t < T) & (e < E) & (j < r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # every length of a prompt would compile anew
 def _weighted_kernel(
-    h_ptr, w_ptr, hw_ptr, T, E, r, h_stride, w_stride, w_step, scale,
+    h_ptr, w_ptr, hw_ptr, T, w_stride, w_step, scale, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    t, e, j, te, ter = _blocks(T, E, r, BLOCK_T, BLOCK_E, BLOCK_R)
-    h = tl.load(h_ptr + t * h_stride + e * r + j, ter, 0.0).to(tl.float32)
+    t, e, j, te, ter = _blocks(T, E, R, BLOCK_T, BLOCK_E, BLOCK_R)
     w = tl.load(w_ptr + t * w_stride + e * w_step, te, 0.0).to(tl.float32) * scale
-    tl.store(hw_ptr + t * E * r + e * r + j, (h * w).to(hw_ptr.dtype.element_ty), ter)
+    for linear in range(G):
+        at = t * (G * E * R) + linear * (E * R) + e * R + j
+        h = tl.load(h_ptr + at, ter, 0.0).to(tl.float32)
+        tl.store(hw_ptr + at, (h * w).to(hw_ptr.dtype.element_ty), ter)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # every length of a prompt would compile anew
 def _weighted_backward_kernel(
-    g_ptr, h_ptr, w_ptr, hw_ptr, dh_ptr, dw_ptr, T, E, r, g_stride, h_stride, w_stride, w_step, scale,
+    g_ptr, h_ptr, w_ptr, hw_ptr, dh_ptr, dw_ptr, T, w_stride, w_step, scale,
+    G: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    t, e, j, te, ter = _blocks(T, E, r, BLOCK_T, BLOCK_E, BLOCK_R)
-    g = tl.load(g_ptr + t * g_stride + e * r + j, ter, 0.0).to(tl.float32)
-    h = tl.load(h_ptr + t * h_stride + e * r + j, ter, 0.0).to(tl.float32)
+    t, e, j, te, ter = _blocks(T, E, R, BLOCK_T, BLOCK_E, BLOCK_R)
     w = tl.load(w_ptr + t * w_stride + e * w_step, te, 0.0).to(tl.float32) * scale
-    tl.store(hw_ptr + t * E * r + e * r + j, (h * w).to(hw_ptr.dtype.element_ty), ter)
-    tl.store(dh_ptr + t * E * r + e * r + j, (g * w).to(dh_ptr.dtype.element_ty), ter)
-    dw = tl.sum(g * h, axis=2, keep_dims=True) * scale
-    tl.store(dw_ptr + t * E + e, dw.to(dw_ptr.dtype.element_ty), te)
+    dw = tl.zeros((BLOCK_T, BLOCK_E, 1), tl.float32)
+    for linear in range(G):
+        at = t * (G * E * R) + linear * (E * R) + e * R + j
+        g = tl.load(g_ptr + at, ter, 0.0).to(tl.float32)
+        h = tl.load(h_ptr + at, ter, 0.0).to(tl.float32)
+        tl.store(hw_ptr + at, (h * w).to(hw_ptr.dtype.element_ty), ter)
+        tl.store(dh_ptr + at, (g * w).to(dh_ptr.dtype.element_ty), ter)
+        dw += tl.sum(g * h, axis=2, keep_dims=True)
+    tl.store(dw_ptr + t * E + e, (dw * scale).to(dw_ptr.dtype.element_ty), te)
 
 
-def _launch(h_TR: Tensor, weights_TE: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
-    """Grid, (T, E, r) and block sizes."""
-    (T, R), E = h_TR.shape, weights_TE.shape[-1]
-    r = R // E
+def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid, and the sizes and blocks that are constant at compile time."""
+    (T, N), E = h_TN.shape, weights_TE.shape[-1]
     block_r = triton.next_power_of_2(r)
     block_e = min(triton.next_power_of_2(E), max(1, 256 // block_r))
     block_t = max(1, 4096 // (block_e * block_r))  # 4096 elements, 32 for each of 128 threads
     grid = (triton.cdiv(T, block_t), triton.cdiv(E, block_e))
-    return grid, (T, E, r), {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_R": block_r}
+    sizes = {"G": N // (E * r), "E": E, "R": r}
+    return grid, sizes | {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_R": block_r}
 
 
-def weighted(h_TR: Tensor, weights_TE: Tensor, scale: float) -> Tensor:
-    """See gate.py."""
-    grid, sizes, blocks = _launch(h_TR, weights_TE)
-    hw = torch.empty(h_TR.shape, dtype=h_TR.dtype, device=h_TR.device)
-    strides = h_TR.stride(0), *weights_TE.stride()
-    _weighted_kernel[grid](h_TR, weights_TE, hw, *sizes, *strides, scale, **blocks)
+def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float) -> Tensor:
+    """See gate.py. h_TN is contiguous."""
+    grid, options = _launch(h_TN, weights_TE, rank)
+    hw = torch.empty_like(h_TN)
+    _weighted_kernel[grid](h_TN, weights_TE, hw, h_TN.shape[0], *weights_TE.stride(), scale, **options)
     return hw
 
 
-def weighted_backward(g_TR: Tensor, h_TR: Tensor, weights_TE: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See gate.py."""
-    grid, sizes, blocks = _launch(h_TR, weights_TE)
-    hw, dh = (torch.empty(h_TR.shape, dtype=h_TR.dtype, device=h_TR.device) for _ in range(2))
-    dw = torch.empty(weights_TE.shape, dtype=weights_TE.dtype, device=h_TR.device)
-    strides = g_TR.stride(0), h_TR.stride(0), *weights_TE.stride()
-    _weighted_backward_kernel[grid](g_TR, h_TR, weights_TE, hw, dh, dw, *sizes, *strides, scale, **blocks)
+def weighted_backward(
+    g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See gate.py. g_TN and h_TN are contiguous."""
+    grid, options = _launch(h_TN, weights_TE, rank)
+    hw, dh, dw = torch.empty_like(h_TN), torch.empty_like(h_TN), weights_TE.new_empty(weights_TE.shape)
+    _weighted_backward_kernel[grid](
+        g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), scale, **options
+    )
     return hw, dh, dw

@@ -184,7 +184,7 @@ def route_fused(
     """`moelora.routing.route` on ``norm_linear(hidden_TH, weight_EH)``, and sums over the tokens of mask_T.
 
     Returns:
-        weights [T, E] float32 times scale; the sums [4E + 5] float32 in the order of RoutingSums' fields, without
+        weights [T, E] float32 times scale; the sums [4E + 5] float32 in the order of RoutingSums.packed, without
         gradient; of them, with gradient, that of the probabilities [E] and that of the squared logsumexp [].
     """
     hidden = hidden_TH if hidden_TH.stride(-1) == 1 else hidden_TH.contiguous()

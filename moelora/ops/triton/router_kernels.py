@@ -118,7 +118,7 @@ def forward_kernel(
     if priority_ptr is not None:  # [E, T]
         tl.store(priority_ptr + e * T + t, tl.where(counted & selected, p, -1.0), (t < T) & (e < E))
 
-    # The order of RoutingSums' fields.
+    # The order of RoutingSums.packed.
     first = e == tl.argmax(tl.where(e < E, p, -1.0), axis=1, keep_dims=True)
     entropy = tl.where(p > 0, -p * tl.log(tl.where(p > 0, p, 1.0)), 0.0)
     _, lse = _softmax(z, e < E)
