@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .arms import Mixture
@@ -14,23 +15,26 @@ from .layer import block_shape, make_step
 from .options import add_options, make_parser
 
 MODULE = "benchmarks.profile"
-ARM_NAMES = ("frozen", "lora", "ours", "ours-e1")
+ARM_NAMES = ("frozen", "lora", "lora-default", "lora-equal", "ours", "ours-default", "ours-fixed", "ours-e1")
 EXAMPLES = ("--arms frozen ours", "--arms ours --tokens 2048 --rows 40")
 
 
 def kernel_table(call: Callable[[], object], steps: int, rows: int) -> str:
-    """The kernels of one step that take longest, and their sum, in microseconds."""
+    """Microseconds of one step: all kernels, how long the GPU waited between them, and those that take longest."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             call()
         torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.self_device_time_total]
-    events.sort(key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in events) / steps
-    lines = [
-        f"{event.self_device_time_total / steps:9.1f} {event.count // steps:5d}  {event.key[:110]}" for event in events
-    ]
-    return "\n".join([f"{total:9.1f} {sum(event.count for event in events) // steps:5d}  all kernels", *lines[:rows]])
+    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    totals: dict[str, list[float]] = {}
+    for kernel in kernels:
+        totals.setdefault(kernel.name, []).append(kernel.time_range.elapsed_us())
+    busy = sum(map(sum, totals.values()))
+    span = max(k.time_range.end for k in kernels) - min(k.time_range.start for k in kernels)
+    lines = [f"{busy / steps:9.1f} {len(kernels) // steps:5d}  all kernels; idle {(span - busy) / steps:.1f}"]
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:rows]:
+        lines.append(f"{sum(times) / steps:9.1f} {len(times) // steps:5d}  {name[:110]}")
+    return "\n".join(lines)
 
 
 def issue_microseconds(call: Callable[[], object], steps: int) -> float:
@@ -45,7 +49,7 @@ def issue_microseconds(call: Callable[[], object], steps: int) -> float:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = make_parser(MODULE, __doc__, EXAMPLES)
-    add_options(parser, ARM_NAMES)
+    add_options(parser, ARM_NAMES, optional=ARM_NAMES[2:4] + ARM_NAMES[5:])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,7 @@ class BlockRouting:
     shared_by_user: bool  # weights are the user's own or the attached router's
     router: MoELoraRouter | None  # the block's or model's
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
-    shared_input: SharedInput = field(default_factory=SharedInput)
+    shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
     encoder_weights: Tensor | None = None
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
@@ -194,14 +194,17 @@ class BlockHook:
             shared_by_user=shared is not None,
             router=self.router,
             encoder_hidden=self._encoder_hidden(args, kwargs),
+            shared_input=None if torch.compiler.is_compiling() else SharedInput(),
         )
         context.latest = self.routing
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, also called when the forward raised."""
-        if not self.in_region and self.routing is not None:
+        if self.in_region or self.routing is None:
+            return
+        if self.routing.shared_input is not None:
             self.routing.shared_input.close()
-            self.routing = None
+        self.routing = None
 
     def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
         if self.state.routing_weights is not None:

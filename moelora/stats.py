@@ -6,7 +6,7 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class RoutingSums:
     @classmethod
     def stack(cls, sums: Sequence[RoutingSums]) -> RoutingSums:
         """Several routers' sums as one, with a leading dimension."""
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: torch.stack([getattr(each, name) for each in sums]) for name in names})
+        packed, probs = torch.stack([each.packed for each in sums]), torch.stack([each.probs for each in sums])
+        return cls(packed, probs, torch.stack([each.squared_lse for each in sums]))
 
     def _part(self, index: int) -> Tensor:
         E = self.probs.shape[-1]

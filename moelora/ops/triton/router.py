@@ -57,15 +57,15 @@ def forward_blocks(T: int, E: int, dtype: torch.dtype) -> Blocks:
     widest, warps = max(32, 4096 // _padded(E)), 4 if E <= 32 else 8
     if T <= 256:
         return Blocks(16, min(256, widest), warps, 3)
-    return Blocks(32, min(128, widest), warps, 3)
+    return Blocks(64, min(128, widest), warps, 4)
 
 
 def backward_blocks(T: int, E: int, dtype: torch.dtype) -> Blocks:
     """Larger blocks of tokens than forward: there is one partial dW for each."""
     if dtype != torch.bfloat16:
         return Blocks(32, 32, 4 if E <= 32 else 8, 2, splits=8)
-    widest, warps = max(32, 2048 // _padded(E)), 4 if E <= 32 else 8
-    return Blocks(16 if T <= 256 else 64, min(128, widest), warps, 3, splits=4)
+    widest, warps = max(32, 1024 // _padded(E)), 4 if E <= 32 else 8
+    return Blocks(16 if T <= 256 else 128, min(64, widest), warps, 3, splits=4)
 
 
 @dataclass(frozen=True)

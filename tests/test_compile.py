@@ -1,0 +1,91 @@
+"""torch.compile: one graph, the same numbers as without, and no new graph as experts' loads change."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same_grads, mixture_of, train_step
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+# Tracing is the same for every backend; "aot_eager" skips only inductor's code generation, which takes a minute here.
+RUNS = [
+    pytest.param("cpu", "aot_eager", id="cpu-traced"),
+    pytest.param("cpu", "inductor", id="cpu-inductor", marks=pytest.mark.slow),
+    pytest.param("cuda", "inductor", id="cuda-inductor", marks=ON_GPU),
+]
+# Inductor fuses, and so rounds, in another order: float32's 24 bits through two blocks.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+IDS = torch.arange(1, 43).view(3, 14)
+PADDED = {"input_ids": IDS, "labels": IDS, "attention_mask": (torch.arange(14) >= torch.tensor([[0], [3], [9]])).long()}
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def batches(device):
+    """Batches of one shape whose tokens, and so the experts' loads, differ."""
+    for shift in (0, 11, 23, 40):
+        ids = (IDS + shift) % 63 + 1
+        yield {name: value.to(device) for name, value in (PADDED | {"input_ids": ids, "labels": ids}).items()}
+
+
+def stance(step):
+    """The second step finds counters that the first one made, which is another graph; after that there is none."""
+    return torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile")
+
+
+def compile_blocks(model, backend):
+    for block in model.base_model.model.model.layers:
+        block.compile(fullgraph=True, backend=backend)
+    return model
+
+
+def compile_model(model, backend):
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("router_type", ["learned_with_maturity", "fixed"])
+@pytest.mark.parametrize("compiled", [compile_blocks, compile_model])
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_training_is_one_graph(device, backend, compiled, router_type):
+    plain = mixture_of("llama", router_type=router_type).to(device)
+    twin = copy.deepcopy(plain)
+    fast = compiled(twin, backend)
+    for step, inputs in enumerate(batches(device)):
+        expected_loss, expected_grads = train_step(plain, inputs)
+        with stance(step):
+            loss, _ = train_step(fast, inputs)
+        grads = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(loss, expected_loss, **CLOSE)
+        assert_same_grads(grads, expected_grads, **CLOSE)
+    if router_type != "fixed":
+        torch.testing.assert_close(twin.expert_maturity, plain.expert_maturity, **CLOSE)
+        stats, expected = twin.routing_stats(), plain.routing_stats()
+        assert {n: s.expert_load for n, s in stats.items()} == {n: s.expert_load for n, s in expected.items()}
+
+
+@pytest.mark.parametrize("scope", ["block", "module"])
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_evaluation_is_one_graph(device, backend, scope):
+    plain = mixture_of("llama", router_scope=scope).to(device)
+    twin = copy.deepcopy(plain)
+    fast = compile_model(twin, backend)
+    with torch.no_grad():
+        for step, inputs in enumerate(batches(device)):
+            with stance(step):
+                torch.testing.assert_close(fast(**inputs).logits, plain(**inputs).logits, **CLOSE)
+
+
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_generation_with_a_static_cache(device, backend):
+    """What `generate` compiles by itself where the cache is static."""
+    plain = mixture_of("llama").to(device)
+    twin = copy.deepcopy(plain)
+    twin.base_model.model.forward = torch.compile(twin.base_model.model.forward, fullgraph=True, backend=backend)
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    prompt = IDS[:, :5].to(device)
+    assert torch.equal(twin.generate(input_ids=prompt, **options), plain.generate(input_ids=prompt, **options))
