@@ -20,12 +20,14 @@ Result = TypeVar("Result")
 
 
 def seconds(function: Callable[[], object], device: str, min_time: float) -> float:
-    """Mean seconds of one call, over at least min_time, after one warm-up call."""
-    function()
-    elapsed = _elapsed(function, 1, device)
-    if elapsed >= min_time:
-        return elapsed
-    count = math.ceil(min_time / max(elapsed, 1e-5))
+    """Mean seconds of one call, over at least min_time, after calls that take as long.
+
+    The warm-up is as long as the measurement because a GPU's clock follows the power that was drawn just before: what
+    comes after an arm that waits for memory would run faster than what comes after one that computes.
+    """
+    count = math.ceil(min_time / max(_elapsed(function, 1, device), 1e-5))
+    elapsed = _elapsed(function, count, device)
+    count = math.ceil(min_time / max(elapsed / count, 1e-5))
     return _elapsed(function, count, device) / count
 
 

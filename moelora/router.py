@@ -82,9 +82,10 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """The active adapters' routers, in expert order."""
         return [self[name] for name, _ in self.pool]
 
-    def maturity(self) -> Tensor:
-        """[E] float32, a copy."""
-        return torch.cat([router.maturity for router in self.active_routers()])
+    def maturity(self, copy: bool = True) -> Tensor:
+        """[E] float32; a copy, or the buffer itself where one adapter holds all experts."""
+        parts = [router.maturity for router in self.active_routers()]
+        return parts[0] if len(parts) == 1 and not copy else torch.cat(parts)
 
     def decide(self, hidden: Tensor, maturity_E: Tensor | None = None) -> Tensor:
         """Routing weights [..., E] for hidden [..., H] as evaluation uses them; no capacity, nothing is counted."""

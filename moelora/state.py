@@ -129,6 +129,8 @@ class ForwardContext:
 
     def maturity(self, router: MoELoraRouter) -> Tensor:
         """[E] as it was when this forward first asked, so that a recomputed block routes as it did before."""
+        if not self.training:
+            return router.maturity(copy=False)
         if router.name not in self._maturity:
             self._maturity[router.name] = router.maturity()
         return self._maturity[router.name]
