@@ -13,6 +13,7 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from .ranks import num_ranks
 from .stats import RoutingSums
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _over_ranks(all_sums: list[RoutingSums], num_targets: Tensor) -> tuple[list[
 
     DDP averages gradients over ranks, so the local part of a global mean has to count once per rank.
     """
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    world_size = num_ranks()
     if world_size == 1:
         return all_sums, num_targets, 1
     device = all_sums[0].mass.device

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import MoELoraConfig, count_experts
 from .masks import decoder_mask_from_labels, token_mask
+from .ranks import num_ranks
 
 if TYPE_CHECKING:
     from .forward import BlockHook, BlockRouting
@@ -126,6 +127,11 @@ class ForwardContext:
         self.grad_enabled = torch.is_grad_enabled()
         self.past_length = _past_length(inputs.get("past_key_values"))  # now: the blocks' attention lets it grow
         self._maturity: dict[str, Tensor] = {}
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether data-parallel ranks share capacity: in a training step, which all of them take together."""
+        return self.grad_enabled and num_ranks() > 1
 
     def maturity(self, router: MoELoraRouter) -> Tensor:
         """[E] as it was when this forward first asked, so that a recomputed block routes as it did before."""

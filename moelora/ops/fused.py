@@ -98,7 +98,8 @@ def mixture_fused(
 
 def _is_plain(base_layer: nn.Linear) -> bool:
     """Whether calling the base layer does nothing but x W^T + b with frozen W and b."""
-    hooks = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
+    if base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks:
+        return False  # asked first: where ZeRO-3 has hooks, looking at the weight gathers it
     is_frozen = not any(parameter.requires_grad for parameter in base_layer.parameters())
     is_untouched = "forward" not in vars(base_layer) and not torch.is_autocast_enabled(base_layer.weight.device.type)
-    return not hooks and is_frozen and is_untouched and type(base_layer.weight.data) is Tensor
+    return is_frozen and is_untouched and type(base_layer.weight.data) is Tensor

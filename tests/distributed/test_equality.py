@@ -1,0 +1,52 @@
+"""N processes equal one: accelerate's engines on two processes against plain torch on the whole batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES, LR, build, reference
+from engines import WORLD, launch
+
+# float32: sums over two processes are rounded in another order. The updates compared are of the order of 0.1; with the
+# capacity of each process by itself, the loads of one process or gradients halved, they differ by 1e-2 and more.
+TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
+DEEPSPEED = [pytest.param(engine, marks=pytest.mark.engines) for engine in ("zero2", "zero3")]
+
+
+def assert_same(actual, expected, what):
+    assert actual.keys() == expected.keys(), what
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, **TOLERANCE, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", *DEEPSPEED])
+def test_two_processes_equal_one(tmp_path, engine):
+    """Losses, gradients, updates, maturity and counters; every case of cases.py in one launch."""
+    launch(engine, "equality", tmp_path, *CASES)
+    for name, case in CASES.items():
+        expected = reference(case)
+        before = {n: p.detach() for n, p in build(case).named_parameters() if p.requires_grad}
+        assert max((expected["parameters"][n] - p).abs().max() for n, p in before.items()) > 0.1 * LR, "nothing learned"
+        ranks = [torch.load(tmp_path / f"{name}.{rank}.pt") for rank in range(WORLD)]
+        for rank, actual in enumerate(ranks):
+            what = f"{engine} {name} rank {rank}"
+            torch.testing.assert_close(actual["losses"], expected["losses"], **TOLERANCE, msg=lambda m, w=what: w + m)
+            assert_same(actual["buffers"], expected["buffers"], what)
+            for name_, buffer in ranks[0]["buffers"].items():
+                assert torch.equal(actual["buffers"][name_], buffer), f"{what}: {name_} drifts apart"
+            for gradients, theirs in zip(actual["gradients"], expected["gradients"], strict=True):
+                if not engine.startswith("zero"):  # DeepSpeed steps inside backward; SGD's updates are its gradients
+                    assert_same(gradients, theirs, f"{what} gradient of")
+        assert_same(ranks[0]["parameters"], expected["parameters"], f"{engine} {name}")
+        for name_, buffer in expected["buffers"].items():  # what is gathered for a checkpoint holds the buffers too
+            torch.testing.assert_close(ranks[0]["state"][name_], buffer, **TOLERANCE)
+
+
+def test_capacity_over_ranks_keeps_what_one_process_keeps(tmp_path):
+    """Exact, with ties within and between ranks, padding, a rank without tokens, and room for none and for all."""
+    script = os.path.join(os.path.dirname(__file__), "capacity.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
