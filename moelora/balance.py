@@ -5,6 +5,7 @@ Shapes: E experts.
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,11 +94,31 @@ def _add_to_output(output: Any, loss: Tensor, coef: float, share: Tensor | float
             # gradient, summed over the targets and divided by their number as TRL does, that of `weighted`.
             straight_through = (weighted - weighted.detach()).to(output["log_probs"].device)
             output["log_probs"] = output["log_probs"] - straight_through * output["label_mask"]
-        output["balancing_loss"] = loss
-        return output
+        return _with_balancing_loss(output, loss)
     if isinstance(output, tuple) and has_labels:
         return (_plus(output[0], weighted * share), *output[1:])
     return output
+
+
+def _with_balancing_loss(output: dict[str, Any], loss: Tensor) -> dict[str, Any]:
+    """The output with one more entry, in a class that knows it: DDP takes outputs apart and makes them anew."""
+    cls = type(output)
+    if is_dataclass(cls) and set(output) <= {field.name for field in fields(cls)}:
+        if cls not in _OUTPUT_CLASSES:
+            _OUTPUT_CLASSES[cls] = _output_class(f"MoELora{cls.__name__}", cls)
+        return _OUTPUT_CLASSES[cls](**output, balancing_loss=loss)
+    output["balancing_loss"] = loss
+    return output
+
+
+_OUTPUT_CLASSES: dict[type, Any] = {}
+
+
+@torch.compiler.assume_constant_result
+def _output_class(name: str, cls: type) -> type:
+    namespace = {"__module__": __name__, "__doc__": f"A {cls.__name__} of a training forward, with `balancing_loss`."}
+    globals()[name] = make_dataclass(name, [("balancing_loss", Tensor | None, None)], bases=(cls,), namespace=namespace)
+    return globals()[name]  # importable, so that outputs can be pickled
 
 
 def _plus(task_loss: Tensor, addend: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from engines import WORLD, pretend_accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from moelora import cli
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,7 +29,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().clone()
 
 
-def run(engine: str, case: Case) -> dict[str, Any]:
+def run(engine: str, case: Case, out: Path) -> dict[str, Any]:
     """What cases.reference does, by accelerate, on this process's share of every batch."""
     accelerator = accelerator_for(engine, case.accumulation)
     model = build(case)
@@ -48,13 +53,14 @@ def run(engine: str, case: Case) -> dict[str, Any]:
         dist.all_reduce(losses[-1])
     inner = accelerator.unwrap_model(model)
     state = accelerator.get_state_dict(model)
+    # As accelerate's documentation says to save; every process calls it.
+    inner.save_pretrained(out, state_dict=state, is_main_process=accelerator.is_main_process)
     trainable = {n.removeprefix("module.") for n, p in inner.named_parameters() if p.requires_grad}
     return {
         "losses": losses,
         "gradients": gradients,
         "parameters": {n: full(state[n]) for n in trainable} if state else {},
         "buffers": routing_state(inner),
-        "state": {n: full(t) for n, t in (state or {}).items()},
     }
 
 
@@ -98,10 +104,28 @@ def gradients_of(engine: str, model: torch.nn.Module) -> dict[str, torch.Tensor]
 
 def equality(engine: str, out: Path, names: list[str]) -> None:
     for name in names:
-        torch.save(run(engine, CASES[name]), out / f"{name}.{dist.get_rank()}.pt")
+        torch.save(run(engine, CASES[name], out / name), out / f"{name}.{dist.get_rank()}.pt")
 
 
-TASKS = {"equality": equality}
+def recipe(engine: str, out: Path, arguments: list[str]) -> None:
+    """`moelora train` on the recipe in `out`, once per comma-separated list of arguments; KILL=WHEN:OUTPUT_DIR dies."""
+    when, _, doomed = os.environ.get("KILL", "").partition(":")
+    original = {"step": Trainer._maybe_log_save_evaluate, "save": Trainer._save_optimizer_and_scheduler}.get(when)
+
+    def die(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        victim = {"step": WORLD - 1, "save": 0}[when]
+        is_time = self.state.global_step == {"step": 5, "save": 4}[when]
+        if is_time and dist.get_rank() == victim and Path(self.args.output_dir).name == doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    if original is not None:
+        setattr(Trainer, original.__name__, die)
+    for words in arguments:
+        assert cli.main(["train", str(out / "recipe.yaml"), *words.split(",")]) == 0
+
+
+TASKS = {"equality": equality, "recipe": recipe}
 
 
 def main() -> None:
