@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoELoraConfig, count_experts
-from .masks import decoder_mask_from_labels, token_mask
+from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .ranks import num_ranks
 
 if TYPE_CHECKING:
@@ -177,7 +177,9 @@ class ForwardContext:
                 given = decoder_mask_from_labels(self.inputs.get("labels"))
             mask = token_mask(given, length, self.past_length)
         else:
-            mask = token_mask(self.inputs.get("attention_mask"), length, self.past_length)
+            given = self.inputs.get("attention_mask")
+            packed = packed_mask(self.inputs.get("position_ids")) if given is None else None
+            mask = token_mask(given, length, self.past_length) if packed is None else packed
         return mask if mask is not None and mask.shape == (batch, length) else None
 
     def user_weights(self, lead: torch.Size, is_encoder_decoder: bool = False) -> Tensor | None:
