@@ -51,8 +51,9 @@ def _counts_of_digit(key_ET: Tensor, prefix_E: Tensor, low: int, bits: int) -> T
     """[E, 2^bits]: assignments whose higher bits are prefix_E, by their next `bits` bits."""
     is_candidate = (key_ET >= 0) & ((key_ET >> (low + bits)) == prefix_E[:, None])
     digits = (key_ET >> low) & ((1 << bits) - 1)
-    counts = key_ET.new_zeros(key_ET.shape[0], 1 << bits)
-    return counts.scatter_add_(1, digits.long(), is_candidate.int())
+    rows = torch.arange(key_ET.shape[0], device=key_ET.device)[:, None] << bits
+    counts = key_ET.new_zeros(key_ET.shape[0] << bits)  # flat: in one dimension CUDA has a deterministic scatter_add
+    return counts.scatter_add_(0, (rows + digits).flatten(), is_candidate.int().flatten()).view(-1, 1 << bits)
 
 
 def _on_lower_ranks(count_E: Tensor) -> Tensor:

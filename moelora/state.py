@@ -126,6 +126,8 @@ class ForwardContext:
         self.latest: BlockRouting | None = None  # of the block that ran last
         self.grad_enabled = torch.is_grad_enabled()
         self.past_length = _past_length(inputs.get("past_key_values"))  # now: the blocks' attention lets it grow
+        says_nothing = inputs.get("attention_mask") is None
+        self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
 
     @property
@@ -177,9 +179,9 @@ class ForwardContext:
                 given = decoder_mask_from_labels(self.inputs.get("labels"))
             mask = token_mask(given, length, self.past_length)
         else:
-            given = self.inputs.get("attention_mask")
-            packed = packed_mask(self.inputs.get("position_ids")) if given is None else None
-            mask = token_mask(given, length, self.past_length) if packed is None else packed
+            mask = self.packed
+            if mask is None:
+                mask = token_mask(self.inputs.get("attention_mask"), length, self.past_length)
         return mask if mask is not None and mask.shape == (batch, length) else None
 
     def user_weights(self, lead: torch.Size, is_encoder_decoder: bool = False) -> Tensor | None:

@@ -46,6 +46,7 @@ CASES = {
     ),
     "reentrant": Case({"expert_capacity_factor": 0.6}, checkpointing={"use_reentrant": True}),
     "fixed": Case({"router_type": "fixed"}),
+    "module_bf16": Case({"router_scope": "module"}),
 }
 
 

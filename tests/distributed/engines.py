@@ -19,8 +19,10 @@ ENGINES = Path(sys.prefix) / "engines"  # DeepSpeed; see the Makefile
 WORLD = 2
 
 
-def launch(engine: str, *arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    """Run the worker on WORLD processes with the accelerate configuration of an engine, in float32."""
+def launch(
+    engine: str, *arguments: object, precision: str = "no", check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run the worker on WORLD processes with the accelerate configuration of an engine; precision "no" is float32."""
     paths = [str(ROOT), str(Path(__file__).parents[1]), *([str(ENGINES)] if engine.startswith("zero") else [])]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -31,7 +33,7 @@ def launch(engine: str, *arguments: object, check: bool = True, **environment: s
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
-    command += ["--mixed_precision", "no", "--num_processes", str(WORLD), "--main_process_port", str(_free_port())]
+    command += ["--mixed_precision", precision, "--num_processes", str(WORLD), "--main_process_port", str(_free_port())]
     command += [str(WORKER), engine, *map(str, arguments)]
     result = subprocess.run(command, env=env | environment, capture_output=True, text=True, check=False)
     assert not check or result.returncode == 0, result.stdout[-1000:] + result.stderr[-6000:]

@@ -52,6 +52,29 @@ def assert_loads(folder, trained, what):
         assert torch.equal(loaded[name], tensor), f"{what} {name}"
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", *DEEPSPEED])
+def test_two_processes_in_bfloat16_learn_what_one_learns_in_float32(tmp_path, engine):
+    """DDP: autocast; FSDP2: MixedPrecisionPolicy; DeepSpeed: a bfloat16 model with a float32 master copy.
+
+    The tolerance is that of test_precision_training.py.
+    """
+    launch(engine, "equality", tmp_path, "aux_loss", "module_bf16", precision="bf16")
+    for name in ("aux_loss", "module_bf16"):
+        expected, actual = reference(CASES[name]), torch.load(tmp_path / f"{name}.0.pt")
+        before = dict(build(CASES[name]).named_parameters())
+        tolerance = 32 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(actual["losses"], expected["losses"], rtol=tolerance / 2, atol=0, check_dtype=False)
+        updates = [
+            torch.cat([(state["parameters"][n].float() - before[n].detach()).flatten() for n in expected["parameters"]])
+            for state in (actual, expected)
+        ]
+        difference = (updates[0] - updates[1]).norm() / updates[1].norm()
+        assert 1e-4 < difference < tolerance, f"{name}: {difference} (float32 would be below 1e-5)"
+        assert actual["buffers"].keys() == expected["buffers"].keys()
+        for key, buffer in actual["buffers"].items():
+            assert buffer.dtype == expected["buffers"][key].dtype, key
+
+
 def test_capacity_over_ranks_keeps_what_one_process_keeps(tmp_path):
     """Exact, with ties within and between ranks, padding, a rank without tokens, and room for none and for all."""
     script = os.path.join(os.path.dirname(__file__), "capacity.py")
