@@ -120,9 +120,18 @@ def _measure_before(
     seconds: dict[str, float],
     run_file: Path,
 ) -> None:
-    with _timed(seconds, "evaluate_before"), trainer.model.disable_adapter():
+    with _timed(seconds, "evaluate_before"), _without_mixture(trainer.model):
         _add_losses(record, _measure(trainer, domains, "Before"), "before")
     _write(run_file, record)
+
+
+@contextmanager
+def _without_mixture(model: PeftModel) -> Iterator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trainable:  # FSDP2 learns in the first forward what is trained, and in which precision
+            parameter.requires_grad_(True)
+        yield
 
 
 def _measure(trainer: Trainer, domains: Sequence[DomainBlocks], title: str) -> dict[str, DomainResult]:

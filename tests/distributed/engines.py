@@ -50,5 +50,7 @@ def pretend_accelerator() -> None:
     """In the worker, before any Accelerator."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
+    training_args.is_torch_bf16_gpu_available = lambda: True
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_XPU)

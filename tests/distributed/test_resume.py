@@ -66,3 +66,20 @@ def _maturity(tensors):
 
 def _router_place(name):
     return name.replace(".lora_router.", ".lora_router.default.")
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.engines) for e in ("zero2", "zero3"))])
+def test_float32_adapters_train_on_a_bfloat16_base(tmp_path, engine):
+    """What `moelora train` does on GPUs: a base in bfloat16, adapters in float32, measured before and after."""
+    prepare(tmp_path, engine)
+    settings = ["model.dtype=bfloat16", "training.bf16=true", "training.max_steps=2"]
+    words = ",".join(f"--set,{setting}" for setting in [*settings, f"training.output_dir={tmp_path / 'out'}"])
+    launch(engine, "recipe", tmp_path, words, precision="bf16")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    for domain in record["domains"].values():
+        assert domain["loss_after"] != domain["loss_before"]
+        assert domain["loss_after"] == pytest.approx(domain["loss_before"], rel=0.2)
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert any(tensor.any() for name, tensor in weights.items() if name.endswith("lora_B.weight"))
+    assert {tensor.dtype for name, tensor in weights.items() if name.endswith("maturity")} == {torch.float32}

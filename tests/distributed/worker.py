@@ -33,6 +33,9 @@ def run(engine: str, case: Case, out: Path) -> dict[str, Any]:
     """What cases.reference does, by accelerate, on this process's share of every batch."""
     accelerator = accelerator_for(engine, case.accumulation)
     model = build(case)
+    if accelerator.is_main_process:  # a forward that no other process makes must not wait for one
+        with torch.no_grad():
+            model(**next(steps_of(case))[0][0])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     model, optimizer = accelerator.prepare(model, optimizer)
     assert_sharded(engine, model)
