@@ -1,6 +1,7 @@
 # make quickstart   learn three domains with a mixture on the real small model, in minutes on a laptop CPU
 # make test         the fast tests
 # make bench        speed against the frozen model, PEFT's LoRA and other mixtures; BENCH="--device cpu --quick" for a taste
+# make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
 # make lint types doctest slow peft-suite
 #
 # Each target works from a bare clone: it makes .venv and installs the pinned versions first.
@@ -11,10 +12,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLD_TRL := $(VENV)/trl-1.14
 EXAMPLE := $(VENV)/.example
+ENGINES := $(VENV)/engines
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test slow lint types doctest peft-suite bench clean
+.PHONY: quickstart test engines slow lint types doctest peft-suite bench clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,6 +43,17 @@ quickstart: $(EXAMPLE)
 # One thread a process: two processes that spin over two cores slow each other tenfold.
 test: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# In a folder of their own: transformers and accelerate import whatever of these they find. --no-deps leaves torch alone;
+# what DeepSpeed, hqq and quanto need besides is listed. DeepSpeed compiles nothing here.
+$(ENGINES): constraints.txt $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ --constraint constraints.txt \
+	  deepspeed einops hjson msgpack ninja py-cpuinfo \
+	  bitsandbytes torchao hqq optimum-quanto termcolor
+
+engines: $(ENGINES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
 
 slow: $(EXAMPLE)
 	$(BIN)/python -m pytest -m slow

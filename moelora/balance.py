@@ -6,6 +6,7 @@ Shapes: E experts, L routers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from .ranks import num_ranks
 from .routing import ExpertRouter
 from .stats import RoutingSums, RoutingTotals
 
@@ -94,7 +96,7 @@ def _over_ranks(all_sums: list[RoutingSums], num_targets: Tensor) -> tuple[list[
 
     DDP averages gradients over ranks, so the local part of a global mean has to count once per rank.
     """
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    world_size = num_ranks()
     if world_size == 1:
         return all_sums, num_targets, 1
     device = all_sums[0].packed.device
@@ -143,11 +145,38 @@ def _add_to_output(output: Any, loss: Tensor, coef: float, share: Tensor | float
             # gradient, summed over the targets and divided by their number as TRL does, that of `weighted`.
             straight_through = (weighted - weighted.detach()).to(output["log_probs"].device)
             output["log_probs"] = output["log_probs"] - straight_through * output["label_mask"]
-        output["balancing_loss"] = loss
-        return output
+        return _with_balancing_loss(output, loss)
     if isinstance(output, tuple) and has_labels:
         return (_plus(output[0], weighted * share), *output[1:])
     return output
+
+
+def _with_balancing_loss(output: dict[str, Any], loss: Tensor) -> dict[str, Any]:
+    """The output with one more entry, in a class that knows it: DDP takes outputs apart and makes them anew."""
+    cls = type(output)
+    extended = _output_class(cls)
+    if extended is not None and all(
+        hasattr(cls, name) for name in output
+    ):  # fields have defaults; other entries do not
+        return extended(**output, balancing_loss=loss)
+    output["balancing_loss"] = loss
+    return output
+
+
+@torch.compiler.assume_constant_result
+def _output_class(cls: type) -> Any:
+    """The subclass of an output class that has a `balancing_loss`, made once; None where it is no dataclass."""
+    name = f"MoELora{cls.__name__}"
+    if not is_dataclass(cls):
+        return None
+    if getattr(globals().get(name), "__base__", None) is not cls:
+        namespace = {
+            "__module__": __name__,
+            "__doc__": f"A {cls.__name__} of a training forward, with `balancing_loss`.",
+        }
+        fields = [("balancing_loss", Tensor | None, None)]
+        globals()[name] = make_dataclass(name, fields, bases=(cls,), namespace=namespace)
+    return globals()[name]  # importable, so that outputs can be pickled
 
 
 def _plus(task_loss: Tensor, addend: Tensor) -> Tensor:

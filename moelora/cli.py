@@ -13,6 +13,7 @@ from rich.console import Console
 
 from .training import UserError, load_recipe, train
 from .training.generate import GenerateOptions, generate
+from .training.progress import is_main_process
 from .training.schema import about, is_required, settable_fields, type_hints
 from .training.summary import summary
 
@@ -40,7 +41,7 @@ def train_command(options: TrainOptions) -> None:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     recipe = load_recipe(options.recipe, options.set, resume=options.resume, overwrite=options.overwrite)
     record = train(recipe, resume=options.resume, overwrite=options.overwrite)
-    stdout = Console(highlight=False)
+    stdout = Console(highlight=False, quiet=not is_main_process)
     stdout.print(summary(record))
     stdout.print(f"Adapter and run.json: {recipe.output_dir}", soft_wrap=True)
 

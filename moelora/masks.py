@@ -37,6 +37,24 @@ def token_mask(attention_mask: Any, length: int, past_length: int | Tensor = 0) 
     return real.index_select(1, columns.clamp(max=real.shape[1] - 1))
 
 
+def packed_mask(position_ids: Any) -> Tensor | None:
+    """[B, S] bool for sequences packed in rows: False on the zeros that end a row of positions; None without [B, S].
+
+    Collators that pad a packed row (TRL's padding_free with pad_to_multiple_of) mark it in no other way. A sequence of
+    one token at the end looks the same; nothing is predicted from it, so leaving it out of the counts does no harm. A
+    row of nothing but zeros is taken at its word.
+
+    Example:
+        >>> packed_mask(torch.tensor([[0, 1, 2, 0, 1, 0, 0]])).tolist()
+        [[True, True, True, True, True, False, False]]
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        return None
+    is_moving = position_ids != 0
+    moves_later = is_moving.flip(-1).cumsum(-1).flip(-1) > 0
+    return moves_later | ~is_moving.any(dim=-1, keepdim=True)
+
+
 def _real_keys(attention_mask: Tensor) -> Tensor:
     """[B, heads, Q, P] -> [B, P]: a key is real when some query sees it."""
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0

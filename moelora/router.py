@@ -112,13 +112,13 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             hidden_TH = self._checked(hidden).to(weight_NH.device)
             mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
             maturity_E = context.maturity(self) if config.router_type == "learned_with_maturity" else None
-            capacity_factor = config.expert_capacity_factor if context.training else None
-            if self._can_fuse(hidden_TH, weight_NH, capacity_factor):
-                routed = self._fused(hidden_TH, weight_NH, config, maturity_E, mask_T, capacity_factor)
+            limit = (config.expert_capacity_factor if context.training else None, context.over_ranks)
+            if self._can_fuse(hidden_TH, weight_NH, limit[0]):
+                routed = self._fused(hidden_TH, weight_NH, config, maturity_E, mask_T, *limit)
                 weights_TE, sums, scale = *routed, 1.0
             else:
                 logits_TE = self._logits(hidden_TH, weight_NH)
-                routing = self._route(logits_TE, config, maturity_E, mask_T, capacity_factor)
+                routing = self._route(logits_TE, config, maturity_E, mask_T, *limit)
                 sums = RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type)
                 weights_TE, scale = routing.weights, config.routing_scale
             context.record(self, sums)
@@ -168,6 +168,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         maturity_E: Tensor | None,
         mask_T: Tensor | None,
         capacity_factor: float | None,
+        over_ranks: bool,
     ) -> tuple[Tensor, RoutingSums]:
         """Weights [T, E], times routing_scale, and sums by one kernel."""
         from .ops.triton.router import route_fused
@@ -180,6 +181,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             maturity_E=maturity_E,
             mask_T=mask_T,
             capacity_factor=capacity_factor,
+            over_ranks=over_ranks,
             scale=config.routing_scale,
         )
         return weights_TE, RoutingSums(packed, probs, squared_lse)
@@ -191,6 +193,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         maturity_E: Tensor | None,
         mask_T: Tensor | None = None,
         capacity_factor: float | None = None,
+        over_ranks: bool = False,
     ) -> Routing:
         return route(
             logits_TE,
@@ -199,6 +202,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             maturity_E=maturity_E if config.router_type == "learned_with_maturity" else None,
             mask_T=mask_T,
             capacity_factor=capacity_factor,
+            over_ranks=over_ranks,
         )
 
     def _fixed_weights(self) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ranks import fits_over_ranks
+
 
 class ExpertRouter(nn.Module):
     """What every adapter keeps about its experts, whatever the router type.
@@ -130,12 +132,20 @@ def top_k_mask(probs_TE: Tensor, top_k: int) -> Tensor:
 
 
 def within_capacity(
-    probs_TE: Tensor, selected_TE: Tensor, mask_T: Tensor | None, capacity_factor: float, top_k: int
+    probs_TE: Tensor,
+    selected_TE: Tensor,
+    mask_T: Tensor | None,
+    capacity_factor: float,
+    top_k: int,
+    over_ranks: bool = False,
 ) -> Tensor:
     """[T, E] bool: the assignments that fit when each expert keeps its most probable ones.
 
     An expert keeps ``ceil(capacity_factor * tokens * top_k / E)`` assignments. Tokens outside mask_T [T] bool (None:
     all are inside) neither count nor take room. No host synchronisation: the number of tokens stays on the device.
+
+    Args:
+        over_ranks: the tokens are those of all data-parallel ranks together, which must all call this.
     """
     num_tokens, num_experts = probs_TE.shape
     counted_TE = selected_TE if mask_T is None else selected_TE & mask_T[:, None]
@@ -143,6 +153,9 @@ def within_capacity(
     rounded = fair_share * (1 - 1e-6)  # the product of exact shares may land a rounding above an integer
     capacity = math.ceil(rounded) if isinstance(rounded, float) else rounded.ceil()
     priority = torch.where(counted_TE, probs_TE, -1.0)
+    if over_ranks:
+        within_TE = fits_over_ranks(priority.t(), capacity_factor).t()
+        return selected_TE & (within_TE if mask_T is None else within_TE | ~mask_T[:, None])
     order = priority.argsort(dim=0, descending=True, stable=True)
     positions = torch.arange(num_tokens, device=order.device)[:, None].expand_as(order)
     rank = torch.empty_like(order).scatter_(0, order, positions)
@@ -158,6 +171,7 @@ def route(
     maturity_E: Tensor | None = None,
     mask_T: Tensor | None = None,
     capacity_factor: float | None = None,
+    over_ranks: bool = False,
 ) -> Routing:
     """Turn router logits into routing weights.
 
@@ -171,6 +185,7 @@ def route(
         maturity_E: [E] in [0, 1]; None means mature.
         mask_T: [T] bool, False on padding; None means all tokens are real.
         capacity_factor: None is dropless; dense routing (top_k = E) never drops.
+        over_ranks: capacity is shared by all data-parallel ranks; see `within_capacity`.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
@@ -183,7 +198,7 @@ def route(
     selected_TE = top_k_mask(probs_TE, top_k)
     kept_TE = selected_TE
     if capacity_factor is not None and top_k < logits_TE.shape[-1]:
-        kept_TE = within_capacity(probs_TE.detach(), selected_TE, mask_T, capacity_factor, top_k)
+        kept_TE = within_capacity(probs_TE.detach(), selected_TE, mask_T, capacity_factor, top_k, over_ranks)
     outside_E = 0.0 if maturity_E is None else 1.0 - maturity_E
     shares_TE = probs_TE * torch.where(selected_TE, 1.0, outside_E)
     total_T1 = shares_TE.sum(dim=-1, keepdim=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoELoraConfig, count_experts
-from .masks import decoder_mask_from_labels, token_mask
+from .masks import decoder_mask_from_labels, packed_mask, token_mask
+from .ranks import num_ranks
 
 if TYPE_CHECKING:
     from .forward import BlockHook, BlockRouting
@@ -125,7 +126,14 @@ class ForwardContext:
         self.latest: BlockRouting | None = None  # of the block that ran last
         self.grad_enabled = torch.is_grad_enabled()
         self.past_length = _past_length(inputs.get("past_key_values"))  # now: the blocks' attention lets it grow
+        says_nothing = inputs.get("attention_mask") is None
+        self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether data-parallel ranks share capacity: in a training step, which all of them take together."""
+        return self.grad_enabled and num_ranks() > 1
 
     def maturity(self, router: MoELoraRouter) -> Tensor:
         """[E] as it was when this forward first asked, so that a recomputed block routes as it did before."""
@@ -173,7 +181,9 @@ class ForwardContext:
                 given = decoder_mask_from_labels(self.inputs.get("labels"))
             mask = token_mask(given, length, self.past_length)
         else:
-            mask = token_mask(self.inputs.get("attention_mask"), length, self.past_length)
+            mask = self.packed
+            if mask is None:
+                mask = token_mask(self.inputs.get("attention_mask"), length, self.past_length)
         return mask if mask is not None and mask.shape == (batch, length) else None
 
     def user_weights(self, lead: torch.Size, is_encoder_decoder: bool = False) -> Tensor | None:

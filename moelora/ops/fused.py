@@ -188,12 +188,12 @@ def _frozen_part(base_layer: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[
 
     It does more where somebody hooked or replaced its forward, trains it, or changed the type of its weight.
     """
-    if type(base_layer) is not nn.Linear or base_layer.weight.dtype != dtype:
+    # Hooks first: where ZeRO-3 has some, looking at the weight gathers it.
+    is_hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
+    if type(base_layer) is not nn.Linear or is_hooked or "forward" in vars(base_layer):
         return base_layer(x), None, None
     weight, bias = base_layer.weight, base_layer.bias
-    is_hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
     is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    is_plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in vars(base_layer)
-    if is_hooked or is_trained or not is_plain:
+    if is_trained or weight.dtype != dtype or type(weight) not in (nn.Parameter, Tensor):
         return base_layer(x), None, None
     return None, weight, bias

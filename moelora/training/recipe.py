@@ -14,7 +14,7 @@ from .schema import about, at_least, one_of, positive
 MIXTURE_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 """What the job sets in `MoELoraConfig` unless the recipe says otherwise."""
 
-TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
+TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "ddp_find_unused_parameters": False}
 """What the job sets in `TrainingArguments` unless the recipe says otherwise."""
 
 

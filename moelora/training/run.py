@@ -1,19 +1,20 @@
 """The main job: fine-tune a causal language model with a mixture of LoRA experts, and measure what it learned."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..config import MoELoraConfig
 from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
 from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, evaluate
-from .progress import console
+from .progress import console, is_main_process
 from .recipe import Recipe
 from .record import RUN_FILE, clear_output, environment, last_checkpoint, now, read_record, write_json
 from .schema import UserError
@@ -21,6 +22,8 @@ from .schema import UserError
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Run a checked recipe and save the adapter with its run.json in the recipe's output folder.
+
+    Under `accelerate launch` every process calls this; only the first writes.
 
     1. Read and cut the data, load the frozen model, add the mixture.
     2. Measure every domain's held-out loss without the mixture and keep it in run.json, where a resumed run finds it.
@@ -46,14 +49,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         record, checkpoint = _resumed_record(recipe, domains), last_checkpoint(recipe.output_dir)
     else:
         record, checkpoint = _new_record(recipe, trainer, domains), None
-        if overwrite:
+        if overwrite and is_main_process:
             clear_output(recipe.output_dir)
-        with _timed(seconds, "evaluate_before"), trainer.model.disable_adapter():
-            _add_losses(record, _measure(trainer, domains, "Before"), "before")
-    write_json(run_file, record)
+        trainer.add_callback(_AtStart(lambda: _measure_before(trainer, domains, record, seconds, run_file)))
+    _write(run_file, record)
     with _timed(seconds, "train"):
         outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model()
+    seconds["train"] = round(seconds["train"] - seconds.get("evaluate_before", 0.0), 2)
     with _timed(seconds, "evaluate_after"):
         results = _measure(trainer, domains, "After")
     _add_losses(record, results, "after")
@@ -68,8 +71,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         "seconds": record["seconds"] | seconds,
         "log": trainer.state.log_history,
     }
-    write_json(run_file, record)
+    _write(run_file, record)
     return record
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    if is_main_process:
+        write_json(path, record)
 
 
 def _prepare(recipe: Recipe) -> tuple[Trainer, list[DomainBlocks]]:
@@ -92,6 +100,38 @@ def _prepare(recipe: Recipe) -> tuple[Trainer, list[DomainBlocks]]:
     # First in line: the callbacks that print and store the logs must see the balancing loss in them.
     trainer.callback_handler.callbacks.insert(0, MoELoraCallback())
     return trainer, domains
+
+
+class _AtStart(TrainerCallback):
+    """Calls a function when training begins: only from then on does a model run whose engine shards it."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        self.function()
+
+
+def _measure_before(
+    trainer: Trainer,
+    domains: Sequence[DomainBlocks],
+    record: dict[str, Any],
+    seconds: dict[str, float],
+    run_file: Path,
+) -> None:
+    with _timed(seconds, "evaluate_before"), _without_mixture(trainer.model):
+        _add_losses(record, _measure(trainer, domains, "Before"), "before")
+    _write(run_file, record)
+
+
+@contextmanager
+def _without_mixture(model: PeftModel) -> Iterator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trainable:  # FSDP2 learns in the first forward what is trained, and in which precision
+            parameter.requires_grad_(True)
+        yield
 
 
 def _measure(trainer: Trainer, domains: Sequence[DomainBlocks], title: str) -> dict[str, DomainResult]:

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...ranks import fits_over_ranks
 from ..norm_linear import EPS, _exact_product
 from .router_kernels import backward_kernel, capacity_kernel, forward_kernel
 
@@ -78,6 +79,7 @@ class Decision:
     capacity_factor: float | None
     maturity_E: Tensor | None
     mask_T: Tensor | None  # uint8
+    over_ranks: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _forward(hidden: Tensor, weight: Tensor, decision: Decision, keep: bool) -> 
             **blocks.options(H, E),
         )  # fmt: skip
         sums = partial[0] if programs == 1 else partial.sum(0)
-        dropped = None if priority is None else _limit(priority, weights, sums, decision)
+        limit = _limit_over_ranks if decision.over_ranks else _limit
+        dropped = None if priority is None else limit(priority, weights, sums, decision)
     return Result(weights, sums, z, rstd, dropped)
 
 
@@ -123,6 +126,19 @@ def _limit(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) 
     )  # fmt: skip
     torch.sum(counts, dim=0, out=sums[1 + 2 * E])
     return dropped
+
+
+def _limit_over_ranks(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) -> Tensor:
+    """_limit, with a capacity that data-parallel ranks share."""
+    assert decision.capacity_factor is not None
+    E = priority.shape[0]
+    dropped = ((priority >= 0) & ~fits_over_ranks(priority, decision.capacity_factor)).t()
+    outside = 0.0 if decision.maturity_E is None else 1.0 - decision.maturity_E
+    weights.mul_(torch.where(dropped, outside, 1.0))
+    counted = weights if decision.mask_T is None else weights.where(decision.mask_T[:, None] != 0, 0.0)
+    torch.sum(counted / decision.scale, dim=0, out=sums[2 + 2 * E : 2 + 3 * E])
+    torch.sum(dropped.float(), dim=(0, 1), out=sums[1 + 2 * E])
+    return dropped.to(torch.uint8).contiguous()
 
 
 class _RouteFused(torch.autograd.Function):
@@ -180,6 +196,7 @@ def route_fused(
     mask_T: Tensor | None = None,
     capacity_factor: float | None = None,
     scale: float = 1.0,
+    over_ranks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`moelora.routing.route` on ``norm_linear(hidden_TH, weight_EH)``, and sums over the tokens of mask_T.
 
@@ -190,7 +207,7 @@ def route_fused(
     hidden = hidden_TH if hidden_TH.stride(-1) == 1 else hidden_TH.contiguous()
     weight = weight_EH.contiguous()
     mask = None if mask_T is None else mask_T.contiguous().view(torch.uint8)
-    decision = Decision(top_k, temperature, scale, capacity_factor, maturity_E, mask)
+    decision = Decision(top_k, temperature, scale, capacity_factor, maturity_E, mask, over_ranks)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _RouteFused.apply(hidden, weight, decision)
     result = _forward(hidden, weight, decision, keep=False)

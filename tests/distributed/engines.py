@@ -1,0 +1,56 @@
+"""accelerate's engines on CPU processes.
+
+accelerate runs FSDP and DeepSpeed only where it finds an accelerator. Nothing in either needs one, so the worker tells
+it that there is one, whose device is the CPU and whose backend is gloo; all the rest is what a GPU machine runs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+CONFIGS = ROOT / "examples" / "accelerate"
+ENGINES = Path(sys.prefix) / "engines"  # DeepSpeed; see the Makefile
+WORLD = 2
+
+
+def launch(
+    engine: str, *arguments: object, precision: str = "no", check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run the worker on WORLD processes with the accelerate configuration of an engine; precision "no" is float32."""
+    paths = [str(ROOT), str(Path(__file__).parents[1]), *([str(ENGINES)] if engine.startswith("zero") else [])]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
+    command += ["--mixed_precision", precision, "--num_processes", str(WORLD), "--main_process_port", str(_free_port())]
+    command += [str(WORKER), engine, *map(str, arguments)]
+    result = subprocess.run(command, env=env | environment, capture_output=True, text=True, check=False)
+    assert not check or result.returncode == 0, result.stdout[-1000:] + result.stderr[-6000:]
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def pretend_accelerator() -> None:
+    """In the worker, before any Accelerator."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import training_args
+
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_XPU)

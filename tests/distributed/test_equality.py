@@ -1,0 +1,83 @@
+"""N processes equal one: accelerate's engines on two processes against plain torch on the whole batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES, LR, build, reference
+from engines import WORLD, launch
+from helpers import llama
+from peft import PeftModel
+
+# float32: sums over two processes are rounded in another order. The updates compared are of the order of 0.1; with the
+# capacity of each process by itself, the loads of one process or gradients halved, they differ by 1e-2 and more.
+TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
+DEEPSPEED = [pytest.param(engine, marks=pytest.mark.engines) for engine in ("zero2", "zero3")]
+
+
+def assert_same(actual, expected, what):
+    assert actual.keys() == expected.keys(), what
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, **TOLERANCE, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", *DEEPSPEED])
+def test_two_processes_equal_one(tmp_path, engine):
+    """Losses, gradients, updates, maturity and counters; every case of cases.py in one launch."""
+    launch(engine, "equality", tmp_path, *CASES)
+    for name, case in CASES.items():
+        expected = reference(case)
+        before = {n: p.detach() for n, p in build(case).named_parameters() if p.requires_grad}
+        assert max((expected["parameters"][n] - p).abs().max() for n, p in before.items()) > 0.1 * LR, "nothing learned"
+        ranks = [torch.load(tmp_path / f"{name}.{rank}.pt") for rank in range(WORLD)]
+        for rank, actual in enumerate(ranks):
+            what = f"{engine} {name} rank {rank}"
+            torch.testing.assert_close(actual["losses"], expected["losses"], **TOLERANCE, msg=lambda m, w=what: w + m)
+            assert_same(actual["buffers"], expected["buffers"], what)
+            for name_, buffer in ranks[0]["buffers"].items():
+                assert torch.equal(actual["buffers"][name_], buffer), f"{what}: {name_} drifts apart"
+            for gradients, theirs in zip(actual["gradients"], expected["gradients"], strict=True):
+                if not engine.startswith("zero"):  # DeepSpeed steps inside backward; SGD's updates are its gradients
+                    assert_same(gradients, theirs, f"{what} gradient of")
+        assert_same(ranks[0]["parameters"], expected["parameters"], f"{engine} {name}")
+        assert_loads(tmp_path / name, ranks[0], f"{engine} {name} saved")
+
+
+def assert_loads(folder, trained, what):
+    """save_pretrained's folder gives one process what the ranks had, buffers included, to the last bit."""
+    loaded = PeftModel.from_pretrained(llama(), folder).state_dict()
+    for name, tensor in (trained["parameters"] | trained["buffers"]).items():
+        assert torch.equal(loaded[name], tensor), f"{what} {name}"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", *DEEPSPEED])
+def test_two_processes_in_bfloat16_learn_what_one_learns_in_float32(tmp_path, engine):
+    """DDP: autocast; FSDP2: MixedPrecisionPolicy; DeepSpeed: a bfloat16 model with a float32 master copy.
+
+    The tolerance is that of test_precision_training.py.
+    """
+    launch(engine, "equality", tmp_path, "aux_loss", "module_bf16", precision="bf16")
+    for name in ("aux_loss", "module_bf16"):
+        expected, actual = reference(CASES[name]), torch.load(tmp_path / f"{name}.0.pt")
+        before = dict(build(CASES[name]).named_parameters())
+        tolerance = 32 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(actual["losses"], expected["losses"], rtol=tolerance / 2, atol=0, check_dtype=False)
+        updates = [
+            torch.cat([(state["parameters"][n].float() - before[n].detach()).flatten() for n in expected["parameters"]])
+            for state in (actual, expected)
+        ]
+        difference = (updates[0] - updates[1]).norm() / updates[1].norm()
+        assert 1e-4 < difference < tolerance, f"{name}: {difference} (float32 would be below 1e-5)"
+        assert actual["buffers"].keys() == expected["buffers"].keys()
+        for key, buffer in actual["buffers"].items():
+            assert buffer.dtype == expected["buffers"][key].dtype, key
+
+
+def test_capacity_over_ranks_keeps_what_one_process_keeps(tmp_path):
+    """Exact, with ties within and between ranks, padding, a rank without tokens, and room for none and for all."""
+    script = os.path.join(os.path.dirname(__file__), "capacity.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -1,0 +1,35 @@
+"""The Triton router with a capacity that ranks share, in a group of one, against the kernel of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_triton_router import CLOSE, MASKS, MATURITY, case, fused
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.5, 1.25, 10.0])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("maturity", ["learned", "mixed"])
+def test_same_weights_sums_and_gradients(kernel_device, group, maturity, mask, factor):
+    hidden, weight = case((130, 7, 20, 3), torch.float32, kernel_device)
+    options = {
+        "top_k": 3,
+        "scale": 1.5,
+        "capacity_factor": factor,
+        "mask_T": MASKS[mask] and MASKS[mask](130).to(kernel_device),
+        "maturity_E": MATURITY[maturity] and MATURITY[maturity](7).to(kernel_device),
+    }
+    (shared, sums), (single, expected) = (fused(hidden, weight, over_ranks=on, **options) for on in (True, False))
+    torch.testing.assert_close(shared, single, rtol=0, atol=1e-7)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(sums, name), value, rtol=1e-5, atol=1e-4, msg=name)
+    upstream = torch.randn_like(single)
+    gradients = [torch.autograd.grad((weights * upstream).sum(), (hidden, weight)) for weights in (shared, single)]
+    for actual, its in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, its, **CLOSE)

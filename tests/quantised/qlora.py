@@ -1,0 +1,191 @@
+"""QLoRA with a mixture on one kind of quantised base, on the CPU: `qlora.py KIND FOLDER`; prints what happened as JSON.
+
+A process of its own, because transformers and PEFT look for quantisation packages when they are imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from moelora import MoELoraConfig
+from moelora.layer import MoELoraLayer
+
+VOCAB, STEPS = 64, 8
+# By name: PEFT's "all-linear" does not find HQQLinear.
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def torchao(name: str, **options: Any) -> Any:
+    import torchao.quantization
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(getattr(torchao.quantization, name)(**options))
+
+
+def quanto(weights: str) -> Any:
+    from transformers import QuantoConfig
+
+    return QuantoConfig(weights=weights)
+
+
+KINDS = {
+    "bnb-nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    ),
+    "bnb-int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "torchao-int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "quanto-int8": lambda: quanto("int8"),
+    "quanto-int4": lambda: quanto("int4"),
+}
+
+
+def save_base(folder: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=None))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+
+
+def load_base(folder: Path, kind: str) -> Any:
+    options = {"dtype": torch.float32, "device_map": "cpu"}
+    if kind == "hqq":
+        return with_hqq_linears(AutoModelForCausalLM.from_pretrained(folder, **options))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=KINDS[kind](), **options)
+    for module in model.modules():
+        # bitsandbytes 0.50 repacks 4-bit weights for evaluation on CPUs with AVX512-BF16, and a backward pass
+        # afterwards reads them as if it had not, under PEFT's own LoRA too.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def with_hqq_linears(model: Any) -> Any:
+    """transformers 5.23 does not load HQQ ("not available yet"), so its linears are put in by hand."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            quantised = HQQLinear(linear, BaseQuantizeConfig(4, 64), compute_dtype=torch.float32, device="cpu")
+            model.model.set_submodule(name, quantised)
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(2, VOCAB, (4, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def mixture_on(base: Any) -> Any:
+    config = MoELoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS, num_experts=3, task_type="CAUSAL_LM", maturity_tokens=200
+    )
+    torch.manual_seed(1)
+    return get_peft_model(base, config)
+
+
+def routed(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELoraLayer)}
+
+
+def awaken(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def dequantised(model: Any) -> Any:
+    """The same mixture on plain linears that hold what the quantised ones stand for."""
+    plain = mixture_on(LlamaForCausalLM(copy.deepcopy(model.config)))
+    theirs = model.state_dict()
+    for name, tensor in plain.state_dict().items():
+        if ".base_layer." not in name:
+            tensor.copy_(theirs[name])
+    for name, layer in routed(plain).items():
+        base = model.get_submodule(name).get_base_layer()
+        with torch.no_grad():
+            layer.base_layer.weight.copy_(base(torch.eye(layer.in_features)).t())
+    return plain
+
+
+def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.train()
+    model.zero_grad()
+    output = model(**batch())
+    output.loss.backward()
+    return output.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def train(model: Any) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    save_base(folder / "base")
+    base = prepare_model_for_kbit_training(load_base(folder / "base", kind))
+    inputs = {name: tensor for name, tensor in batch().items() if name != "labels"}
+    with torch.no_grad():
+        untouched = base.eval()(**inputs).logits
+    model = mixture_on(base)
+    layers = routed(model)
+    with torch.no_grad():
+        fresh = model.eval()(**inputs).logits
+    awaken(model)
+    reference = dequantised(model)
+    (logits, gradients), (expected, expected_gradients) = step(model), step(reference)
+    model.zero_grad()
+    losses = train(model)
+    tokens = model.eval().generate(batch()["input_ids"][1:3, :5], max_new_tokens=4, do_sample=False)
+    model.save_pretrained(folder / "adapter")
+    loaded = PeftModel.from_pretrained(load_base(folder / "base", kind), folder / "adapter").eval()
+    with torch.no_grad():
+        saved, again = model(**inputs).logits, loaded(**inputs).logits
+    result = {
+        "layers": sorted({type(layer).__name__ for layer in layers.values()}),
+        "checkpointing": model.is_gradient_checkpointing,
+        "fresh": (fresh - untouched).abs().max().item(),
+        "logits": relative_error(logits, expected),
+        "gradients": max(relative_error(gradients[n], g) for n, g in expected_gradients.items()),
+        "names": sorted(gradients) == sorted(expected_gradients),
+        "losses": losses,
+        "generated": list(tokens.shape),
+        "reloaded": (saved - again).abs().max().item(),
+        "maturity": loaded.expert_maturity.tolist(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
