@@ -1,6 +1,6 @@
 """The end of a training forward: balancing loss, maturity and statistics.
 
-Shapes: E experts.
+Shapes: E experts, R routers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
     """Count what the routers did and, in training, add the balancing loss to the output's loss."""
     state = context.state
     is_training_step = context.training and torch.is_grad_enabled()
-    for router, sums in context.records:
-        router.totals.add(sums)
+    flats = [sums.flat() for _, sums in context.records]
+    for (router, _), flat in zip(context.records, flats, strict=True):
+        router.totals.add(flat)
     if not (is_training_step and context.records):
         return output
     all_sums, targets, world_size = _over_ranks([sums for _, sums in context.records], _num_targets(context, model))
@@ -32,8 +33,10 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
         router.grow(sums, commit=GradientState().sync_gradients)
     loss_type = state.config.load_balance_loss_type
     losses = [sums.balancing_loss(loss_type) for sums in all_sums]
-    state.balancing_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
-    state.log_balancing_loss(state.balancing_loss)
+    losses_R = torch.stack([loss.to(losses[0].device) for loss in losses])
+    if state.window is not None:
+        state.window.add([router.name for router, _ in context.records], flats, losses_R)
+    state.balancing_loss = losses_R.mean()
     share = _accumulation_share(context, targets, world_size)
     return _add_to_output(output, state.balancing_loss, state.config.router_aux_loss_coef, share, context)
 

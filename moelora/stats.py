@@ -109,15 +109,32 @@ class RouterStats:
     balancing_loss: float
 
 
+def describe(sums: RoutingSums, maturity_E: Tensor, balancing_loss: float) -> RouterStats | None:
+    """The statistics that sums amount to, as numbers; None without a token. Pass tensors of the CPU: each is read."""
+    if (num_tokens := int(sums.num_tokens)) == 0:
+        return None
+    num_assignments = sums.assignments.sum().clamp(min=1)
+    return RouterStats(
+        num_tokens=num_tokens,
+        expert_load=(sums.assignments / num_assignments).tolist(),
+        mean_probability=(sums.probs / num_tokens).tolist(),
+        entropy=float(sums.entropy) / num_tokens,
+        top1_probability=float(sums.top1_probs) / num_tokens,
+        dropped=float(sums.dropped / num_assignments),
+        maturity=maturity_E.tolist(),
+        dead_experts=(sums.assignments == 0).nonzero().flatten().tolist(),
+        balancing_loss=balancing_loss,
+    )
+
+
 class RoutingTotals:
     """Running [`RoutingSums`] of one router."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
 
-    def add(self, sums: RoutingSums) -> None:
-        """Add one forward's sums, on their device."""
-        flat = sums.flat()
+    def add(self, flat: Tensor) -> None:
+        """Add one forward's sums, made flat, on their device."""
         self._flat = flat if self._flat is None else self._flat.to(flat.device) + flat
 
     def reset(self) -> None:
@@ -128,18 +145,5 @@ class RoutingTotals:
         """The statistics as numbers (synchronises with the device); None before the first token."""
         if self._flat is None:
             return None
-        sums = RoutingSums.of_flat(self._flat)
-        if (num_tokens := int(sums.num_tokens)) == 0:
-            return None
-        load_E = sums.assignments / sums.assignments.sum().clamp(min=1)
-        return RouterStats(
-            num_tokens=num_tokens,
-            expert_load=load_E.tolist(),
-            mean_probability=(sums.probs / num_tokens).tolist(),
-            entropy=float(sums.entropy) / num_tokens,
-            top1_probability=float(sums.top1_probs) / num_tokens,
-            dropped=float(sums.dropped / sums.assignments.sum().clamp(min=1)),
-            maturity=maturity_E.tolist(),
-            dead_experts=(sums.assignments == 0).nonzero().flatten().tolist(),
-            balancing_loss=float(sums.balancing_loss(loss_type)),
-        )
+        sums = RoutingSums.of_flat(self._flat.cpu())
+        return describe(sums, maturity_E.cpu(), float(sums.balancing_loss(loss_type)))
