@@ -1,4 +1,4 @@
-"""The `moelora` command: thin subcommands over `moelora.training`."""
+"""The `moelora` command: thin subcommands over `moelora.training` and `moelora.report`."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .report.inspection import InspectOptions, inspect
 from .training import UserError, load_recipe, train
 from .training.generate import GenerateOptions, generate
 from .training.schema import about, is_required, settable_fields, type_hints
@@ -56,6 +57,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         generate,
         'moelora generate --adapter runs/quickstart/adapter --prompt "def read_lines(path):"',
     ),
+    "inspect": (InspectOptions, inspect, "moelora inspect runs/quickstart/adapter"),
 }
 """Subcommand: the dataclass of its options, the function it calls, a call to paste."""
 
