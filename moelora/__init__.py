@@ -9,13 +9,14 @@ from .model import MoELoraModel
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .report.analysis import analyze
     from .training.callback import MoELoraCallback
 
-__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__"]
+__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze"]
 
 register(MoELoraConfig, MoELoraModel)
 
-_LAZY = {"MoELoraCallback": ".training.callback"}
+_LAZY = {"MoELoraCallback": ".training.callback", "analyze": ".report.analysis"}
 """What needs the Trainer's libraries, imported when somebody asks: `import moelora` must stay quick."""
 
 
