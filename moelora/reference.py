@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 from .config import MoELoraConfig
+from .report.command import ReportOptions
 from .report.inspection import InspectOptions
 from .training.generate import GenerateOptions
 from .training.recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
@@ -33,6 +34,7 @@ def tables() -> dict[str, str]:
         "mixture": options_table(MoELoraConfig, own),
         "generate": options_table(GenerateOptions),
         "inspect": options_table(InspectOptions),
+        "report": options_table(ReportOptions),
         "defaults": defaults_table(),
     }
 
