@@ -269,6 +269,7 @@ def test_it_fits_every_screen(tmp_path, page, name, width, height, dark):
     with chromium(tmp_path, width, height, dark) as driver:
         opened(driver, page)
         assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert max(each(driver, "svg text", "n.getBoundingClientRect().height")) < 30, "letters blown up"
         background, ink = driver.execute_script(
             "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color].map((c) => "
             "c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765)"
