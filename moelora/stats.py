@@ -111,18 +111,20 @@ class RouterStats:
 
 def describe(sums: RoutingSums, maturity_E: Tensor, balancing_loss: float) -> RouterStats | None:
     """The statistics that sums amount to, as numbers; None without a token. Pass tensors of the CPU: each is read."""
+    # Plain numbers from here on: a log describes every router, and a tensor operation costs more than all this sums.
     if (num_tokens := int(sums.num_tokens)) == 0:
         return None
-    num_assignments = sums.assignments.sum().clamp(min=1)
+    assignments = sums.assignments.tolist()
+    num_assignments = max(sum(assignments), 1.0)
     return RouterStats(
         num_tokens=num_tokens,
-        expert_load=(sums.assignments / num_assignments).tolist(),
-        mean_probability=(sums.probs / num_tokens).tolist(),
+        expert_load=[count / num_assignments for count in assignments],
+        mean_probability=[total / num_tokens for total in sums.probs.tolist()],
         entropy=float(sums.entropy) / num_tokens,
         top1_probability=float(sums.top1_probs) / num_tokens,
-        dropped=float(sums.dropped / num_assignments),
+        dropped=float(sums.dropped) / num_assignments,
         maturity=maturity_E.tolist(),
-        dead_experts=(sums.assignments == 0).nonzero().flatten().tolist(),
+        dead_experts=[expert for expert, count in enumerate(assignments) if count == 0],
         balancing_loss=balancing_loss,
     )
 

@@ -253,3 +253,14 @@ def test_padding_changes_nothing(folder, monkeypatch):
     for name in ("weight", "load", "entropy", "loss", "worth"):
         np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=1e-6, err_msg=name)
     assert torch.equal(torch.tensor(together.tokens[0].documents), torch.tensor(alone.tokens[0].documents))
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens(folder):
+    write_jsonl(folder / "long.jsonl", [{"text": f"{i} words of a long text. " * 20} for i in range(250)])
+    write_jsonl(folder / "loud.jsonl", [{"text": f"{i} WORDS OF A LOUD TEXT! " * 20} for i in range(250)])
+    data = ("long=long.jsonl", "loud=loud.jsonl")
+    assert run(folder, "--max-tokens", 100_000, "--worth-tokens", 2000, data=data, out="long.html") == 0
+    domains = data_of(folder / "long.html")["domains"]
+    assert [domain["tokens"] for domain in domains] == [100_000, 100_000]
+    assert (folder / "long.html").stat().st_size < 5e6

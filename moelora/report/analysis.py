@@ -236,14 +236,18 @@ def run(
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     with undisturbed(model), Progress(console=console, transient=True) as progress:
         routed = watch(model, domains, blocks, pad, progress)
-        is_measured = worth_tokens > 0 and state.num_experts > 1
-        worth = measure_worth(model, domains, blocks, routed, worth_tokens, pad, progress) if is_measured else None
-    weight = routed.by_domain(routed.weight)
-    names = [domain.name for domain in domains]
+        worth = None
+        if worth_tokens > 0 and state.num_experts > 1:
+            worth = measure_worth(model, domains, blocks, routed, worth_tokens, pad, progress)
+    special = None
+    if len(domains) > 1:
+        special = specialisation(routed.weight, routed.domain_of_unit, len(domains), permutations)
+    names, routers, weight = [domain.name for domain in domains], routers_of(state), routed.by_domain(routed.weight)
+    values, errors = (worth.worth, worth.error) if worth else (None, None)
     whole, by_router = _geometry(model)
     return Analysis(
         domains=names,
-        routers=list(routers_of(state)),
+        routers=list(routers),
         experts=[name for name, count in state.pool for _ in range(count)],
         top_k=min(state.config.top_k_experts, state.num_experts),
         num_tokens=[domain.num_tokens for domain in domains],
@@ -254,26 +258,18 @@ def run(
         load=routed.by_domain(routed.assigned),
         entropy=routed.entropy,
         top1_probability=routed.top1_probability,
-        specialisation=specialisation(routed.weight, routed.domain_of_unit, len(domains), permutations)
-        if len(domains) > 1
-        else None,
+        specialisation=special,
         unit_is_document=by_document,
         loss=routed.loss_by_domain(blocks),
-        worth=worth.worth if worth else None,
-        worth_error=worth.error if worth else None,
+        worth=values,
+        worth_error=errors,
         worth_tokens=worth.tokens if worth else [0] * len(domains),
-        maturity=np.array([maturity_of(router, state) for router in routers_of(state).values()]),
-        sharpness=[_sharpness(router, state.config.router_temperature) for router in routers_of(state).values()],
+        maturity=np.array([maturity_of(router, state) for router in routers.values()]),
+        sharpness=[_sharpness(router, state.config.router_temperature) for router in routers.values()],
         whole=whole,
         by_router=by_router,
         history=history,
-        suggestions=suggest(
-            weight.mean(1),
-            whole.similarity.numpy(),
-            worth.worth if worth else None,
-            worth.error if worth else None,
-            names,
-        ),
+        suggestions=suggest(weight.mean(1), whole.similarity.numpy(), values, errors, names),
         tokens=routed.views,
     )
 
