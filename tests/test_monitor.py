@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import warnings
 from dataclasses import replace
 
@@ -234,10 +233,10 @@ def global_batch():
     return batch([2, 9, 4, 7])
 
 
-def worker(rank, port, path):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def worker(rank, path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    # They meet in a file: a port that was free a moment ago may be a browser's by now.
+    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
     try:
         model = watched(expert_capacity_factor=None)
         model(**{name: tensor.chunk(2)[rank] for name, tensor in global_batch().items()})
@@ -247,10 +246,7 @@ def worker(rank, port, path):
 
 
 def test_statistics_are_summed_over_ranks(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     model = watched(expert_capacity_factor=None)
     model(**global_batch())
