@@ -32,6 +32,8 @@ ARMS = {
     "mixlora": "MixLoRA / MoE-PEFT, re-implemented from its formula",
     "loramoe": "LoRAMoE, re-implemented from its formula",
     "hydralora": "HydraLoRA, re-implemented from its formula",
+    "unwatched": "ours, without MoELoraCallback",
+    "watched": "ours, with MoELoraCallback and its logs",
     "concat": "moelora's mixture of one linear, routing given",
     "grouped": "the same with tokens sorted by expert and grouped products, sorting not counted",
 }

@@ -109,6 +109,7 @@ COLUMNS: dict[str, Callable[[Comparison, str], str]] = {
     "x lora": _ratio_to("lora"),
     "x lora-default": _ratio_to("lora-default"),
     "x lora-equal": _ratio_to("lora-equal"),
+    "x unwatched": _ratio_to("unwatched"),
     "peak MiB": _mebibytes("peak_bytes"),
     "peak over frozen": _extra_mebibytes("peak_bytes"),
     "that, x lora": _extra_ratio("peak_bytes"),

@@ -37,8 +37,11 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
     for (routers, _), sums in zip(groups, all_sums, strict=True):
         grow(routers, sums, state.config.maturity_tokens, commit=GradientState().sync_gradients)
     losses = [sums.balancing_loss(state.config.load_balance_loss_type) for sums in all_sums]
-    state.balancing_loss = torch.cat([loss.to(losses[0].device) for loss in losses]).mean()
-    state.log_balancing_loss(state.balancing_loss)
+    losses_L = torch.cat([loss.to(losses[0].device) for loss in losses])
+    if state.window is not None:
+        names = [router.name for routers, _ in groups for router in routers]
+        state.window.add(names, [row for _, sums in groups for row in sums.packed.unbind(0)], losses_L)
+    state.balancing_loss = losses_L.mean()
     share = _accumulation_share(context, targets, world_size)
     return _add_to_output(output, state.balancing_loss, state.config.router_aux_loss_coef, share, context)
 

@@ -1,4 +1,4 @@
-"""The `moelora` command: thin subcommands over `moelora.training`."""
+"""The `moelora` command: thin subcommands over `moelora.training` and `moelora.report`."""
 
 import argparse
 import sys
@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from .report.command import ReportOptions, report
+from .report.inspection import InspectOptions, inspect
 from .training import UserError, load_recipe, train
 from .training.generate import GenerateOptions, generate
 from .training.progress import is_main_process
@@ -56,6 +58,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         GenerateOptions,
         generate,
         'moelora generate --adapter runs/quickstart/adapter --prompt "def read_lines(path):"',
+    ),
+    "inspect": (InspectOptions, inspect, "moelora inspect runs/quickstart/adapter"),
+    "report": (
+        ReportOptions,
+        report,
+        "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
     ),
 }
 """Subcommand: the dataclass of its options, the function it calls, a call to paste."""

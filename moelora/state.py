@@ -19,6 +19,7 @@ from .ranks import num_ranks
 
 if TYPE_CHECKING:
     from .forward import BlockHook, BlockRouting
+    from .monitor import TrainingWindow
     from .router import MoELoraRouter, Pool
     from .stats import RoutingSums
 
@@ -38,7 +39,7 @@ class RoutingState:
     prefilled: bool = False  # generate is past the prompt
     attached: nn.Module | None = None  # the user's own router
     balancing_loss: Tensor | None = None  # of the latest training forward
-    logged_loss: list[Tensor] = field(default_factory=list)  # detached [sum, count] since somebody last asked
+    window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
 
     @property
     def active_adapters(self) -> list[str]:
@@ -87,23 +88,6 @@ class RoutingState:
         """Copies and pickles hold no forward in progress and no autograd graph."""
         passing = {"context": None, "routing_weights": None, "balancing_loss": None}
         return self.__dict__ | passing
-
-    def log_balancing_loss(self, loss: Tensor) -> None:
-        """Remember a training forward's loss for the logs."""
-        loss = loss.detach()
-        if self.logged_loss:
-            total, count = self.logged_loss
-            self.logged_loss = [total + loss.to(total.device), count + 1]
-        else:
-            self.logged_loss = [loss, torch.ones_like(loss)]
-
-    def pop_logged_loss(self) -> float | None:
-        """Mean balancing loss since the last call (synchronises with the device); None if there was none."""
-        if not self.logged_loss:
-            return None
-        total, count = self.logged_loss
-        self.logged_loss = []
-        return float(total / count)
 
 
 class ForwardContext:

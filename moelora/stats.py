@@ -103,6 +103,26 @@ class RouterStats:
     balancing_loss: float
 
 
+def describe(sums: RoutingSums, maturity_E: Tensor, balancing_loss: float) -> RouterStats | None:
+    """The statistics that sums amount to, as numbers; None without a token. Pass tensors of the CPU: each is read."""
+    # Plain numbers from here on: a log describes every router, and a tensor operation costs more than all this sums.
+    if (num_tokens := int(sums.num_tokens)) == 0:
+        return None
+    assignments = sums.assignments.tolist()
+    num_assignments = max(sum(assignments), 1.0)
+    return RouterStats(
+        num_tokens=num_tokens,
+        expert_load=[count / num_assignments for count in assignments],
+        mean_probability=[total / num_tokens for total in sums.probs.tolist()],
+        entropy=float(sums.entropy) / num_tokens,
+        top1_probability=float(sums.top1_probs) / num_tokens,
+        dropped=float(sums.dropped) / num_assignments,
+        maturity=maturity_E.tolist(),
+        dead_experts=[expert for expert, count in enumerate(assignments) if count == 0],
+        balancing_loss=balancing_loss,
+    )
+
+
 class RoutingTotals:
     """Running [`RoutingSums`] of one router."""
 
@@ -127,18 +147,5 @@ class RoutingTotals:
         """The statistics as numbers (synchronises with the device); None before the first token."""
         if self._packed is None:
             return None
-        sums = RoutingSums.of_packed(self._packed)
-        if (num_tokens := int(sums.num_tokens)) == 0:
-            return None
-        load_E = sums.assignments / sums.assignments.sum().clamp(min=1)
-        return RouterStats(
-            num_tokens=num_tokens,
-            expert_load=load_E.tolist(),
-            mean_probability=(sums.probs / num_tokens).tolist(),
-            entropy=float(sums.entropy) / num_tokens,
-            top1_probability=float(sums.top1_probs) / num_tokens,
-            dropped=float(sums.dropped / sums.assignments.sum().clamp(min=1)),
-            maturity=maturity_E.tolist(),
-            dead_experts=(sums.assignments == 0).nonzero().flatten().tolist(),
-            balancing_loss=float(sums.balancing_loss(loss_type)),
-        )
+        sums = RoutingSums.of_packed(self._packed.cpu())
+        return describe(sums, maturity_E.cpu(), float(sums.balancing_loss(loss_type)))

@@ -11,7 +11,7 @@ from torch import nn
 
 import moelora.ops
 from benchmarks import __main__ as everything
-from benchmarks import decode, gate, growth, layer, model, peers, plot, table
+from benchmarks import decode, gate, growth, layer, model, monitor, peers, plot, table
 from benchmarks.arms import Mixture, adapt, shared_copy
 from benchmarks.grouped import grouped_linear, make_plan
 from benchmarks.record import Recorder, Row, read
@@ -178,6 +178,14 @@ def test_layers_are_measured(tmp_path):
     }
 
 
+def test_the_callbacks_cost_is_measured(tmp_path, capsys):
+    arguments = "--preset tiny --device cpu --repeats 1 --min-time 0.01 --logging-steps 2 --out"
+    monitor.main([*arguments.split(), str(tmp_path)])
+    assert "watched / unwatched: " in capsys.readouterr().out
+    table.main([str(tmp_path / "results.csv")])
+    assert "x unwatched" in capsys.readouterr().out
+
+
 def test_growth_is_measured_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     points = "--num-experts 2 4 --ranks 4 --num-tokens 1 8"
@@ -284,7 +292,7 @@ def test_ratios_are_taken_repeat_by_repeat():
 
 
 @pytest.mark.parametrize(
-    "name", ["__main__", "layer", "model", "decode", "growth", "crossover", "gate", "table", "plot"]
+    "name", ["__main__", "layer", "model", "decode", "growth", "crossover", "monitor", "gate", "table", "plot"]
 )
 def test_help_shows_real_calls(name, capsys):
     module = importlib.import_module(f"benchmarks.{name}")

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_recipe, write_recipe
 
 from moelora.cli import COMMANDS, build_parser, main
-from moelora.training.reference import render
+from moelora.reference import render
 
 
 def help_of(capsys, *command):
@@ -95,8 +95,8 @@ def test_generate_checks_its_options(tmp_path, capsys):
     assert "--temperature = -1.0" in error
 
 
-def test_the_reference_is_up_to_date():
-    page = Path(__file__).parent.parent / "docs" / "training.md"
-    text = page.read_text(encoding="utf-8")
-    assert render(text) == text, "run: python -m moelora.training.reference docs/training.md"
-    assert text.count("<!-- end -->") == 6
+@pytest.mark.parametrize(("name", "tables"), [("training.md", 6), ("report.md", 2)])
+def test_the_reference_is_up_to_date(name, tables):
+    text = (Path(__file__).parent.parent / "docs" / name).read_text(encoding="utf-8")
+    assert render(text) == text, f"run: python -m moelora.reference docs/{name}"
+    assert text.count("<!-- end -->") == tables

@@ -41,7 +41,7 @@ def check_model(model: ModelOptions, block_size: int | None, mixture: dict[str, 
         return found
     try:
         config = load_config(model)
-        empty = _empty_model(config)
+        empty = empty_model(config)
     except Exception as error:
         reason = shorten(str(error).strip().partition("\n")[0], 200)
         return [Problem("model.name", model.name, f"not a causal language model that transformers reads: {reason}")]
@@ -78,7 +78,8 @@ def _check_hub_id(name: str) -> list[Problem]:
     return []
 
 
-def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without its weights: its modules and their shapes."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

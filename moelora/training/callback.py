@@ -1,22 +1,76 @@
-"""MoELoraCallback: the balancing loss in the Trainer's logs."""
+"""MoELoraCallback: what the routers do, in the Trainer's own logs, while they do it."""
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import CallbackHandler
+
+from ..monitor import TrainingWindow, pop_training_stats
+from ..state import RoutingState
+from ..stats import RouterStats
+from .guards import RoutingGuard, RoutingWarning
+
+PER_EXPERT = ("expert_load", "maturity")
+PER_ROUTER = ("entropy", "top1_probability", "dropped", "balancing_loss")
 
 
 class MoELoraCallback(TrainerCallback):
-    """Adds `balancing_loss`, the mean since the last log, beside the Trainer's `loss`.
+    """Logs what the routers do to everything the Trainer logs to: ``Trainer(..., callbacks=[MoELoraCallback()])``.
 
-    `loss` is what is optimised: task loss plus `router_aux_loss_coef` times `balancing_loss` (TRL >= 1.15: the task
-    loss alone, whose gradient carries the other term).
+    Beside `loss`, and over the training tokens since the last log (no padding, no evaluation, all ranks together):
 
-    Reporters see what callbacks before them added, so put it first:
-    ``trainer.callback_handler.callbacks.insert(0, MoELoraCallback())``. Passed as ``Trainer(callbacks=[...])`` it
-    reaches the progress bar and `trainer.state.log_history`, not TensorBoard or W&B, which come before.
+    - `balancing_loss`, `router_entropy` (nats), `router_top1_probability`, `dropped_assignments` (share),
+      `expert_maturity`: means over routers; `dead_experts`: how many experts, counted in every router, no token chose;
+      `expert_load/<expert>`: share of the assignments, mean over routers.
+    - `routers/<router>/...`: the same for each router. These, and the loads, stay out of the console's log lines.
+
+    `trainer.state.log_history`, and so trainer_state.json and run.json, keep each router's values as one nested
+    mapping, `routers`, from which `moelora report` draws. `loss` is what is optimised: task loss plus
+    `router_aux_loss_coef` times `balancing_loss` (TRL >= 1.15: the task loss alone, whose gradient carries the other
+    term).
+
+    A step adds up a few numbers on the device; the device is read when the Trainer logs, once.
+
+    Args:
+        per_router: also send each router's values to the loggers; a mixture with hundreds of routers may not want it.
+        dead_after: steps without a token after which an expert is reported as dead, with a [`RoutingWarning`].
+        collapsed_after: steps of narrow choice after which a router is reported as collapsed, likewise.
+        collapse_share: what counts as narrow: the share of the assignments that the busiest experts take, as many of
+            them as one token uses.
     """
+
+    def __init__(
+        self,
+        per_router: bool = True,
+        dead_after: int = 100,
+        collapsed_after: int = 100,
+        collapse_share: float = 0.95,
+    ) -> None:
+        self.per_router = per_router
+        self.guard = RoutingGuard(dead_after, collapsed_after, collapse_share)
+        self.last_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """See TrainerCallback."""
+        self.last_step = state.global_step
+        if (routing := _routing_of(model)) is not None:
+            routing.window = TrainingWindow()
+            _take_place(self)
 
     def on_log(
         self,
@@ -24,15 +78,133 @@ class MoELoraCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
-        logs: dict[str, float] | None = None,
+        logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """See TrainerCallback."""
-        if logs is None or "loss" not in logs:
+        routing = _routing_of(model)
+        if logs is None or "loss" not in logs or routing is None:
             return
-        routing = getattr(model, "routing_or_none", None)
-        value = routing.pop_logged_loss() if routing is not None else None
-        if value is not None:
-            logs["balancing_loss"] = value
-            if state.log_history:
-                state.log_history[-1]["balancing_loss"] = value
+        stats = pop_training_stats(routing)
+        steps, self.last_step = state.global_step - self.last_step, state.global_step
+        if not stats:
+            return
+        overall = overall_values(stats)
+        logs |= overall | (router_values(stats) if self.per_router else {})
+        if state.log_history:
+            state.log_history[-1] |= overall | {"routers": history_entry(stats)}
+        if state.is_world_process_zero:
+            for message in self.guard.check(stats, steps, routing.config):
+                warnings.warn(message, RoutingWarning, stacklevel=1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """See TrainerCallback."""
+        if (routing := _routing_of(model)) is not None:
+            routing.window = None
+
+
+def overall_values(stats: Mapping[str, RouterStats]) -> dict[str, float]:
+    """The whole mixture in a few numbers: means over routers, and how many experts of all routers are dead."""
+    values: dict[str, float] = {
+        "balancing_loss": fmean(router.balancing_loss for router in stats.values()),
+        "router_entropy": fmean(router.entropy for router in stats.values()),
+        "router_top1_probability": fmean(router.top1_probability for router in stats.values()),
+        "dropped_assignments": fmean(router.dropped for router in stats.values()),
+        "expert_maturity": fmean(value for router in stats.values() for value in router.maturity),
+        "dead_experts": sum(len(router.dead_experts) for router in stats.values()),
+    }
+    loads = [router.expert_load for router in stats.values()]
+    if len({len(load) for load in loads}) == 1:  # routers that serve fewer adapters have other experts
+        values |= {f"expert_load/{expert}": fmean(column) for expert, column in enumerate(zip(*loads, strict=True))}
+    return values
+
+
+def router_values(stats: Mapping[str, RouterStats]) -> dict[str, float]:
+    """Every router's numbers under names that loggers group by their slashes."""
+    values: dict[str, float] = {}
+    for name, router in stats.items():
+        prefix = f"routers/{name or 'model'}"
+        values |= {f"{prefix}/{key}": getattr(router, key) for key in PER_ROUTER}
+        values[f"{prefix}/dead_experts"] = len(router.dead_experts)
+        for key in PER_EXPERT:
+            values |= {f"{prefix}/{key}/{expert}": value for expert, value in enumerate(getattr(router, key))}
+    return values
+
+
+def history_entry(stats: Mapping[str, RouterStats]) -> dict[str, dict[str, Any]]:
+    """Every router's numbers as log_history keeps them: nested and rounded, for a run has thousands of such entries."""
+    return {
+        name: {key: _rounded(getattr(router, key)) for key in (*PER_ROUTER, *PER_EXPERT)}
+        | {"dead_experts": router.dead_experts}
+        for name, router in stats.items()
+    }
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(item) for item in value] if isinstance(value, list) else float(f"{value:.4g}")
+
+
+def _routing_of(model: Any) -> RoutingState | None:
+    return getattr(model, "routing_or_none", None)
+
+
+# ---- the order of callbacks ------------------------------------------------------------------------------------------
+
+
+def _take_place(callback: TrainerCallback) -> None:
+    """Move to the front of the Trainer's callbacks, and keep the details out of what the console prints.
+
+    Loggers see what callbacks before them have added to the logs, and the Trainer puts a user's callbacks after its
+    loggers. It tells a callback everything but where that stands, so the handler is found as the caller.
+    """
+    handler = _calling_handler()
+    if handler is None:
+        warnings.warn(
+            "this Trainer calls its callbacks in an unknown way, so loggers may not see the routers' values; put the "
+            "callback first yourself: `trainer.callback_handler.callbacks.insert(0, MoELoraCallback())`",
+            RoutingWarning,
+            stacklevel=2,
+        )
+        return
+    callbacks = handler.callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)
+    printers = [i for i, other in enumerate(callbacks) if isinstance(other, (PrinterCallback, ProgressCallback))]
+    if printers and not any(isinstance(other, _Hide) for other in callbacks):
+        hide = _Hide()
+        callbacks.insert(printers[-1] + 1, _Show(hide))
+        callbacks.insert(printers[0], hide)
+
+
+def _calling_handler() -> CallbackHandler | None:
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
+            return handler
+        frame = frame.f_back
+    return None
+
+
+class _Hide(TrainerCallback):
+    """Stands before the callbacks that print, and takes the details out of the logs."""
+
+    def __init__(self) -> None:
+        self.hidden: dict[str, Any] = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        details = [key for key in logs or {} if key.startswith(("routers/", "expert_load/"))]
+        self.hidden = {key: logs.pop(key) for key in details}
+
+
+class _Show(TrainerCallback):
+    """Stands after them, and puts the details back for loggers that come later still."""
+
+    def __init__(self, hide: _Hide) -> None:
+        self.hide = hide
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None:
+            logs |= self.hide.hidden
+        self.hide.hidden = {}

@@ -108,11 +108,19 @@ def to_blocks(
 
 
 def _token_ids(document: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text, special = plain_text(document, tokenizer)
+    return with_end(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], tokenizer)
+
+
+def plain_text(document: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """A document's text, and whether the tokenizer is to add special tokens: a chat template has written its own."""
     if isinstance(document, str):
-        ids = tokenizer(document, verbose=False)["input_ids"]
-    else:
-        text = tokenizer.apply_chat_template(document, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return document, True
+    return tokenizer.apply_chat_template(document, tokenize=False), False
+
+
+def with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A document's tokens, ended by the end-of-text token where there is one."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 

@@ -50,7 +50,7 @@ def generate(options: GenerateOptions) -> str:
     console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
     tokenizer = load_tokenizer(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _load(base, adapter, device)
+    model = load_mixture(base, adapter, device)
     set_seed(options.seed)
     inputs = _encode(tokenizer, options).to(device)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
@@ -72,7 +72,7 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
         UserError: there is no adapter in the folder, or no usable base model.
     """
     if not (adapter / "adapter_config.json").is_file():
-        raise UserError(_no_adapter(adapter))
+        raise UserError(missing_adapter(adapter))
     if base is not None:
         path = Path(resolve_path(base, Path.cwd()))
         is_file = path.suffix == ".gguf"
@@ -90,7 +90,8 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
     return model
 
 
-def _no_adapter(adapter: Path) -> str:
+def missing_adapter(adapter: Path) -> str:
+    """What to say of a folder without an adapter."""
     if not adapter.is_dir():
         return f"--adapter {adapter}: no such folder; give the `output_dir` of a finished run"
     inside = sorted(path.parent for path in adapter.glob("*/adapter_config.json"))
@@ -98,7 +99,12 @@ def _no_adapter(adapter: Path) -> str:
     return f"--adapter {adapter}: no adapter_config.json in this folder; {hint}"
 
 
-def _load(base: ModelOptions, adapter: Path, device: torch.device) -> PeftModel:
+def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> PeftModel:
+    """The base model with its adapter, on the device, in evaluation mode.
+
+    Raises:
+        UserError: the adapter is damaged or belongs to another model.
+    """
     try:
         model = PeftModel.from_pretrained(load_model(base, device), str(adapter))
     except (ValueError, RuntimeError, OSError) as error:

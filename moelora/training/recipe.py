@@ -26,7 +26,8 @@ def _positive_and_finite(value: float) -> str | None:
     return positive(value) if math.isfinite(value) else "must be a finite number"
 
 
-def _plain_name(value: str) -> str | None:
+def plain_name(value: str) -> str | None:
+    """The rule for a domain's name."""
     plain = value.replace("-", "_").isidentifier()
     return None if plain else "must be letters, digits, `-` and `_`, not starting with a digit: it names a table row"
 
@@ -52,7 +53,7 @@ class ModelOptions:
 class DomainOptions:
     """One named kind of text. Held-out documents are chosen by a hash of their content, never within a document."""
 
-    name: str = field(metadata=about("name of the domain in tables and in run.json", check=_plain_name))
+    name: str = field(metadata=about("name of the domain in tables and in run.json", check=plain_name))
     path: str = field(
         metadata=about(
             "a .jsonl file, a text file (one document), a pattern such as books/*.txt, "

@@ -7,10 +7,11 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +27,18 @@ PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate"
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a crash leaves the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=False, default=str)
+        stream.write("\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A stream to a temporary file that takes the place of path once the block has succeeded, and not before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, ensure_ascii=False, default=str)
-            stream.write("\n")
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

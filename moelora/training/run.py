@@ -96,9 +96,8 @@ def _prepare(recipe: Recipe) -> tuple[Trainer, list[DomainBlocks]]:
         eval_dataset={domain.name: domain.held_out for domain in domains},
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
+        callbacks=[MoELoraCallback()],
     )
-    # First in line: the callbacks that print and store the logs must see the balancing loss in them.
-    trainer.callback_handler.callbacks.insert(0, MoELoraCallback())
     return trainer, domains
 
 

@@ -1,6 +1,6 @@
-"""Write the tables of docs/training.md from the dataclasses, so that help is written once.
+"""Write the tables of the documentation from the dataclasses, so that help is written once.
 
-python -m moelora.training.reference docs/training.md
+python -m moelora.reference docs/training.md docs/report.md
 """
 
 import dataclasses
@@ -12,10 +12,12 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..config import MoELoraConfig
-from .generate import GenerateOptions
-from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
-from .schema import describe, is_required, settable_fields, type_hints
+from .config import MoELoraConfig
+from .report.command import ReportOptions
+from .report.inspection import InspectOptions
+from .training.generate import GenerateOptions
+from .training.recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
+from .training.schema import describe, is_required, settable_fields, type_hints
 
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """Where a page wants a table: everything between the two comments is replaced."""
@@ -31,6 +33,8 @@ def tables() -> dict[str, str]:
         "domain": options_table(DomainOptions),
         "mixture": options_table(MoELoraConfig, own),
         "generate": options_table(GenerateOptions),
+        "inspect": options_table(InspectOptions),
+        "report": options_table(ReportOptions),
         "defaults": defaults_table(),
     }
 

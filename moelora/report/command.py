@@ -1,0 +1,202 @@
+"""`moelora report`: check everything, then load the model, measure, and write the page whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training.base import empty_model, load_config, load_tokenizer
+from ..training.data import split_documents
+from ..training.generate import find_base, load_mixture
+from ..training.progress import console
+from ..training.recipe import DomainOptions, ModelOptions, plain_name
+from ..training.record import read_record, replacing
+from ..training.schema import Problem, UserError, about, at_least, check_values, not_negative
+from ..training.sources import check_domain, load_documents, resolve_path
+from .analysis import longest_block, run
+from .history import read_history
+from .page import About, render
+from .stored import StoredAdapter, read_mixture
+from .texts import read_domain
+
+PERMUTATIONS = 500
+PROBLEMS_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write one HTML page that shows what the experts of an adapter do with texts."""
+
+    adapter: str = field(metadata=about("folder that holds the trained adapter"))
+    data: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "texts of a domain: a name of your choice and a .jsonl file, a text file, a pattern or a folder that "
+            "`datasets` reads; once per domain. Of a file that the adapter was trained on, the documents held out then",
+            metavar="DOMAIN=FILE",
+        ),
+    )
+    out: str = field(default="report.html", metadata=about("file to write; replaced as a whole"))
+    base: str | None = field(
+        default=None,
+        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
+    )
+    max_tokens: int = field(default=50_000, metadata=about("most tokens to read per domain", check=at_least(1)))
+    worth_tokens: int = field(
+        default=4096,
+        metadata=about(
+            "tokens per domain on which the loss without each expert is measured, once per expert; 0 leaves it out",
+            check=not_negative,
+        ),
+    )
+
+
+def report(options: ReportOptions) -> Path:
+    """Write a report and return where it is.
+
+    Raises:
+        UserError: everything that is wrong with the options and files, before any model is loaded; or the texts hold no
+            token. Nothing is written then.
+    """
+    out = Path(options.out).expanduser()
+    domains = _check(options, out)
+    adapter = Path(options.adapter).expanduser()
+    stored = read_mixture(adapter)
+    base = find_base(adapter, options.base)
+    check_fit(stored, base, adapter)
+    record = read_record(adapter) or read_record(adapter.resolve().parent)
+    documents = [documents_of(domain, record) for domain in domains]
+    console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
+    tokenizer = load_tokenizer(base)
+    model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    texts = [
+        read_domain(domain.name, found, tokenizer, options.max_tokens, is_held_out)
+        for domain, (found, is_held_out) in zip(domains, documents, strict=True)
+    ]
+    size = record["recipe"]["block_size"] if record else longest_block(model)
+    try:
+        found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    config = stored[0].config
+    routing = f"{config.router_type}, per {config.router_scope}"
+    page = render(found, About(_shown(adapter), _shown(Path(base.name)), routing), PERMUTATIONS)
+    with replacing(out) as stream:
+        stream.write(page)
+    console.print(f"Report: {out} ({len(page) / 1e6:.1f} MB)", soft_wrap=True)
+    return out
+
+
+def _shown(path: Path) -> str:
+    """A place as the page names it, to be shared: without what is above the folder one works in."""
+    if not path.is_absolute():
+        return str(path)
+    inside = path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd())) if inside else path.name
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
+    """The domains asked for, once all options are in order; every problem is told at once."""
+    problems = [
+        replace(problem, key=f"--{problem.key.replace('_', '-')}")
+        for problem in check_values(ReportOptions, vars(options), "")
+    ]
+    problems += _check_out(out)
+    domains, found = _check_data(options.data)
+    problems += found
+    if not (Path(options.adapter).expanduser()).is_dir():
+        fix = "no such folder; give the `output_dir` of a finished run"
+        problems.append(Problem("--adapter", options.adapter, fix))
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
+    return domains
+
+
+def _check_out(out: Path) -> list[Problem]:
+    if out.is_dir():
+        return [Problem("--out", str(out), "is a folder; give a file, such as report.html")]
+    if not out.parent.is_dir():
+        return [Problem("--out", str(out), f"the folder {out.parent} does not exist; make it first")]
+    if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
+        return [Problem("--out", str(out), "may not be written to; give another place")]
+    return []
+
+
+def _check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
+    """Read every file once, so that an empty or binary one is told before a model is loaded."""
+    if not data:
+        return [], [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
+    domains, problems = [], []
+    for given in data:
+        name, equals, path = given.partition("=")
+        fix = "must be NAME=FILE, such as code=code.jsonl" if not equals or not path else plain_name(name)
+        if fix:
+            problems.append(Problem("--data", given, fix))
+            continue
+        domain = DomainOptions(name=name, path=resolve_path(path, Path.cwd()))
+        found = check_domain(domain, f"--data {name}")
+        problems += [replace(problem, key=problem.key.removesuffix(".path")) for problem in found]
+        domains.append(domain)
+    counts = Counter(domain.name for domain in domains)
+    problems += [
+        Problem("--data", name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
+    ]
+    return domains, problems
+
+
+def check_fit(stored: list[StoredAdapter], base: ModelOptions, adapter: Path) -> None:
+    """Compare the adapter's factors with the linears of the base model, which is not loaded for that.
+
+    Raises:
+        UserError: the adapter was trained on another model.
+    """
+    modules = dict(empty_model(load_config(base)).named_modules())
+    problems = []
+    for one in stored:
+        for name, pool in one.pools.items():
+            there = _shape(modules.get(name))
+            wanted = (pool.lora_B.shape[0], pool.lora_A.shape[1])
+            if there is None:
+                problems.append(f"it has no linear `{name}`")
+            elif there != wanted:
+                problems.append(f"`{name}` is {there[1]} to {there[0]} wide, the adapter's {wanted[1]} to {wanted[0]}")
+    if problems:
+        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        trained_on = stored[0].config.base_model_name_or_path
+        raise UserError(
+            f"the adapter {adapter} was not trained on {base.name}: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}. Give "
+            f"its base model with --base" + (f"; it was {trained_on}" if trained_on else "")
+        )
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """(out, in) of a linear or of GPT-2's Conv1D; None for what is neither."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    weight = getattr(module, "weight", None)
+    return (weight.shape[1], weight.shape[0]) if hasattr(module, "nf") and weight is not None else None
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def documents_of(domain: DomainOptions, record: dict[str, Any] | None) -> tuple[list[Any], bool]:
+    """A domain's documents, and whether they are known not to have been trained on.
+
+    Of a file that the run learned from, only what it held out: the loss on the rest would flatter the experts.
+    """
+    for learned in record["recipe"]["data"] if record else ():
+        settings = DomainOptions(**learned)
+        if settings.path == domain.path:
+            return split_documents(settings)[1]["document"][:], True
+        if settings.eval_path == domain.path:
+            return load_documents(settings, domain.path, domain.split)["document"][:], True
+    return load_documents(domain, domain.path, domain.split)["document"][:], False

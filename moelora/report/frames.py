@@ -1,0 +1,117 @@
+"""An analysis as data frames: long tables, one row per thing measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..training.schema import did_you_mean
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from .analysis import Analysis
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError('data frames need pandas: pip install "moelora[report]"') from error
+    return pandas
+
+
+def _grid(**axes: list[Any]) -> dict[str, Any]:
+    """Columns that name every cell of an array with these axes, in its order."""
+    grids = np.meshgrid(*(np.arange(len(values)) for values in axes.values()), indexing="ij")
+    return {name: [values[i] for i in grid.ravel()] for (name, values), grid in zip(axes.items(), grids, strict=True)}
+
+
+def loads(found: Analysis) -> DataFrame:
+    """See [`Analysis.loads`]."""
+    columns = _grid(domain=found.domains, router=found.routers, expert=list(range(found.num_experts)))
+    return _pandas().DataFrame(columns | {"weight": found.weight.ravel(), "load": found.load.ravel()})
+
+
+def router_table(found: Analysis) -> DataFrame:
+    """See [`Analysis.router_table`]."""
+    columns = _grid(domain=found.domains, router=found.routers)
+    columns |= {"entropy": found.entropy.ravel(), "top1_probability": found.top1_probability.ravel()}
+    columns["sharpness"] = found.sharpness * len(found.domains)
+    if (special := found.specialisation) is not None:
+        for name in ("observed", "chance", "low", "high", "p_value"):
+            column = "mutual_information" if name == "observed" else name
+            columns[column] = np.tile(getattr(special, name)[:-1], len(found.domains))
+    return _pandas().DataFrame(columns)
+
+
+def expert_table(found: Analysis) -> DataFrame:
+    """See [`Analysis.expert_table`]."""
+    columns: dict[str, Any] = {
+        "expert": list(range(found.num_experts)),
+        "adapter": found.experts,
+        "norm": found.whole.norm.numpy(),
+        "effective_rank": found.whole.effective_rank.numpy(),
+        "maturity": np.nanmean(found.maturity, axis=0) if np.isfinite(found.maturity).any() else np.nan,
+    }
+    for index, domain in enumerate(found.domains):
+        columns[f"weight_{domain}"] = found.weight[index].mean(0)
+        if found.worth is not None and found.worth_error is not None:
+            columns[f"worth_{domain}"] = found.worth[index]
+            columns[f"worth_error_{domain}"] = found.worth_error[index]
+    return _pandas().DataFrame(columns)
+
+
+def similarity(found: Analysis, router: str | None) -> DataFrame:
+    """See [`Analysis.similarity`].
+
+    Raises:
+        ValueError: there is no router of that name.
+    """
+    matrix = (found.whole if router is None else found.by_router[known_router(found, router)]).similarity
+    return _pandas().DataFrame(matrix.numpy())
+
+
+def known_router(found: Analysis, router: str) -> str:
+    """The router's name, checked."""
+    if router not in found.routers:
+        hint = did_you_mean(router, found.routers) or f"; there are {', '.join(found.routers)}"
+        raise ValueError(f"`router` ({router!r}) does not exist{hint}")
+    return router
+
+
+def token_table(found: Analysis, domain: str) -> DataFrame:
+    """See [`Analysis.token_table`].
+
+    Raises:
+        ValueError: there is no domain of that name.
+    """
+    if domain not in found.domains:
+        raise ValueError(f"`domain` ({domain!r}) does not exist; there are {', '.join(found.domains)}")
+    view = found.tokens[found.domains.index(domain)]
+    num_tokens, num_routers = len(view.pieces), len(found.routers)
+    top = view.weights.max(-1) / 255
+    return _pandas().DataFrame(
+        {
+            "router": np.repeat(np.array(found.routers, dtype=object), num_tokens),
+            "token": np.tile(np.arange(num_tokens), num_routers),
+            "document": np.tile(view.documents, num_routers),
+            "text": view.pieces * num_routers,
+            "loss": np.tile(view.losses, num_routers),
+            "expert": view.weights.argmax(-1).ravel(),
+            "weight": top.ravel(),
+        }
+    )
+
+
+def training_table(found: Analysis) -> DataFrame:
+    """See [`Analysis.training_table`]."""
+    rows = []
+    history = found.history
+    for name, series in (history.routers if history else {}).items():
+        for step, load, maturity, entropy in zip(
+            history.steps if history else [], series["expert_load"], series["maturity"], series["entropy"], strict=True
+        ):
+            rows += [(step, name, expert, load[expert], maturity[expert], entropy) for expert in range(len(load))]
+    return _pandas().DataFrame(rows, columns=["step", "router", "expert", "load", "maturity", "entropy"])
