@@ -37,9 +37,8 @@ def draw(csv: Sequence[Path], out: Path) -> None:
         raise SystemExit('matplotlib is missing; pip install -e ".[bench]"') from None
     axes = [name for name in AXES if any(point.setting.case == f"by {name}" for point in points)]
     figure = Figure(figsize=(4 * len(axes), 3.6), layout="constrained")
-    for panel, axis in zip(figure.subplots(1, len(axes), sharey=True, squeeze=False)[0], axes, strict=True):
+    for panel, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
         _draw_panel(panel, axis, [point for point in points if point.setting.case == f"by {axis}"])
-    figure.axes[0].set_ylim(bottom=0)
     figure.axes[0].set_ylabel("time, multiple of the frozen linears'")
     figure.axes[0].legend(frameon=False)
     figure.suptitle(comments[0], fontsize="x-small")
@@ -56,6 +55,7 @@ def _draw_panel(panel: Any, axis: str, points: list[Comparison]) -> None:
         if measured:
             xs, ratios = zip(*measured, strict=True)
             panel.errorbar(xs, [r[0] for r in ratios], yerr=[r[1] for r in ratios], markersize=4, capsize=2, **style)
+    panel.set_ylim(bottom=0)
     panel.set_xscale("log", base=2)
     ticks = [getattr(point.setting, axis) for point in points]
     panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

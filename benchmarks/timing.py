@@ -25,10 +25,11 @@ def seconds(function: Callable[[], object], device: str, min_time: float) -> flo
     The warm-up is as long as the measurement because a GPU's clock follows the power that was drawn just before: what
     comes after an arm that waits for memory would run faster than what comes after one that computes.
     """
-    count = math.ceil(min_time / max(_elapsed(function, 1, device), 1e-5))
-    elapsed = _elapsed(function, count, device)
-    count = math.ceil(min_time / max(elapsed / count, 1e-5))
-    return _elapsed(function, count, device) / count
+    per_call = _elapsed(function, 1, device)
+    for _ in range(2):
+        count = max(1, math.ceil(min_time / max(per_call, 1e-5)))
+        per_call = _elapsed(function, count, device) / count
+    return per_call
 
 
 def _elapsed(function: Callable[[], object], count: int, device: str) -> float:
