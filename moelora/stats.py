@@ -6,6 +6,7 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -133,10 +134,11 @@ class RoutingTotals:
     def add_each(totals: Sequence[RoutingTotals], packed_LF: Tensor) -> None:
         """Add row l of packed_LF [L, 4E + 5] to totals[l], on its device and all rows in one operation."""
         for total in totals:
-            if total._packed is None:
-                total._packed = packed_LF.new_zeros(packed_LF.shape[1:])
-            elif total._packed.device != packed_LF.device:
-                total._packed = total._packed.to(packed_LF.device)
+            if total._packed is None or total._packed.device != packed_LF.device:
+                # What is made in inference mode could not be added to outside of it. (Dynamo does not know such modes.)
+                with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                    fresh = torch.zeros(packed_LF.shape[1:], dtype=packed_LF.dtype, device=packed_LF.device)
+                    total._packed = fresh if total._packed is None else fresh + total._packed.to(fresh.device)
         torch._foreach_add_([total._packed for total in totals if total._packed is not None], list(packed_LF.unbind(0)))
 
     def reset(self) -> None:

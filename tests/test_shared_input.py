@@ -1,0 +1,245 @@
+"""Linears that read one input are computed together, and never with anything but what they read."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, SCOPES, assert_same_grads, awaken, mixture_of, train_step
+from peft import get_peft_model
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moelora import MoELoraConfig
+from moelora import shared_input as module
+from moelora.layer import MoELoraLayer
+from moelora.shared_input import readers_of
+
+IDS = torch.arange(1, 43).view(3, 14)
+INPUTS = {"input_ids": IDS, "labels": IDS}
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Sizes of the groups that were computed together."""
+    sizes, original = [], module.mixture_fused
+    monkeypatch.setattr(module, "mixture_fused", lambda x, r, w: sizes.append(len(r)) or original(x, r, w))
+    return sizes
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Call it, and every linear is computed by itself."""
+    return lambda: monkeypatch.setattr(MoELoraLayer, "_shared_input", lambda self: None)
+
+
+# ---- who reads the same, by the source ----
+
+
+class Sources(nn.Module):
+    def straight(self, x, y):
+        return self.a(x) + self.b(y) + self.c(x) + self.d(y)
+
+    def reassigned(self, x):
+        q = self.a(x)
+        x = x + 1
+        return q + self.b(x) + self.c(x)
+
+    def augmented(self, x):
+        q = self.a(x)
+        x += 1
+        return q + self.b(x)
+
+    def branch(self, x, flag):
+        q = self.a(x)
+        if flag:
+            return q + self.b(x) + self.c(x)
+        return q + self.d(x)
+
+    def assigned_in_a_branch(self, x, flag):
+        q = self.a(x)
+        if flag:
+            x = x + 1
+        return q + self.b(x)
+
+    def other_calls(self, x):
+        return self.a(x + 1) + self.b(x[0]) + torch.relu(x) + self.inner.c(x) + self.d(x)
+
+    def twice(self, x):
+        return self.a(x) + self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "straight": (("a", "c"), ("b", "d")),
+        "reassigned": (("b", "c"),),
+        "augmented": (),
+        "branch": (("a", "d"), ("b", "c")),
+        "assigned_in_a_branch": (),
+        "other_calls": (),
+        "twice": (("a", "b"),),
+    }.items(),
+)
+def test_readers_are_found_in_the_source(name, expected):
+    assert readers_of(getattr(Sources, name)) == expected
+
+
+def test_a_forward_without_source_has_no_readers():
+    namespace = {}
+    exec("def forward(self, x):\n    return self.a(x) + self.b(x)", namespace)
+    assert readers_of(namespace["forward"]) == readers_of(torch.relu) == ()
+
+
+# ---- what is computed together ----
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_equals_each_linear_by_itself(scope, checkpointing, groups, alone):
+    model = mixture_of("llama", router_scope=scope, router_aux_loss_coef=0.0, expert_capacity_factor=None).double()
+    model.base_model.set_expert_maturity("default", 0.5)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    loss, grads = train_step(model, INPUTS)
+    runs = 2 if checkpointing is not None else 1
+    assert groups == ([] if scope == "module" else [3, 2, 3, 2] * runs)  # q, k, v and gate, up of two blocks
+    model.base_model.set_expert_maturity("default", 0.5)
+    alone()
+    expected_loss, expected_grads = train_step(model, INPUTS)
+    torch.testing.assert_close(loss, expected_loss, **EXACT)
+    assert_same_grads(grads, expected_grads, **EXACT)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bert", "t5", "bart", "vit"])
+def test_evaluation_equals_each_linear_by_itself(architecture, alone):
+    model = mixture_of(architecture).double()
+    inputs = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in ARCHITECTURES[architecture].batch(2, 5).items()
+    }
+    with torch.no_grad():
+        together = model(**inputs).logits
+        alone()
+        torch.testing.assert_close(together, model(**inputs).logits, **EXACT)
+
+
+def test_a_subset_of_adapters_or_a_disabled_mixture_shares_nothing_stale(groups, alone):
+    model = mixture_of("llama", experts=True).double()
+    model.set_adapter(["expert_2", "expert_0"])
+    with torch.no_grad():
+        together = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            base = model(input_ids=IDS).logits
+        assert groups == [3, 2, 3, 2]
+        alone()
+        torch.testing.assert_close(together, model(input_ids=IDS).logits, **EXACT)
+    assert (base - together).abs().max() > 1e-3
+
+
+# ---- what is not ----
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, between=None):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.between = between
+
+    def forward(self, hidden_states):
+        h = hidden_states * 2
+        q = self.q_proj(h)
+        if self.between is not None:
+            self.between(h)
+        k = self.k_proj(h)
+        return q, k
+
+
+class Model(nn.Module):
+    def __init__(self, between=None):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(between)])
+        self.config = type("Config", (), {"hidden_size": 8, "model_type": "custom", "to_dict": lambda self: {}})()
+
+    def forward(self, hidden_states):
+        return self.layers[0](hidden_states)
+
+
+def mixture(between=None):
+    torch.manual_seed(0)
+    config = MoELoraConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj"])
+    model = get_peft_model(Model(between), config).double().eval()
+    awaken(model)
+    return model
+
+
+def outputs(model, x):
+    return torch.cat(model(x), dim=-1)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_an_input_changed_in_place_is_read_anew(x, groups, alone):
+    model = mixture(between=lambda h: h.add_(1.0))
+    with torch.no_grad():
+        together = outputs(model, x)
+        assert groups == [2]
+        alone()
+        torch.testing.assert_close(together, outputs(model, x), **EXACT)
+
+
+def test_in_inference_mode(x, groups, alone):
+    """Inference tensors have no version counter."""
+    model = mixture()
+    with torch.inference_mode():
+        together = outputs(model, x)
+    alone()
+    torch.testing.assert_close(together.clone(), outputs(model, x).detach(), **EXACT)
+    assert groups == [2]
+
+
+def test_a_hook_that_replaces_the_input_is_obeyed(x, groups, alone):
+    model = mixture()
+    model.base_model.model.layers[0].k_proj.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    together = outputs(model, x)
+    assert groups == [2]
+    alone()
+    torch.testing.assert_close(together, outputs(model, x), **EXACT)
+
+
+def test_no_grad_for_one_linear_takes_no_gradient_from_the_next(x):
+    grad = {}
+
+    class Mixed(Block):
+        def forward(self, hidden_states):
+            h = hidden_states * 2
+            with torch.no_grad():
+                q = self.q_proj(h)
+            k = self.k_proj(h)
+            grad["q"], grad["k"] = q.requires_grad, k.requires_grad
+            return q, k
+
+    base = Model()
+    base.layers[0] = Mixed()
+    model = get_peft_model(base, MoELoraConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj"])).double()
+    model(x)
+    assert grad == {"q": False, "k": True}
+
+
+def fail(h):
+    raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("between", [None, fail], ids=["forward", "exception"])
+def test_nothing_is_kept_afterwards(x, between, monkeypatch):
+    seen, original = [], module.SharedInput.run
+    monkeypatch.setattr(module.SharedInput, "run", lambda self, *args: seen.append(self) or original(self, *args))
+    model = mixture(between)
+    with nullcontext() if between is None else pytest.raises(RuntimeError, match="stop"):
+        model(x)
+    assert all(hook.routing is None for hook in model.base_model.routing.hooks.values())
+    assert seen and all(shared._x is None and not shared._outputs for shared in seen)
