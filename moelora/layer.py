@@ -59,14 +59,14 @@ class MoELoraLayer(_LayerBase):
             RuntimeError: the layer is called outside its block, which decides its routing.
             ValueError: x does not line up with the tokens that were routed.
         """
-        inputs = self._shared_input()
-        if inputs is not None and (ready := inputs.take(self, x)) is not None:
-            return ready
         pools = self.expert_pools()
         if not pools:
             return super().forward(x, *args, **kwargs)
+        inputs = None if args or kwargs else self._shared_input()
+        if inputs is not None and (ready := inputs.take(self, x)) is not None:
+            return ready
         reader, weights = Reader(self.base_layer, pools), self.weights_for(x)
-        if inputs is None or args or kwargs:
+        if inputs is None:
             return mixture_linear(x, reader, weights, *args, **kwargs)
         return inputs.run(x, self, reader, weights)
 

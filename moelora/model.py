@@ -129,7 +129,8 @@ class MoELoraModel(RoutingControls, TunerModel):
 
     def _link_readers(self) -> None:
         """Tell every routed layer which others read the same tensor after it."""
-        for parent in self.model.modules():
+        parents = (m for m in self.model.modules() if any(isinstance(child, MoELoraLayer) for child in m.children()))
+        for parent in parents:
             for names in readers_of(type(parent).forward):
                 children = [child for name in names if isinstance(child := getattr(parent, name, None), MoELoraLayer)]
                 for i, child in enumerate(children):

@@ -95,7 +95,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         with torch.autocast(hidden.device.type, enabled=False):
             maturity_E = self.maturity() if maturity_E is None else maturity_E
             logits_TE = self._logits(self._checked(hidden), self._first_weights())
-            return self._route(logits_TE, config, maturity_E).weights.view(*hidden.shape[:-1], -1)
+            return self._route(logits_TE, config, maturity_E).weights.view(*hidden.shape[:-1], logits_TE.shape[-1])
 
     def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
         """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
@@ -122,7 +122,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
                 sums = RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type)
                 weights_TE, scale = routing.weights, config.routing_scale
             context.record(self, sums)
-            return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], -1)
+            return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], weights_TE.shape[-1])
 
     def _finish(self, weights: Tensor, scale: float, context: ForwardContext) -> Tensor:
         weights = F.dropout(weights, self.state.config.expert_dropout, training=context.training)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .ops import Reader, can_fuse, mixture_fused, mixture_linear
+from .ops import Reader, can_fuse, compute_dtype, is_plain, mixture_fused, mixture_linear
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -51,7 +51,7 @@ class _Readers(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         match node:
-            case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(variable), *_]):
+            case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(variable)], []):
                 if variable not in self._open:
                     self._open[variable] = []
                     self.groups.append(self._open[variable])
@@ -62,17 +62,27 @@ class _Readers(ast.NodeVisitor):
         for target in node.targets:
             self.visit(target)
 
-    def visit_If(self, node: ast.If) -> None:
-        """What may not happen is no part of a group: a branch's calls are grouped among themselves."""
-        self.visit(node.test)
-        for branch in (node.body, node.orelse):
-            outer, self._open = self._open, {}
-            for statement in branch:
-                self.visit(statement)
-            self._open = outer
+    def _visit_branch(self, node: ast.AST) -> None:
+        """What may not happen is no part of a group: a branch's calls are grouped among themselves, and after a branch
+        that may return nothing joins what came before."""
+        outer, self._open = self._open, {}
+        self.generic_visit(node)
+        self._open = outer
         for inner in ast.walk(node):
-            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            if isinstance(inner, ast.Return | ast.Raise):
+                self._open = {}
+            elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                 self._open.pop(inner.id, None)
+
+    def visit_If(self, node: ast.If) -> None:
+        for part in (node.body, node.orelse):
+            self._visit_branch(ast.Module(part, []))
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        for part in (node.body, node.orelse):
+            self._visit_branch(part)
+
+    visit_Try = visit_For = visit_While = _visit_branch
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Store):
@@ -110,17 +120,18 @@ class SharedInput:
 
 def _key(x: Tensor) -> tuple[Any, ...]:
     """What has to be the same, besides x itself, for an output to be that of a later call."""
-    return (None if x.is_inference() else x._version), torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    return (None if x.is_inference() else x._version), torch.is_grad_enabled(), compute_dtype(x)
 
 
 def _followers(layer: MoELoraLayer, reader: Reader, x: Tensor, weights: Tensor) -> dict[MoELoraLayer, Reader]:
     """The linears that are about to read x, as their module's source says, and that one product serves as well."""
-    if not can_fuse(reader.pools):
+    if not can_fuse(reader.pools) or x.is_inference():  # without a version counter, a change of x goes unseen
         return {}
     found = {}
     for other in layer.link.followers:
         theirs = Reader(other.base_layer, other.expert_pools())
         is_near = bool(theirs.pools) and theirs.pools[0].lora_A.device == x.device
-        if is_near and reader.goes_with(theirs) and other.weights_for(x) is weights:
+        is_bare = is_plain(theirs.base_layer, compute_dtype(x))  # others may count how often, or when, they are called
+        if is_near and is_bare and reader.goes_with(theirs) and other.weights_for(x) is weights:
             found[other] = theirs
     return found

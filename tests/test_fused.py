@@ -156,7 +156,7 @@ def test_any_base_layer_is_served(kind):
     base, pools, x, weights = build("batch-of-sequences")
     if kind == "sequential":
         other = nn.Sequential(base, nn.Tanh())
-    else:  # computes in its own precision, as some quantised layers do
+    else:  # computes in its own precision, as some quantised layers do; the result keeps it
         other = type("Exact", (nn.Module,), {"forward": lambda self, x: base(x.double())})()
         x, weights = (t.detach().float().requires_grad_() for t in (x, weights))
         pools = [replace(p, lora_A=p.lora_A.detach().float(), lora_B=p.lora_B.detach().float()) for p in pools]
@@ -318,3 +318,26 @@ def test_linears_that_differ_are_not_computed_together(change):
         "dropout": replace(pool, dropout=nn.Dropout(0.1)),
     }
     assert not first.goes_with(replace(second, pools=[changed[change]]))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)], ids=str)
+def test_autocast_follows_what_a_linear_does(dtypes):
+    """A bias in another precision than the weight, and float64, which autocast leaves alone."""
+    x_dtype, weight_dtype = dtypes
+    base, pools, x, weights = build("batch-of-sequences", torch.float32)
+    base.weight.data = base.weight.data.to(weight_dtype)
+    if x_dtype == torch.float64:
+        base, pools = base.double(), [replace(p, lora_A=p.lora_A.double(), lora_B=p.lora_B.double()) for p in pools]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = mixture_fused(base, x.to(x_dtype), pools, weights)
+        assert y.dtype == base(x.to(x_dtype)).dtype
+        y.sum().backward()  # inside the region, too
+    assert x.grad is not None
+
+
+def test_dropout_of_everything_takes_the_plain_form():
+    base, pools, x, weights = build("batch-of-sequences")
+    everything = [replace(pool, dropout=nn.Dropout(1.0)) for pool in pools]
+    assert not can_fuse(everything)
+    mixture_linear(x, Reader(base, everything), weights).sum().backward()
+    assert x.grad.isfinite().all()

@@ -56,6 +56,25 @@ class Sources(nn.Module):
             return q + self.b(x) + self.c(x)
         return q + self.d(x)
 
+    def early_return(self, x, flag):
+        q = self.a(x)
+        if flag:
+            return q
+        return q + self.b(x) + self.c(x)
+
+    def either(self, x, flag):
+        return (self.a(x) if flag else self.b(x)) + self.c(x) + self.d(x)
+
+    def tried(self, x):
+        try:
+            q = self.a(x)
+        finally:
+            self.b(x)
+        return q + self.c(x) + self.d(x)
+
+    def with_arguments(self, x):
+        return self.a(x) + self.b(x, 2) + self.c(x, scale=2) + self.d(x)
+
     def assigned_in_a_branch(self, x, flag):
         q = self.a(x)
         if flag:
@@ -75,7 +94,11 @@ class Sources(nn.Module):
         "straight": (("a", "c"), ("b", "d")),
         "reassigned": (("b", "c"),),
         "augmented": (),
-        "branch": (("a", "d"), ("b", "c")),
+        "branch": (("b", "c"),),
+        "early_return": (("b", "c"),),
+        "either": (("c", "d"),),
+        "tried": (("a", "b"), ("c", "d")),
+        "with_arguments": (("a", "d"),),
         "assigned_in_a_branch": (),
         "other_calls": (),
         "twice": (("a", "b"),),
@@ -192,14 +215,58 @@ def test_an_input_changed_in_place_is_read_anew(x, groups, alone):
         torch.testing.assert_close(together, outputs(model, x), **EXACT)
 
 
-def test_in_inference_mode(x, groups, alone):
-    """Inference tensors have no version counter."""
-    model = mixture()
+def test_in_inference_mode_nothing_is_shared(x, groups, alone):
+    """Inference tensors have no version counter, so nobody would see this change."""
+    model = mixture(between=lambda h: h.add_(1.0))
     with torch.inference_mode():
-        together = outputs(model, x)
-    alone()
-    torch.testing.assert_close(together.clone(), outputs(model, x).detach(), **EXACT)
-    assert groups == [2]
+        result = outputs(model, x).clone()
+    assert groups == []
+    with torch.no_grad():
+        alone()
+        torch.testing.assert_close(result, outputs(model, x), **EXACT)
+
+
+def test_a_layer_disabled_in_between_is_obeyed(x):
+    model = mixture()
+    q_proj, k_proj = (model.base_model.model.layers[0].get_submodule(name) for name in ("q_proj", "k_proj"))
+    q_proj.register_forward_hook(lambda *_: k_proj.enable_adapters(False))
+    _, k = model(x)
+    torch.testing.assert_close(k, k_proj.base_layer(2 * x), **EXACT)
+
+
+def test_a_base_layer_with_hooks_is_called_by_its_own_layer_alone(x, groups):
+    model = mixture()
+    calls = []
+    model.base_model.model.layers[0].k_proj.base_layer.register_forward_hook(lambda *_: calls.append(len(groups)))
+    model(x)
+    assert calls == [0] and groups == []
+
+
+def test_an_output_may_be_changed_in_place(x):
+    """As OLMo does where it clips q, k and v."""
+    model = mixture()
+    plain = model(x)
+    for output, expected in zip(model(x), plain, strict=True):
+        torch.testing.assert_close(output.clamp_(-1, 1), expected.clamp(-1, 1), **EXACT)
+
+
+def test_a_linear_that_is_not_called_gets_no_gradient(x):
+    model = mixture().train()
+    model(x)[0].sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+    assert all((gradient is None) == ("k_proj" in name) for name, gradient in gradients.items())
+
+
+def test_a_scripted_submodule_is_no_obstacle():
+    base = Model()
+    base.layers[0].act = torch.jit.script(nn.SiLU())
+    get_peft_model(base, MoELoraConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj"]))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_no_tokens(shape):
+    q, k = mixture()(torch.zeros(shape, dtype=torch.float64))
+    assert q.shape == k.shape == (*shape[:2], 6)
 
 
 def test_a_hook_that_replaces_the_input_is_obeyed(x, groups, alone):

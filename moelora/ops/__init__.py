@@ -11,11 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from .concat import mixture_concat
-from .fused import Reader, can_fuse, mixture_fused
+from .fused import Reader, can_fuse, compute_dtype, is_plain, mixture_fused
 from .pool import ExpertPool
 from .reference import mixture_reference
 
-__all__ = ["BACKENDS", "ExpertPool", "Reader", "can_fuse", "mixture", "mixture_fused", "mixture_linear"]
+__all__ = [
+    "BACKENDS",
+    "ExpertPool",
+    "Reader",
+    "can_fuse",
+    "compute_dtype",
+    "is_plain",
+    "mixture",
+    "mixture_fused",
+    "mixture_linear",
+]
 
 BACKENDS = {"concat": mixture_concat, "reference": mixture_reference}
 

@@ -15,7 +15,7 @@ Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a gro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,25 +58,32 @@ class _Plan:
 
 
 class _Mixture(torch.autograd.Function):
-    """One y [..., O] for each reader of x [..., D], under weights [..., E]. What is frozen is either the weight [O, D]
-    and bias [O] of a plain linear, which are constants here, or `outside` [..., O], what another layer made of x."""
+    """One y [T, O] for each reader of x [T, D], under weights [T, E]. What is frozen is either the weight [O, D] and
+    bias [O] of a plain linear, which are constants here, or `outside` [T, O], what another layer made of x.
+
+    No y is a view made in here: autograd forbids to change those in place, as some models do with their projections.
+    """
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, weights: Tensor, *tensors: Any):
         frozen, As, Bs = plan.split(tensors)
-        lead, x, weights = x.shape[:-1], x.flatten(0, -2), weights.flatten(0, -2)
         read, kept = torch.native_dropout(x, plan.drop_rate, True) if plan.drop_rate > 0 else (x, None)
         h = read @ _stacked(As, x.dtype).t()
         hws = weighted(h, weights, plan.rank, plan.scale).chunk(plan.num_readers, dim=1)
-        ys = tuple(_expand(x, hw, B, *parts).view(*lead, -1) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
+        ys = tuple(_expand(x, hw, B, *parts) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
         ctx.save_for_backward(x, h, weights, kept, *(weight for _, weight, _ in frozen), *As, *_joined(Bs))
-        ctx.plan, ctx.lead = plan, lead
+        ctx.plan, ctx.device = plan, x.device.type
         ctx.set_materialize_grads(False)
         return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None):
+        with _without_autocast(ctx.device):  # backward may be called inside an autocast region, too
+            return _Mixture._gradients(ctx, dys)
+
+    @staticmethod
+    def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         x, h, weights, kept, *saved = ctx.saved_tensors
         Ws, As, Bs = saved[: plan.num_readers], *_halves(saved[plan.num_readers :])
@@ -84,7 +91,7 @@ class _Mixture(torch.autograd.Function):
         needs_outside, needs_A, needs_B = plan.split(needs)
         keep_rate = 1 - plan.drop_rate
 
-        flat = [None if dy is None else dy.flatten(0, -2).to(h.dtype) for dy in dys]
+        flat = [None if dy is None else dy.to(h.dtype) for dy in dys]
         g = _products(flat, _chunks(Bs, plan.num_pools), h)
         hw, dh, dw = weighted_backward(g, h, weights, plan.rank, plan.scale)
         hws = hw.chunk(plan.num_readers, dim=1)
@@ -96,6 +103,8 @@ class _Mixture(torch.autograd.Function):
         dAs: list[Any] = [None] * len(As)
         if any(needs_A):
             dAs = _unstacked(dh.t() @ (x if kept is None else (x * kept).div_(keep_rate)), As)
+            is_read = [dy is not None for dy in dys for _ in range(plan.num_pools)]
+            dAs = [dA if read else None for dA, read in zip(dAs, is_read, strict=True)]
         dx = None
         if needs_x:
             dx = dh @ _stacked(As, h.dtype)
@@ -104,10 +113,12 @@ class _Mixture(torch.autograd.Function):
             for dy, W in zip(flat, Ws, strict=True):
                 if dy is not None and W is not None:
                     dx.addmm_(dy, W)
-            dx = dx.view(*ctx.lead, -1)
-        d_weights = dw.view(*ctx.lead, -1) if needs_weights else None
         d_frozen = [(dy if needed[0] else None, None, None) for dy, needed in zip(dys, needs_outside, strict=True)]
-        return None, dx, d_weights, *_joined(d_frozen), *dAs, *dBs
+        return None, dx, dw if needs_weights else None, *_joined(d_frozen), *dAs, *dBs
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, weight: Any, bias: Any) -> Tensor:
@@ -115,8 +126,7 @@ def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, we
     B = _stacked(factors_B, hw.dtype, dim=1)
     if outside is None:
         return (hw @ B.t() if bias is None else torch.addmm(bias, hw, B.t())).addmm_(x, weight.t())
-    outside = outside.flatten(0, -2)
-    return torch.addmm(outside, hw, B.t()) if outside.dtype == hw.dtype else outside + hw @ B.t()
+    return torch.addmm(outside, hw, B.t()) if outside.dtype == hw.dtype else (outside + hw @ B.t()).to(outside.dtype)
 
 
 def _products(dys: Sequence[Tensor | None], factors_B: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
@@ -156,7 +166,7 @@ def can_fuse(pools: Sequence[ExpertPool]) -> bool:
     """Whether the hand-written form serves these; else the caller uses a form that autograd differentiates."""
     if torch.compiler.is_compiling():
         return False  # inductor fuses the plain form, and does not trace in-place autograd functions
-    return len({(pool.rank, pool.drop_rate) for pool in pools}) == 1
+    return len({(pool.rank, pool.drop_rate) for pool in pools}) == 1 and pools[0].drop_rate < 1
 
 
 def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> list[Tensor]:
@@ -169,31 +179,44 @@ def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> list
         readers: linears that all go with each other ([`Reader.goes_with`]) and whose pools can be fused.
     """
     pools, device = readers[0].pools, x.device.type
-    is_autocast = torch.is_autocast_enabled(device)
-    compute = x.to(torch.get_autocast_dtype(device) if is_autocast else x.dtype)
+    compute = x.to(compute_dtype(x))
     scale = pools[0].scaling
     if any(pool.scaling != scale for pool in pools):
         shares = weights.split([pool.num_experts for pool in pools], dim=-1)
         scale, weights = 1.0, torch.cat([share * p.scaling for share, p in zip(shares, pools, strict=True)], dim=-1)
     plan = _Plan(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
-    frozen = _joined(_frozen_part(reader.base_layer, x, compute.dtype) for reader in readers)
+    frozen = _joined(_frozen_part(reader.base_layer, x) for reader in readers)
     As = [pool.lora_A for reader in readers for pool in reader.pools]
     Bs = [pool.lora_B for reader in readers for pool in reader.pools]
-    with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
-        return list(_Mixture.apply(plan, compute, weights, *frozen, *As, *Bs))
+    with _without_autocast(device):
+        ys = _Mixture.apply(plan, compute.flatten(0, -2), weights.flatten(0, -2), *frozen, *As, *Bs)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
-def _frozen_part(base_layer: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """(None, weight, bias) of a linear that does nothing but x W^T + b in dtype; of others (base_layer(x), None, None).
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes x in; autocast leaves float64 alone."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+
+
+def _frozen_part(base_layer: nn.Module, x: Tensor) -> tuple[Tensor | None, ...]:
+    """(None, weight, bias) of a plain linear; of others (what they make of x as [T, O], None, None)."""
+    if is_plain(base_layer, compute_dtype(x)):
+        return None, base_layer.weight, base_layer.bias  # type: ignore[return-value]
+    outside = base_layer(x)
+    return outside.reshape(-1, outside.shape[-1]), None, None
+
+
+def is_plain(base_layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling it does nothing but x W^T + b in dtype with frozen W and b.
 
     It does more where somebody hooked or replaced its forward, trains it, or changed the type of its weight.
     """
     # Hooks first: where ZeRO-3 has some, looking at the weight gathers it.
-    is_hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
+    forward_hooks = base_layer._forward_hooks or base_layer._forward_pre_hooks
+    is_hooked = forward_hooks or base_layer._backward_hooks or base_layer._backward_pre_hooks
     if type(base_layer) is not nn.Linear or is_hooked or "forward" in vars(base_layer):
-        return base_layer(x), None, None
-    weight, bias = base_layer.weight, base_layer.bias
-    is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if is_trained or weight.dtype != dtype or type(weight) not in (nn.Parameter, Tensor):
-        return base_layer(x), None, None
-    return None, weight, bias
+        return False
+    parameters = [base_layer.weight] if base_layer.bias is None else [base_layer.weight, base_layer.bias]
+    return not any(p.requires_grad or p.dtype != dtype or type(p) not in (nn.Parameter, Tensor) for p in parameters)

@@ -43,7 +43,7 @@ class _NormLinear(torch.autograd.Function):
 
 def norm_linear(hidden: Tensor, weight_NH: Tensor) -> Tensor:
     """``F.linear(rms_norm(hidden), weight)``: hidden [..., H] of any floating dtype -> [..., N], float32 or wider."""
-    return _NormLinear.apply(hidden.flatten(0, -2), weight_NH).view(*hidden.shape[:-1], -1)
+    return _NormLinear.apply(hidden.flatten(0, -2), weight_NH).view(*hidden.shape[:-1], weight_NH.shape[0])
 
 
 def _uses_tensor_cores(hidden: Tensor) -> bool:

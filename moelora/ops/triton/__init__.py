@@ -27,8 +27,8 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def kernels_for(tensor: Tensor) -> bool:
     """Whether the Triton kernels serve this tensor; else the caller runs the torch form."""
-    if torch.compiler.is_compiling():
-        return False  # inductor fuses the torch form by itself
+    if torch.compiler.is_compiling() or tensor.dtype == torch.float64:
+        return False  # inductor fuses the torch form by itself; float64 is the torch forms' business
     if tensor.is_cuda:
         return _is_importable() and _has_bfloat16(tensor.device)
     return INTERPRET and os.environ.get("TRITON_INTERPRET") == "1" and _is_importable()

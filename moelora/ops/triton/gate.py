@@ -69,7 +69,8 @@ def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float) -> Tenso
     """See gate.py. h_TN is contiguous."""
     grid, options = _launch(h_TN, weights_TE, rank)
     hw = torch.empty_like(h_TN)
-    _weighted_kernel[grid](h_TN, weights_TE, hw, h_TN.shape[0], *weights_TE.stride(), scale, **options)
+    with torch.cuda.device_of(h_TN):  # a launch goes to the current device, which need not be the tensor's
+        _weighted_kernel[grid](h_TN, weights_TE, hw, h_TN.shape[0], *weights_TE.stride(), scale, **options)
     return hw
 
 
@@ -79,7 +80,8 @@ def weighted_backward(
     """See gate.py. g_TN and h_TN are contiguous."""
     grid, options = _launch(h_TN, weights_TE, rank)
     hw, dh, dw = torch.empty_like(h_TN), torch.empty_like(h_TN), weights_TE.new_empty(weights_TE.shape)
-    _weighted_backward_kernel[grid](
-        g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), scale, **options
-    )
+    with torch.cuda.device_of(h_TN):
+        _weighted_backward_kernel[grid](
+            g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), scale, **options
+        )
     return hw, dh, dw
