@@ -8,8 +8,7 @@ Backward:   g = dy B;  dB = dy^T (h * w);  dw_e = <g_e, h_e>;  dh = g * w;  dA =
 
 The small product comes first and the frozen one accumulates onto it: y is then read inside a product that is bound by
 arithmetic, not in a pass of its own, and the sum is rounded once. Saved are x (once), h and w, and of dropout one byte
-per element of x;
-h * w is made again. The reference is reference.py.
+per element of x; h * w is made again. The reference is reference.py.
 Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a group.
 """
 
