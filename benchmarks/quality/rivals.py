@@ -76,7 +76,7 @@ class TopKFeedForward(nn.Module):
         probs = self.router(x)
         top, chosen = probs.topk(self.top_k, dim=-1)
         weights = top / top.sum(dim=-1, keepdim=True)
-        picks = F.one_hot(chosen, self.num_experts)  # [..., K, E]
+        picks = chosen.unsqueeze(-1) == torch.arange(self.num_experts, device=chosen.device)  # [..., K, E]
         shares = picks.float().mean(dim=-2).flatten(0, -2).mean(dim=0)
         self.balance = self.num_experts * shares @ probs.flatten(0, -2).mean(dim=0)
         gate, up = frozen.gate_proj(x), frozen.up_proj(x)

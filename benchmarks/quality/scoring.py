@@ -5,6 +5,7 @@ Letters: B rows, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,8 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: nn.Module, examples: Examples, device: str) -> Score:
-    """Evaluate on all rows.
+def score(model: nn.Module, examples: Examples, device: str, mixed: bool = True) -> Score:
+    """Evaluate on all rows, as it was trained: under autocast if `mixed`.
 
     An answer is right where it is the likeliest of its task's choices; without choices, where every token of it, the
     end included, is the likeliest given those before: exactly when greedy decoding writes it.
@@ -39,7 +40,7 @@ def score(model: nn.Module, examples: Examples, device: str) -> Score:
     for start in range(0, len(examples), ROWS):
         ids, labels = (torch.from_numpy(a[start : start + ROWS]).to(device) for a in (examples.ids, examples.labels))
         mask = None if examples.mask is None else torch.from_numpy(examples.mask[start : start + ROWS]).to(device)
-        with autocast(device):
+        with autocast(device) if mixed else nullcontext():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         targets = labels[:, 1:]
         for rows, answers in zip(logits.split(16), targets.split(16), strict=True):  # float32 logits are large
