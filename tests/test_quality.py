@@ -46,9 +46,8 @@ def test_a_document_lies_in_one_split_and_ends_with_the_end_token():
     assert {split: len(texts) for split, texts in found.items()} == {
         split: sum(split_of(key) == split for key, _ in documents) for split in found
     }
-    assert sorted(text for texts in found.values() for text in texts) == sorted(
-        t.strip().encode() for _, t in documents
-    )
+    texts = [text for texts in found.values() for text in texts]
+    assert sorted(texts) == sorted(text.strip().encode() for _, text in documents)
 
 
 def test_repeated_paragraphs_are_dropped():
@@ -57,7 +56,7 @@ def test_repeated_paragraphs_are_dropped():
     assert found == {"a": f"{licence}\n\n{('first ' * 10).strip()}", "b": ("second " * 10).strip()}
 
 
-def test_tasks_predict_answers_alone_and_come_back_as_written(tmp_path, monkeypatch):
+def test_tasks_predict_answers_alone_and_come_back_as_written(tmp_path):
     questions = [Question(f"key {n % 40}", f"what is {n}?", f" {n % 3}") for n in range(200)] * 2
     arrays, counts = build_task(questions, encode, end=0)
     assert sum(counts[split]["examples"] for split in counts) == 200
@@ -101,13 +100,8 @@ def test_training_starts_anew_after_reset():
     training.run(batches, 1e-2)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     changed = {name for name in before if not torch.equal(before[name], first[name])}
-    assert {"lora_A", "lora_B", "lora_router"} == {part for name in changed for part in name.split(".")} & {
-        "lora_A",
-        "lora_B",
-        "lora_router",
-        "weight_of_base",
-    }
-    assert not any("base_layer" in name or "embed" in name for name in changed)
+    trained = {name for name in before if any(part in name for part in ("lora_A", "lora_B", "lora_router"))}
+    assert changed <= trained and {name for name in trained if name.endswith("weight")} <= changed
     training.reset()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     training.run(batches, 1e-2)
@@ -243,10 +237,11 @@ def test_methods_over_the_oracle_stay_in_its_process():
     assert share_of(["arrow", "lora", "ours"], 0, 2) == ["arrow", "lora"]
 
 
-@pytest.mark.parametrize("suite", ["lm", "tasks"])
-def test_the_command_and_its_tables(suite, tmp_path, capsys):
-    names = ["frozen", "lora", "oracle", "xlora", "arrow", "ours"]
-    arguments = ["--device", "cpu", "--quick", "--suite", suite, "--seeds", "2", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("suite", "names"), [("lm", ["frozen", "oracle", "xlora", "arrow"]), ("tasks", ["frozen", "lora", "ours"])]
+)
+def test_the_command_and_its_tables(suite, names, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--quick", "--suite", suite, "--seeds", "1", "--out", str(tmp_path)]
     main([*arguments, "--methods", *names, "--budget", "0"])
     assert "the budget is spent" in capsys.readouterr().out
     main([*arguments, "--methods", *names])
