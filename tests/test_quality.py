@@ -15,7 +15,7 @@ from benchmarks.quality import table
 from benchmarks.quality.__main__ import main, share_of
 from benchmarks.quality.batches import make_batches
 from benchmarks.quality.data import IGNORED, Examples, build_task, build_text, load_suite, split_of
-from benchmarks.quality.experiment import Bench, Plan
+from benchmarks.quality.experiment import Bench, Plan, state_of
 from benchmarks.quality.methods import METHODS, Size, groups_by_name, num_trainable
 from benchmarks.quality.questions import Question
 from benchmarks.quality.quick import quick_base, quick_data
@@ -195,6 +195,27 @@ def test_every_joint_method_trains(name):
     before = bench.train("frozen", 0.0, 0).scores("validation")
     after = bench.train(name, 5e-3, 0).scores("validation")
     assert sum(s.loss for s in after.values()) < sum(s.loss for s in before.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("suite", ["lm", "tasks"])
+@pytest.mark.parametrize("name", ["lora", "dora", "ours", "scope-module", "mixlora", "loramoe", "hydralora"])
+def test_a_captured_step_computes_what_an_eager_one_does(name, suite):
+    bench = Bench(quick_base().to("cuda", torch.bfloat16), quick_data(suite), Plan(suite, 8, 4, SIZE, "cuda"))
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = METHODS[name].build(bench.base, SIZE)
+    batches = bench._batches(list(bench.data), 8, seed=0)
+    initial, states = state_of(model), []
+    for capture in (True, False):
+        training = Training(model, batches, "cuda", capture=capture)
+        assert training.run(batches, 1e-2).captured == capture
+        states.append(torch.cat([tensor.flatten() for tensor in state_of(model)]))
+        training.reset()
+    moved = (states[1] - torch.cat([tensor.flatten() for tensor in initial])).norm()
+    assert moved > 0.1
+    assert (states[0] - states[1]).norm() < 0.05 * moved  # kernels differ where a mask is built, and round otherwise
 
 
 # ---- sweep and tables ------------------------------------------------------------------------------------------------
