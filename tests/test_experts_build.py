@@ -1,6 +1,7 @@
 """`moelora build`, and experts taken from other mixtures."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,21 @@ def test_experts_of_an_xlora_carry_over_and_its_classifier_does_not(tmp_path):
     for name, part in parts.items():
         model.set_adapter(f"expert_{name}")
         assert torch.equal(logits(model), plain_output(part))
+
+
+def test_an_xlora_whose_trained_experts_peft_lost_is_refused(tmp_path):
+    """PEFT 0.21 writes base weights and half the layers into the experts' folders."""
+    folder, _ = save_xlora(tmp_path, use_trainable_adapters=True)
+    with pytest.raises(LoraError, match="no expert of the X-LoRA is whole"):
+        experts_of(folder)
+
+
+def test_an_xlora_that_brings_its_experts_along_is_read(tmp_path):
+    folder, parts = save_xlora(tmp_path)
+    for name, part in parts.items():
+        shutil.rmtree(folder / name)
+        part.rename(folder / name)
+    assert [lora.source for lora in experts_of(folder).experts.values()] == [str(folder / "0"), str(folder / "1")]
 
 
 def test_an_xlora_that_scales_its_experts_is_refused(tmp_path):

@@ -150,7 +150,7 @@ def test_stock_peft_reproduces_an_exported_expert(tmp_path, trained, capsys):
 
 
 def test_stock_transformers_reads_a_merged_mixture(tmp_path, trained):
-    base, adapter, model = trained
+    _, adapter, model = trained
     weights = "0.5,0.25,0.25"
     assert (
         main(["export", str(adapter), "--mixture", "--weights", weights, "--merge", "--out", str(tmp_path / "m")]) == 0

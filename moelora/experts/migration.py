@@ -6,7 +6,7 @@ Neither's routing does. Each expert by itself does, exactly, and comes out as a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,11 @@ def _from_xlora(folder: Path, settings: Mapping[str, Any]) -> Migration:
     adapters = settings.get("adapters") or {}
     if not adapters:
         raise LoraError(f"{folder}: its configuration lists no `adapters`; restore it from a copy")
-    places = {name: folder / name if (folder / name).is_dir() else Path(given) for name, given in adapters.items()}
-    experts = {_adapter_name(name): read_lora(place) for name, place in places.items()}
+    is_frozen = not settings.get("use_trainable_adapters")
+    experts = {
+        _adapter_name(name): _first_that_reads([folder / name, *([Path(given)] if is_frozen else [])])
+        for name, given in adapters.items()
+    }
     unit = "linear" if settings.get("layerwise_scalings") else "expert"
     classifier = (
         "Does not carry over: the classifier (internal_xlora_classifier). It reads the base model's last hidden states "
@@ -96,6 +99,21 @@ def _from_xlora(folder: Path, settings: Mapping[str, Any]) -> Migration:
         "block, or linear, in the only pass there is."
     )
     return Migration(experts, [classifier])
+
+
+def _first_that_reads(places: Sequence[Path]) -> LoraFile:
+    """An X-LoRA's expert: in a sub-folder, or where it came from.
+
+    PEFT 0.21 saves the sub-folders wrongly (it takes layer 0 for a part of the adapter "0"): they hold base weights and
+    lack layers. Experts that were frozen are then still where the configuration says that they were; others are lost.
+    """
+    failures = []
+    for place in places:
+        try:
+            return read_lora(place)
+        except LoraError as error:
+            failures.append(str(error))
+    raise LoraError("no expert of the X-LoRA is whole: " + "; ".join(failures))
 
 
 def _adapter_name(name: str) -> str:
