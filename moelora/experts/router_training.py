@@ -24,7 +24,7 @@ class RouterTraining:
     batch_size: int = 8
     block_size: int = 128
     learning_rate: float = 1e-3
-    max_eval_blocks: int = 32
+    max_eval_blocks: int = 16
     seed: int = 42
 
 
