@@ -93,7 +93,8 @@ def build_command(options: BuildOptions) -> Path | None:
         model.save_pretrained(str(folder))
         return losses
 
-    return carry_out(options, plan, work, inputs=[lora.source for lora in loras.values()], base=base)
+    read = [options.migrate] if options.migrate is not None else [lora.source for lora in loras.values()]
+    return carry_out(options, plan, work, inputs=read, base=base)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
