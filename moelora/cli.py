@@ -11,6 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.building import BuildOptions, build_command
+from .experts.export_command import ExportOptions, export
+from .experts.operation import UndoOptions, undo
 from .report.command import ReportOptions, report
 from .report.inspection import InspectOptions, inspect
 from .training import UserError, load_recipe, train
@@ -65,6 +68,17 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         report,
         "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
     ),
+    "build": (
+        BuildOptions,
+        build_command,
+        "moelora build --expert code=loras/code --expert docs=loras/docs --router arrow --out loras/mixture",
+    ),
+    "export": (
+        ExportOptions,
+        export,
+        "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0",
+    ),
+    "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }
 """Subcommand: the dataclass of its options, the function it calls, a call to paste."""
 

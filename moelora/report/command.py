@@ -10,22 +10,21 @@ from typing import Any
 
 import torch
 
-from ..training.base import empty_model, load_config, load_tokenizer
+from ..training.base import load_tokenizer
 from ..training.data import split_documents
 from ..training.generate import find_base, load_mixture
 from ..training.progress import console
-from ..training.recipe import DomainOptions, ModelOptions, plain_name
+from ..training.recipe import DomainOptions, plain_name
 from ..training.record import read_record, replacing
 from ..training.schema import Problem, UserError, about, at_least, check_values, not_negative
 from ..training.sources import check_domain, load_documents, resolve_path
 from .analysis import longest_block, run
 from .history import read_history
 from .page import About, render
-from .stored import StoredAdapter, read_mixture
+from .stored import check_fit, read_mixture
 from .texts import read_domain
 
 PERMUTATIONS = 500
-PROBLEMS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +109,10 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
         for problem in check_values(ReportOptions, vars(options), "")
     ]
     problems += _check_out(out)
-    domains, found = _check_data(options.data)
+    domains, found = read_domains(options.data)
     problems += found
+    if not options.data:
+        problems.append(Problem("--data", options.data, "give texts: --data NAME=FILE, once per domain"))
     if not (Path(options.adapter).expanduser()).is_dir():
         fix = "no such folder; give the `output_dir` of a finished run"
         problems.append(Problem("--adapter", options.adapter, fix))
@@ -130,59 +131,24 @@ def _check_out(out: Path) -> list[Problem]:
     return []
 
 
-def _check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
-    """Read every file once, so that an empty or binary one is told before a model is loaded."""
-    if not data:
-        return [], [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
+def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
+    """Options of the form NAME=FILE. Every file is read once, so that a bad one is told before a model is loaded."""
     domains, problems = [], []
-    for given in data:
-        name, equals, path = given.partition("=")
+    for text in given:
+        name, equals, path = text.partition("=")
         fix = "must be NAME=FILE, such as code=code.jsonl" if not equals or not path else plain_name(name)
         if fix:
-            problems.append(Problem("--data", given, fix))
+            problems.append(Problem(flag, text, fix))
             continue
         domain = DomainOptions(name=name, path=resolve_path(path, Path.cwd()))
-        found = check_domain(domain, f"--data {name}")
+        found = check_domain(domain, f"{flag} {name}")
         problems += [replace(problem, key=problem.key.removesuffix(".path")) for problem in found]
         domains.append(domain)
     counts = Counter(domain.name for domain in domains)
     problems += [
-        Problem("--data", name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
+        Problem(flag, name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
     ]
     return domains, problems
-
-
-def check_fit(stored: list[StoredAdapter], base: ModelOptions, adapter: Path) -> None:
-    """Compare the adapter's factors with the linears of the base model, which is not loaded for that.
-
-    Raises:
-        UserError: the adapter was trained on another model.
-    """
-    modules = dict(empty_model(load_config(base)).named_modules())
-    problems = []
-    for one in stored:
-        for name, pool in one.pools.items():
-            there = _shape(modules.get(name))
-            wanted = (pool.lora_B.shape[0], pool.lora_A.shape[1])
-            if there is None:
-                problems.append(f"it has no linear `{name}`")
-            elif there != wanted:
-                problems.append(f"`{name}` is {there[1]} to {there[0]} wide, the adapter's {wanted[1]} to {wanted[0]}")
-    if problems:
-        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        trained_on = stored[0].config.base_model_name_or_path
-        raise UserError(
-            f"the adapter {adapter} was not trained on {base.name}: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}. Give "
-            f"its base model with --base" + (f"; it was {trained_on}" if trained_on else "")
-        )
-
-
-def _shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a linear or of GPT-2's Conv1D; None for what is neither."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    weight = getattr(module, "weight", None)
-    return (weight.shape[1], weight.shape[0]) if hasattr(module, "nf") and weight is not None else None
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import moelora  # noqa: F401 - registers MOELORA, without which PEFT cannot read
 from .base import check_model, load_model, load_tokenizer
 from .progress import console
 from .recipe import ModelOptions
-from .record import read_record
+from .record import noted_base
 from .schema import UserError, about, at_least, check_values, not_negative
 from .sources import resolve_path
 
@@ -74,20 +74,24 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(missing_adapter(adapter))
     if base is not None:
-        path = Path(resolve_path(base, Path.cwd()))
-        is_file = path.suffix == ".gguf"
-        model = ModelOptions(name=str(path.parent if is_file else path), gguf_file=path.name if is_file else None)
+        model = base_options(base)
     else:
-        # A checkpoint's run.json lies one folder up. It knows more than PEFT does: the GGUF file and the precision.
-        record = read_record(adapter) or read_record(adapter.resolve().parent)
-        noted = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-        model = ModelOptions(**record["recipe"]["model"]) if record else ModelOptions(name=noted or "")
+        noted = noted_base(adapter)
+        name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        model = ModelOptions(**noted) if noted else ModelOptions(name=name or "")
     problems = check_model(model, None, None)
     if problems:
         raise UserError(
             "\n".join([f"no base model for the adapter {adapter}; give one with --base", *map(str, problems)])
         )
     return model
+
+
+def base_options(base: str) -> ModelOptions:
+    """What --base names: a folder, a .gguf file or a hub id."""
+    path = Path(resolve_path(base, Path.cwd()))
+    is_file = path.suffix == ".gguf"
+    return ModelOptions(name=str(path.parent if is_file else path), gguf_file=path.name if is_file else None)
 
 
 def missing_adapter(adapter: Path) -> str:
