@@ -1,0 +1,210 @@
+"""Several experts of a mixture become one.
+
+Each method combines the experts' products D_e = s_e B_e A_e, never A and B by themselves: the mean of the A's times the
+mean of the B's is not the mean of the products. π_e is each expert's share of their common routing weight.
+
+    average  Σ π_e D_e exactly: the factors side by side, at the sum of the ranks
+    svd      the best approximation of Σ π_e D_e of rank r (Eckart and Young, 1936)
+    ties     TIES (arXiv:2306.01708) on the D_e, entry by entry: trim, elect signs, mean of those that agree; then rank r
+    dare     DARE (arXiv:2311.03099) on the D_e: drop entries at random, rescale the others, add; then rank r
+
+Shapes: E experts, n those to merge, O out, D in, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from peft.utils.merge_utils import dare_linear, ties
+from torch import Tensor
+
+from ..checkpoint import copy_config
+from ..report.stored import scaling_of
+from .low_rank import truncated, truncated_product
+from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
+
+METHODS = ("average", "svd", "ties", "dare")
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge.
+
+    Attributes:
+        method: one of METHODS.
+        rank: of the merged expert; None: as its adapter's experts have (for `average`: the sum of the ranks).
+        density: share of entries that `ties` and `dare` keep.
+        seed: of `dare`'s choice.
+    """
+
+    method: str = "svd"
+    rank: int | None = None
+    density: float = 0.5
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """One expert to merge: the adapter that holds it, its own tensors, its share of the routing weight."""
+
+    adapter: AdapterParts
+    tensors: Tensors
+    share: float
+
+    def factors(self, linear: str) -> tuple[Tensor, Tensor]:
+        """s · B [O, r] and A [r, D] in float64 of one linear."""
+        lora_A, lora_B = self.tensors[linear + _A].double(), self.tensors[linear + _B].double()
+        return lora_B * scaling_of(self.adapter.config, linear.removeprefix(_PREFIX), len(lora_A)), lora_A
+
+
+def merge(
+    adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequence[float], recipe: Recipe
+) -> list[AdapterParts]:
+    """The mixture with the experts of these numbers merged into one, in the place of the first.
+
+    The merged expert's row of every router is Σ π_e row_e, so its probability is the geometric mean of theirs, not
+    their sum, which no row of a router without biases could score; fixed weights add up. Where the merged rank is that
+    of the first expert's adapter it stays there; else it becomes an adapter `expert_<i>`.
+
+    Args:
+        numbers: two experts or more, in the order of the mixture.
+        shares: [n] each one's routing weight on texts; only their proportions count.
+
+    Raises:
+        ValueError: fewer than two experts; a rank for `average`; the first one's adapter lacks a linear of another; routers of two layers
+            that belong to different adapters.
+    """
+    if len(numbers) < 2:
+        raise ValueError(f"`experts` ({', '.join(map(str, numbers))}) must name two experts or more")
+    if recipe.method == "average" and recipe.rank is not None:
+        raise ValueError(f"`rank` ({recipe.rank}) contradicts `average`, which keeps every rank; use `svd` to truncate")
+    adapters = with_explicit_weights(adapters)
+    owners = [(adapter, expert) for adapter in adapters if adapter.is_active for expert in adapter.experts]
+    total = sum(shares)
+    weighed = [share / total for share in shares] if total > 0 else [1 / len(shares)] * len(shares)
+    chosen = [_Chosen(*owners[number], share) for number, share in zip(numbers, weighed, strict=True)]
+    home = chosen[0].adapter
+    _check(chosen)
+    rank = _rank(chosen, recipe)
+    with torch.random.fork_rng(devices=[]):  # PEFT's DARE draws from the global generator
+        torch.manual_seed(recipe.seed)
+        merged = _routers(chosen) | _factors(chosen, replace(recipe, rank=rank))
+    gone = {id(one.tensors) for one in chosen}
+    rest = []
+    for adapter in adapters:
+        stays = [expert for expert in adapter.experts if id(expert) not in gone]
+        if adapter is home and rank is None:
+            place = next(i for i, expert in enumerate(adapter.experts) if expert is chosen[0].tensors)
+            stays.insert(sum(id(expert) not in gone for expert in adapter.experts[:place]), merged)
+        rest.append(replace(adapter, experts=stays))
+        if adapter is home and rank is not None:
+            rest.append(_adapter_of_its_own(home, merged, {each.name for each in adapters}))
+    return settle(rest)
+
+
+def _check(chosen: Sequence[_Chosen]) -> None:
+    home = chosen[0]
+    for other in chosen[1:]:
+        if lacking := [key for key in other.tensors if key.endswith((_A, _B)) and key not in home.tensors]:
+            raise ValueError(
+                f"an expert of {other.adapter.name!r} adapts `{lacking[0].removeprefix(_PREFIX).removesuffix(_A)}`, "
+                f"which {home.adapter.name!r} does not; name first an expert that adapts every linear of the others"
+            )
+        if other.adapter is not home.adapter and any(key.endswith("hidden_weight") for key in other.adapter.shared):
+            raise ValueError(
+                f"the two-layer routers of {home.adapter.name!r} and {other.adapter.name!r} have hidden units of their "
+                "own, so their scores have no mean; merge experts of one adapter"
+            )
+
+
+def _rank(chosen: Sequence[_Chosen], recipe: Recipe) -> int | None:
+    """The merged expert's rank where it is not that of its adapter."""
+    own = {len(tensor) for key, tensor in chosen[0].tensors.items() if key.endswith(_A)}
+    if recipe.method == "average":
+        linears = [key for key in chosen[0].tensors if key.endswith(_A)]
+        return max(sum(len(one.tensors[key]) for one in chosen if key in one.tensors) for key in linears)
+    return None if recipe.rank is None or own == {recipe.rank} else recipe.rank
+
+
+def _routers(chosen: Sequence[_Chosen]) -> Tensors:
+    """Rows and maturity: means by share. Counters and fixed weights: sums."""
+    merged = {}
+    for key, tensor in chosen[0].tensors.items():
+        if key.endswith((_A, _B)):
+            continue
+        pieces = torch.stack([one.tensors.get(key, torch.zeros_like(tensor)) for one in chosen])
+        if key.endswith((FIXED, "tokens_per_expert")):
+            merged[key] = pieces.sum(0)
+        else:
+            share = torch.tensor([one.share for one in chosen], dtype=torch.float64)
+            merged[key] = torch.einsum("n,n...->...", share, pieces.double()).to(tensor)
+    return merged
+
+
+def _factors(chosen: Sequence[_Chosen], recipe: Recipe) -> Tensors:
+    merged: Tensors = {}
+    for key in (key for key in chosen[0].tensors if key.endswith(_A)):
+        tensor = chosen[0].tensors[key]
+        linear = key.removesuffix(_A)
+        here = [one for one in chosen if key in one.tensors]
+        scaling = scaling_of(chosen[0].adapter.config, linear.removeprefix(_PREFIX), len(tensor))
+        lora_B, lora_A = _COMBINE[recipe.method](
+            [one.factors(linear) for one in here], [one.share for one in here], recipe, recipe.rank or len(tensor)
+        )
+        merged[linear + _A] = lora_A.to(tensor)
+        merged[linear + _B] = (lora_B if recipe.rank is not None else lora_B / scaling).to(tensor)
+    return merged
+
+
+Factors = Sequence[tuple[Tensor, Tensor]]  # s · B [O, r] and A [r, D] of each expert
+
+
+def _average(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+    left, right = _side_by_side(factors, shares)
+    lora_B, lora_A = left.new_zeros(len(left), rank), right.new_zeros(rank, right.shape[1])
+    lora_B[:, : left.shape[1]], lora_A[: len(right)] = left, right
+    return lora_B, lora_A
+
+
+def _svd(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+    return truncated_product(*_side_by_side(factors, shares), rank)
+
+
+def _ties(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+    # Means over those that agree: weights around 1 leave their size as it is.
+    weights = torch.tensor(shares) * len(shares)
+    return truncated(ties(_products(factors), weights, recipe.density).double(), rank)
+
+
+def _dare(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+    return truncated(dare_linear(_products(factors), torch.tensor(shares), recipe.density).double(), rank)
+
+
+_COMBINE: dict[str, Callable[[Factors, Sequence[float], Recipe, int], tuple[Tensor, Tensor]]] = {
+    "average": _average,
+    "svd": _svd,
+    "ties": _ties,
+    "dare": _dare,
+}
+
+
+def _side_by_side(factors: Factors, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """[O, N] and [N, D] whose product is Σ π_e D_e."""
+    left = torch.cat([share * lora_B for (lora_B, _), share in zip(factors, shares, strict=True)], dim=1)
+    return left, torch.cat([lora_A for _, lora_A in factors])
+
+
+def _products(factors: Factors) -> list[Tensor]:
+    return [(lora_B @ lora_A).float() for lora_B, lora_A in factors]
+
+
+def _adapter_of_its_own(home: AdapterParts, expert: Tensors, taken: set[str]) -> AdapterParts:
+    """An adapter for an expert of another rank; its scaling is 1, for it lies in B."""
+    config = copy_config(home.config)
+    config.r = config.lora_alpha = len(next(tensor for key, tensor in expert.items() if key.endswith(_A)))
+    config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
+    return replace(home, name=free_name(set(taken)), config=config, experts=[expert])
