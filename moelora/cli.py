@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.merge_command import MergeOptions, merge_command
 from .experts.operation import UndoOptions, undo
+from .experts.prune import PruneOptions, prune_command
 from .report.command import ReportOptions, report
 from .report.inspection import InspectOptions, inspect
 from .training import UserError, load_recipe, train
@@ -65,6 +67,18 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         ReportOptions,
         report,
         "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
+    ),
+    "prune": (
+        PruneOptions,
+        prune_command,
+        "moelora prune runs/quickstart/adapter --keep 3 --by worth --data code=runs/quickstart/data/code.jsonl "
+        "--out runs/quickstart/pruned",
+    ),
+    "merge": (
+        MergeOptions,
+        merge_command,
+        "moelora merge runs/quickstart/adapter --experts 0,1 --data code=runs/quickstart/data/code.jsonl "
+        "--out runs/quickstart/merged",
     ),
     "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }

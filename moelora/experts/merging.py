@@ -5,7 +5,7 @@ mean of the B's is not the mean of the products. π_e is each expert's share of 
 
     average  Σ π_e D_e exactly: the factors side by side, at the sum of the ranks
     svd      the best approximation of Σ π_e D_e of rank r (Eckart and Young, 1936)
-    ties     TIES (arXiv:2306.01708) on the D_e, entry by entry: trim, elect signs, mean of those that agree; then rank r
+    ties     TIES (arXiv:2306.01708) on the D_e, entry by entry: trim, elect signs, average; then rank r
     dare     DARE (arXiv:2311.03099) on the D_e: drop entries at random, rescale the others, add; then rank r
 
 Shapes: E experts, n those to merge, O out, D in, r rank.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from peft.utils.merge_utils import dare_linear, ties
@@ -61,9 +60,15 @@ class _Chosen:
         return lora_B * scaling_of(self.adapter.config, linear.removeprefix(_PREFIX), len(lora_A)), lora_A
 
 
-def merge(
-    adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequence[float], recipe: Recipe
-) -> list[AdapterParts]:
+@dataclass(frozen=True)
+class Merged:
+    """A mixture after merging, and which expert of it [E] each of the experts before has become."""
+
+    adapters: list[AdapterParts]
+    becomes: list[int]
+
+
+def merge(adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequence[float], recipe: Recipe) -> Merged:
     """The mixture with the experts of these numbers merged into one, in the place of the first.
 
     The merged expert's row of every router is Σ π_e row_e, so its probability is the geometric mean of theirs, not
@@ -71,44 +76,45 @@ def merge(
     of the first expert's adapter it stays there; else it becomes an adapter `expert_<i>`.
 
     Args:
-        numbers: two experts or more, in the order of the mixture.
+        numbers: two experts or more of the mixture.
         shares: [n] each one's routing weight on texts; only their proportions count.
 
     Raises:
-        ValueError: fewer than two experts; a rank for `average`; the first one's adapter lacks a linear of another; routers of two layers
-            that belong to different adapters.
+        ValueError: see [`check_mergeable`].
+    """
+    check_mergeable(adapters, numbers, recipe)
+    adapters = with_explicit_weights(adapters)
+    chosen = _choose(adapters, numbers, shares)
+    home, rank = chosen[0].adapter, _rank(chosen, recipe)
+    with torch.random.fork_rng(devices=[]):  # PEFT's DARE draws from the global generator
+        torch.manual_seed(recipe.seed)
+        merged = _routers(chosen) | _factors(chosen, replace(recipe, rank=rank))
+    first, gone = chosen[0].tensors, {id(one.tensors) for one in chosen}
+    rest = []
+    for adapter in adapters:
+        stays = [expert for expert in adapter.experts if id(expert) not in gone or (expert is first and rank is None)]
+        rest.append(replace(adapter, experts=[merged if expert is first else expert for expert in stays]))
+        if adapter is home and rank is not None:
+            rest.append(_adapter_of_its_own(home, merged, {each.name for each in adapters}))
+    settled = settle(rest)
+    place = {id(expert): number for number, (_, expert) in enumerate(_owners(settled))}
+    becomes = [place[id(merged if id(expert) in gone else expert)] for _, expert in _owners(adapters)]
+    return Merged(settled, becomes)
+
+
+def check_mergeable(adapters: Sequence[AdapterParts], numbers: Sequence[int], recipe: Recipe) -> None:
+    """Refuse what cannot be merged.
+
+    Raises:
+        ValueError: fewer than two experts; a rank for `average`; the first one's adapter lacks a linear of another;
+            two-layer routers of different adapters.
     """
     if len(numbers) < 2:
         raise ValueError(f"`experts` ({', '.join(map(str, numbers))}) must name two experts or more")
     if recipe.method == "average" and recipe.rank is not None:
         raise ValueError(f"`rank` ({recipe.rank}) contradicts `average`, which keeps every rank; use `svd` to truncate")
-    adapters = with_explicit_weights(adapters)
-    owners = [(adapter, expert) for adapter in adapters if adapter.is_active for expert in adapter.experts]
-    total = sum(shares)
-    weighed = [share / total for share in shares] if total > 0 else [1 / len(shares)] * len(shares)
-    chosen = [_Chosen(*owners[number], share) for number, share in zip(numbers, weighed, strict=True)]
-    home = chosen[0].adapter
-    _check(chosen)
-    rank = _rank(chosen, recipe)
-    with torch.random.fork_rng(devices=[]):  # PEFT's DARE draws from the global generator
-        torch.manual_seed(recipe.seed)
-        merged = _routers(chosen) | _factors(chosen, replace(recipe, rank=rank))
-    gone = {id(one.tensors) for one in chosen}
-    rest = []
-    for adapter in adapters:
-        stays = [expert for expert in adapter.experts if id(expert) not in gone]
-        if adapter is home and rank is None:
-            place = next(i for i, expert in enumerate(adapter.experts) if expert is chosen[0].tensors)
-            stays.insert(sum(id(expert) not in gone for expert in adapter.experts[:place]), merged)
-        rest.append(replace(adapter, experts=stays))
-        if adapter is home and rank is not None:
-            rest.append(_adapter_of_its_own(home, merged, {each.name for each in adapters}))
-    return settle(rest)
-
-
-def _check(chosen: Sequence[_Chosen]) -> None:
-    home = chosen[0]
-    for other in chosen[1:]:
+    home, *others = _choose(adapters, numbers, [1.0] * len(numbers))
+    for other in others:
         if lacking := [key for key in other.tensors if key.endswith((_A, _B)) and key not in home.tensors]:
             raise ValueError(
                 f"an expert of {other.adapter.name!r} adapts `{lacking[0].removeprefix(_PREFIX).removesuffix(_A)}`, "
@@ -119,6 +125,16 @@ def _check(chosen: Sequence[_Chosen]) -> None:
                 f"the two-layer routers of {home.adapter.name!r} and {other.adapter.name!r} have hidden units of their "
                 "own, so their scores have no mean; merge experts of one adapter"
             )
+
+
+def _owners(adapters: Sequence[AdapterParts]) -> list[tuple[AdapterParts, Tensors]]:
+    return [(adapter, expert) for adapter in adapters if adapter.is_active for expert in adapter.experts]
+
+
+def _choose(adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequence[float]) -> list[_Chosen]:
+    owners, total = _owners(adapters), sum(shares)
+    weighed = [share / total for share in shares] if total > 0 else [1 / len(shares)] * len(shares)
+    return [_Chosen(*owners[number], share) for number, share in zip(numbers, weighed, strict=True)]
 
 
 def _rank(chosen: Sequence[_Chosen], recipe: Recipe) -> int | None:
