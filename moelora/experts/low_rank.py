@@ -42,20 +42,22 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return lora_B, lora_A
 
 
-def reduced_rank_regression(left: Tensor, cross: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def reduced_rank_regression(
+    left: Tensor, start: Tensor, rest: Tensor, second: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
     """The map W of a rank that minimises Σ_t |y_t - W x_t|² (Izenman, 1975), y_t lying in the span of left.
 
-    With C = Σ x xᵀ = L Lᵀ and M = Σ y xᵀ = left · cross, unrestricted least squares are W* = M C⁻¹; what a smaller rank
-    loses is |(W - W*) L|, so W L is the best approximation of W* L = left · cross · L⁻ᵀ.
+    C = Σ x xᵀ = L Lᵀ. Unrestricted least squares are W* = Σ y xᵀ C⁻¹; what a smaller rank loses is |(W - W*) L|, so W L is
+    the best approximation of W* L. Σ y xᵀ is given as left · (start · C + rest), that is W* = left · (start + rest · C⁻¹):
+    what start explains is not divided by the rounding of C.
 
     Args:
-        left: [O, N]; cross: [N, D] = Σ_t (left's coordinates of y_t) x_tᵀ.
-        second: [D, D] = C, positive definite.
+        left: [O, N]; start, rest: [N, D]; second: [D, D] = C, positive definite.
 
     Returns:
         lora_B [O, r] and lora_A [r, D].
     """
     root = torch.linalg.cholesky(second)
-    whitened = torch.linalg.solve_triangular(root, cross.T, upper=False).T
+    whitened = start @ root + torch.linalg.solve_triangular(root, rest.T, upper=False).T
     lora_B, lora_A = truncated_product(left, whitened, rank)
     return lora_B, torch.linalg.solve_triangular(root, lora_A, upper=False, left=False)
