@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.distil_command import DistilOptions, distil_command
 from .experts.merge_command import MergeOptions, merge_command
 from .experts.operation import UndoOptions, undo
 from .experts.prune import PruneOptions, prune_command
@@ -79,6 +80,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         merge_command,
         "moelora merge runs/quickstart/adapter --experts 0,1 --data code=runs/quickstart/data/code.jsonl "
         "--out runs/quickstart/merged",
+    ),
+    "distil": (
+        DistilOptions,
+        distil_command,
+        "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
+        "--out runs/quickstart/lora",
     ),
     "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }

@@ -1,13 +1,19 @@
 """A single LoRA in place of a mixture: exact where it can be, and the best of its rank on the data where it cannot."""
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from helpers import VOCAB, assert_clean, mixture_of
+from peft import PeftModel
 from test_experts_merging import products
-from transformers import TrainingArguments
+from tiny import DATA
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from moelora.cli import main
 from moelora.experts.distil import base_of, check_distillable, closed_form, fit, fresh_lora, lora_of
 from moelora.experts.low_rank import truncated_product
 from moelora.experts.moments import gather, in_passes, linears_of, readers
@@ -201,3 +207,79 @@ def test_the_factors_are_a_mixtures_own_where_there_is_one_expert():
     assert factors.keys() == product.keys()
     for name, (lora_B, lora_A) in factors.items():
         torch.testing.assert_close(lora_B @ lora_A, product[name], rtol=1e-4, atol=1e-5)
+
+
+# The command
+
+LOAD_WITHOUT_US = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+torch.save(model(torch.tensor([[5, 9, 30, 77]])).logits.detach(), sys.argv[3])
+assert not [name for name in sys.modules if name.startswith("moelora")]
+print(type(model.peft_config["default"]).__name__, sum("lora_A" in name for name, _ in model.named_parameters()))
+"""
+
+
+@pytest.mark.parametrize("router_type", ["fixed", "learned"])
+def test_a_mixture_becomes_a_plain_lora_that_stock_peft_loads(adapter_folder, capsys, router_type):
+    folder = adapter_folder(router_type=router_type)
+    assert main(["distil", "adapter", "--r", "8", *DATA, "--out", "lora", "--max-tokens", "300"]) == 0
+    printed = capsys.readouterr().out
+    outcome = json.loads((folder / "lora" / "operation.json").read_text())["outcome"]
+    losses = {row["name"]: row["losses"] for row in outcome["models"]}
+    assert list(losses) == ["base model", "mixture", "LoRA, closed form"]
+    for row in losses.values():
+        assert all(f"{loss:.4f}" in printed for loss in row)
+    command = [sys.executable, "-c", LOAD_WITHOUT_US, folder / "model", folder / "lora", folder / "logits.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LoraConfig", "14"]
+    mixture = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "adapter"
+    ).eval()
+    with torch.no_grad():
+        expected = mixture(torch.tensor([[5, 9, 30, 77]])).logits
+    found = torch.load(folder / "logits.pt")
+    if router_type == "fixed":  # four experts of rank 2: nothing is lost
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert losses["LoRA, closed form"] == pytest.approx(losses["mixture"], abs=1e-4)
+        assert outcome["unexplained"] < 1e-5
+    else:
+        assert not torch.allclose(found, expected, atol=1e-2)
+        assert 0 < outcome["unexplained"] < 1
+
+
+def test_training_and_a_lora_from_scratch_are_compared(adapter_folder, capsys):
+    folder = adapter_folder()
+    options = ["--steps", "3", "--compare-scratch", "--max-tokens", "200", "--max-eval-blocks", "2"]
+    assert main(["distil", "adapter", "--r", "2", *DATA, "--out", "lora", *options]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((folder / "lora" / "operation.json").read_text())["outcome"]["models"]
+    assert [row["name"] for row in rows][2:] == [
+        "LoRA, closed form", "LoRA, then 3 steps of KL", "LoRA from scratch, 3 steps"
+    ]  # fmt: skip
+    assert rows[2]["losses"] != rows[3]["losses"] and rows[3]["seconds"] > rows[2]["seconds"] > 0
+    assert "above the mixture" in printed and "seconds to make" in printed
+    config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 2)
+
+
+def test_a_dry_run_and_mistakes_load_no_model(adapter_folder, capsys, monkeypatch):
+    folder = adapter_folder()
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
+    assert main(["distil", "adapter", "--r", "8", *DATA, "--out", "lora", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "rank 8 on 14 linears" in printed and "4 experts" in printed and "Dry run" in printed
+    cases = {
+        ("distil", "adapter", "--out", "o"): "give texts",
+        ("distil", "adapter", *DATA, "--out", "o", "--to", "dora"): "--to = 'dora'",
+        ("distil", "adapter", *DATA, "--out", "o", "--r", "0"): "--r = 0",
+        ("distil", "adapter", *DATA, "--out", "o", "--compare-scratch"): "needs --steps",
+        ("distil", "gone", *DATA, "--out", "o"): "gone",
+    }
+    for arguments, words in cases.items():
+        assert main(list(arguments)) == 2, arguments
+        assert words in capsys.readouterr().err
+    assert not (folder / "o").exists() and not (folder / "lora").exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_analysis import TEXTS, TOKENIZER, tiny
-from tiny import counting, save_tiny_model, shouting, write_jsonl
+from tiny import DATA, counting, shouting
 from transformers import AutoModelForCausalLM
 
 from moelora.cli import main
@@ -87,29 +87,8 @@ def test_dropping_by_number():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A base model, an adapter of four experts on it and two domains of text."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    base = save_tiny_model(tmp_path / "model")
-    from peft import get_peft_model
-
-    from moelora import MoELoraConfig
-
-    config = MoELoraConfig(r=2, target_modules="all-linear", num_experts=4, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.save_pretrained(tmp_path / "adapter")
-    write_jsonl(tmp_path / "counting.jsonl", counting(10))
-    write_jsonl(tmp_path / "shouting.jsonl", shouting(10))
-    return tmp_path
-
-
-DATA = ["--data", "counting=counting.jsonl", "--data", "shouting=shouting.jsonl"]
+def folder(adapter_folder):
+    return adapter_folder()
 
 
 def load(folder):

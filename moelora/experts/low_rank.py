@@ -47,9 +47,9 @@ def reduced_rank_regression(
 ) -> tuple[Tensor, Tensor]:
     """The map W of a rank that minimises Σ_t |y_t - W x_t|² (Izenman, 1975), y_t lying in the span of left.
 
-    C = Σ x xᵀ = L Lᵀ. Unrestricted least squares are W* = Σ y xᵀ C⁻¹; what a smaller rank loses is |(W - W*) L|, so W L is
-    the best approximation of W* L. Σ y xᵀ is given as left · (start · C + rest), that is W* = left · (start + rest · C⁻¹):
-    what start explains is not divided by the rounding of C.
+    C = Σ x xᵀ = L Lᵀ. Unrestricted least squares are W* = Σ y xᵀ C⁻¹; what a smaller rank loses is |(W - W*) L|, so
+    W L is the best approximation of W* L. Σ y xᵀ is given as left · (start · C + rest), that is
+    W* = left · (start + rest · C⁻¹): what start explains is not divided by the rounding of C.
 
     Args:
         left: [O, N]; start, rest: [N, D]; second: [D, D] = C, positive definite.
