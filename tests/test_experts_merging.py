@@ -143,6 +143,24 @@ def test_router_rows_are_weighed_by_share(hidden):
         assert router["default"].tokens_per_expert.tolist() == [1, 6, 3]
 
 
+@pytest.mark.parametrize("method", ["svd", "average"])
+def test_two_layer_routers_of_several_adapters_score_the_mean(method, tmp_path):
+    model = mixture_of("llama", experts=True, router_hidden_size=6)
+    hidden = torch.randn(5, 32)
+    scores = {name: [scorer(hidden).detach() for scorer in router.active_routers()]
+              for name, router in routers_of(model).items()}  # fmt: skip
+    found = merge(take_apart(model), [1, 3], SHARES, Recipe(method))
+    model = put_together(model, found.adapters)
+    for name, router in routers_of(model).items():
+        after = torch.cat([scorer(hidden) for scorer in router.active_routers()], dim=-1)
+        expected = 0.25 * scores[name][1] + 0.75 * scores[name][3]
+        torch.testing.assert_close(after[:, found.becomes[1] : found.becomes[1] + 1], expected)
+        torch.testing.assert_close(after[:, found.becomes[0] : found.becomes[0] + 1], scores[name][0])
+    model.save_pretrained(tmp_path / "out")
+    loaded = PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path / "out").eval()
+    torch.testing.assert_close(output(loaded), output(model), rtol=0, atol=0)
+
+
 def test_the_others_keep_their_products():
     model = mixture_of("llama", experts=True)
     before = products(model)
@@ -161,9 +179,10 @@ def test_what_cannot_be_merged_is_refused():
         merge(take_apart(model), [1], [1.0], Recipe())
     with pytest.raises(ValueError, match=r"`rank` \(4\) contradicts `average`"):
         merge(take_apart(model), [0, 1], SHARES, Recipe("average", rank=4))
-    model = mixture_of("llama", experts=True, router_hidden_size=6)
-    with pytest.raises(ValueError, match="hidden units of their own"):
-        merge(take_apart(model), [0, 1], SHARES, Recipe())
+    model = mixture_of("llama", router_hidden_size=6)
+    model.add_adapter("expert_0", model.peft_config["default"])
+    with pytest.raises(ValueError, match="alone in its adapter"):
+        merge(take_apart(model), [0, 4], SHARES, Recipe())
     config = mixture_of("llama", target_modules=["q_proj"]).peft_config["default"]
     model = mixture_of("llama", target_modules=["v_proj"])
     model.add_adapter("expert_0", config)

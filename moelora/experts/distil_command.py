@@ -114,13 +114,14 @@ def _plan(options: DistilOptions, source: Source) -> Plan:
     experts = sum(adapter.num_experts for adapter in source.stored if adapter.position is not None)
     before = sum(adapter.num_parameters for adapter in source.stored if adapter.position is not None)
     training = f"{options.steps} steps of {options.batch_size} blocks" if options.steps else "none"
+    names = ", ".join(given.partition("=")[0] for given in options.data)
     rows = [
         ("mixture", f"{experts} experts, {before:,} parameters"),
         ("LoRA", f"rank {options.r} on {len(shapes)} linears, {options.r * sum(shapes.values()):,} parameters"),
-        ("fit", f"least squares on up to {options.max_tokens:,} tokens of {', '.join(options.data)}"),
+        ("fit", f"least squares on up to {options.max_tokens:,} tokens of {names}"),
         ("training towards the mixture", training),
     ]
-    return Plan(f"Distil {options.adapter} into one LoRA", ("", ""), rows)
+    return Plan(f"Distil {options.adapter} into one LoRA", ("what", "how much"), rows)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 
 METHODS = ("average", "svd", "ties", "dare")
+HIDDEN = "hidden_weight"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -89,6 +90,11 @@ def merge(adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequ
     with torch.random.fork_rng(devices=[]):  # PEFT's DARE draws from the global generator
         torch.manual_seed(recipe.seed)
         merged = _routers(chosen) | _factors(chosen, replace(recipe, rank=rank))
+    if _have_hidden_units_apart(chosen):
+        hidden, rows = _hidden_units(chosen)
+        merged |= rows
+        adapters = [_with_hidden_units(each, hidden, chosen) if each is home else each for each in adapters]
+        home = next(each for each in adapters if each.name == home.name)
     first, gone = chosen[0].tensors, {id(one.tensors) for one in chosen}
     rest = []
     for adapter in adapters:
@@ -107,7 +113,7 @@ def check_mergeable(adapters: Sequence[AdapterParts], numbers: Sequence[int], re
 
     Raises:
         ValueError: fewer than two experts; a rank for `average`; the first one's adapter lacks a linear of another;
-            two-layer routers of different adapters.
+            two-layer routers of several adapters, the first of which holds other experts too.
     """
     if len(numbers) < 2:
         raise ValueError(f"`experts` ({', '.join(map(str, numbers))}) must name two experts or more")
@@ -120,11 +126,39 @@ def check_mergeable(adapters: Sequence[AdapterParts], numbers: Sequence[int], re
                 f"an expert of {other.adapter.name!r} adapts `{lacking[0].removeprefix(_PREFIX).removesuffix(_A)}`, "
                 f"which {home.adapter.name!r} does not; name first an expert that adapts every linear of the others"
             )
-        if other.adapter is not home.adapter and any(key.endswith("hidden_weight") for key in other.adapter.shared):
-            raise ValueError(
-                f"the two-layer routers of {home.adapter.name!r} and {other.adapter.name!r} have hidden units of their "
-                "own, so their scores have no mean; merge experts of one adapter"
-            )
+    if _have_hidden_units_apart([home, *others]) and len(home.adapter.experts) > 1:
+        raise ValueError(
+            f"the experts of {home.adapter.name!r} share the hidden units of a two-layer router, and those of other "
+            "adapters have units of their own; name first an expert that is alone in its adapter"
+        )
+
+
+def _have_hidden_units_apart(chosen: Sequence[_Chosen]) -> bool:
+    apart = len({one.adapter.name for one in chosen}) > 1
+    return apart and any(key.endswith(HIDDEN) for one in chosen for key in one.adapter.shared)
+
+
+def _hidden_units(chosen: Sequence[_Chosen]) -> tuple[Tensors, Tensors]:
+    """Two-layer routers of several adapters side by side: all their hidden units, and the row that makes of them the
+    mean of the scores. An adapter without a router somewhere brings units of zero."""
+    hidden, rows = {}, {}
+    for key, like in chosen[0].adapter.shared.items():
+        if not key.endswith(HIDDEN):
+            continue
+        row = key.replace(HIDDEN, "weight")
+        units, scores = [], []
+        for one in chosen:
+            width = one.adapter.config.router_hidden_size or 0
+            units.append(one.adapter.shared.get(key, like.new_zeros(width, like.shape[1])))
+            scores.append(one.share * one.tensors.get(row, like.new_zeros(1, width)))
+        hidden[key], rows[row] = torch.cat(units), torch.cat(scores, dim=1)
+    return hidden, rows
+
+
+def _with_hidden_units(adapter: AdapterParts, hidden: Tensors, chosen: Sequence[_Chosen]) -> AdapterParts:
+    config = copy_config(adapter.config)
+    config.router_hidden_size = sum(one.adapter.config.router_hidden_size or 0 for one in chosen)
+    return replace(adapter, config=config, shared=adapter.shared | hidden)
 
 
 def _owners(adapters: Sequence[AdapterParts]) -> list[tuple[AdapterParts, Tensors]]:
@@ -152,6 +186,8 @@ def _routers(chosen: Sequence[_Chosen]) -> Tensors:
     for key, tensor in chosen[0].tensors.items():
         if key.endswith((_A, _B)):
             continue
+        if key.endswith(".weight") and _have_hidden_units_apart(chosen):
+            continue  # rows over different units: see _hidden_units
         pieces = torch.stack([one.tensors.get(key, torch.zeros_like(tensor)) for one in chosen])
         if key.endswith((FIXED, "tokens_per_expert")):
             merged[key] = pieces.sum(0)
