@@ -31,7 +31,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "arrow": {"router_type": "learned", "router_scope": "module", "router_hidden_size": ARROW_UNITS},
     "prototype": {"router_type": "learned", "router_scope": "block"},
     "uniform": {"router_type": "fixed", "router_scope": "model"},
-    "train": {"router_type": "learned", "router_scope": "block"},
+    "train": {"router_type": "learned_with_maturity", "router_scope": "block"},
 }
 """What each way to get a router asks of the mixture."""
 
@@ -162,7 +162,9 @@ def expert_config(lora: LoraFile, shared: Mapping[str, Any]) -> MoELoraConfig:
     """The LoRA's own settings, as one expert of a mixture with the shared ones."""
     own = {name: copy.deepcopy(getattr(lora.config, name)) for name in settable_fields(LoraConfig)}
     return MoELoraConfig(
-        **own | dict(shared) | {"init_lora_weights": True, "inference_mode": True, "single_expert": True}
+        **own
+        | dict(shared)
+        | {"init_lora_weights": True, "eva_config": None, "inference_mode": True, "single_expert": True}
     )
 
 

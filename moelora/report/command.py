@@ -131,23 +131,27 @@ def _check_out(out: Path) -> list[Problem]:
 
 
 def check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
-    """Read every file once, so that an empty or binary one is told before a model is loaded."""
-    if not data:
-        return [], [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
+    """[`read_domains`] where there has to be one."""
+    domains, problems = read_domains(data)
+    return domains, problems if data else [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
+
+
+def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
+    """Options of the form NAME=FILE. Every file is read once, so that a bad one is told before a model is loaded."""
     domains, problems = [], []
-    for given in data:
-        name, equals, path = given.partition("=")
+    for text in given:
+        name, equals, path = text.partition("=")
         fix = "must be NAME=FILE, such as code=code.jsonl" if not equals or not path else plain_name(name)
         if fix:
-            problems.append(Problem("--data", given, fix))
+            problems.append(Problem(flag, text, fix))
             continue
         domain = DomainOptions(name=name, path=resolve_path(path, Path.cwd()))
-        found = check_domain(domain, f"--data {name}")
+        found = check_domain(domain, f"{flag} {name}")
         problems += [replace(problem, key=problem.key.removesuffix(".path")) for problem in found]
         domains.append(domain)
     counts = Counter(domain.name for domain in domains)
     problems += [
-        Problem("--data", name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
+        Problem(flag, name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
     ]
     return domains, problems
 
