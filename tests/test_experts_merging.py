@@ -7,7 +7,7 @@ from peft import PeftModel
 from peft.utils.merge_utils import dare_linear, ties
 
 from moelora.experts.low_rank import truncated
-from moelora.experts.merging import METHODS, Recipe, merge
+from moelora.experts.merging import METHODS, MergeRecipe, merge_experts
 from moelora.experts.parts import names_of, put_together, take_apart
 from moelora.layer import MoELoraLayer
 
@@ -30,7 +30,7 @@ def products(model):
 
 
 def merged_products(model, numbers, recipe, shares=SHARES):
-    found = merge(take_apart(model), numbers, shares, recipe)
+    found = merge_experts(take_apart(model), numbers, shares, recipe)
     place = found.becomes[numbers[0]]
     model = put_together(model, found.adapters)
     return model, {name: each[place].detach() for name, each in products(model).items()}
@@ -56,7 +56,7 @@ def expected_product(method, first, second):
 def test_the_merged_product_is_what_the_method_says(method, experts):
     model = mixture_of("llama", experts=experts)
     before = {name: (each[1].detach(), each[3].detach()) for name, each in products(model).items()}
-    model, after = merged_products(model, [1, 3], Recipe(method))
+    model, after = merged_products(model, [1, 3], MergeRecipe(method))
     assert after.keys() == before.keys()
     for name, (first, second) in before.items():
         torch.testing.assert_close(after[name], expected_product(method, first, second), rtol=1e-4, atol=1e-5)
@@ -68,8 +68,8 @@ def test_dare_is_pefts_on_the_products():
     before = {name: [each.detach().float() for each in pair] for name, pair in products(model).items()}
     torch.manual_seed(7)
     expected = {name: dare_linear(pair, torch.tensor([0.25, 0.75]), 0.4) for name, pair in before.items()}
-    state, recipe = torch.get_rng_state(), Recipe("dare", rank=32, density=0.4, seed=7)
-    merge(take_apart(model), [0, 1], SHARES, recipe)
+    state, recipe = torch.get_rng_state(), MergeRecipe("dare", rank=32, density=0.4, seed=7)
+    merge_experts(take_apart(model), [0, 1], SHARES, recipe)
     assert torch.equal(torch.get_rng_state(), state)
     _, after = merged_products(model, [0, 1], recipe)
     for name, product in expected.items():  # 32: every rank there is, so truncation loses nothing
@@ -86,7 +86,7 @@ def test_equal_experts_merge_exactly(method):
                 layer.lora_A["default"].weight[6:8] = layer.lora_A["default"].weight[2:4]
                 layer.lora_B["default"].weight[:, 6:8] = layer.lora_B["default"].weight[:, 2:4]
     before = {name: each[1].detach() for name, each in products(model).items()}
-    _, after = merged_products(model, [1, 3], Recipe(method))
+    _, after = merged_products(model, [1, 3], MergeRecipe(method))
     for name, product in before.items():
         torch.testing.assert_close(after[name], product, rtol=1e-5, atol=1e-6)
 
@@ -94,7 +94,7 @@ def test_equal_experts_merge_exactly(method):
 def test_svd_of_all_ranks_is_the_average():
     model = mixture_of("llama", rank_pattern={"q_proj": 3})
     before = {name: (each[1].detach(), each[3].detach()) for name, each in products(model).items()}
-    model, after = merged_products(model, [1, 3], Recipe("svd", rank=6))
+    model, after = merged_products(model, [1, 3], MergeRecipe("svd", rank=6))
     for name, (first, second) in before.items():
         torch.testing.assert_close(after[name], 0.25 * first + 0.75 * second, rtol=1e-4, atol=1e-6)
     config = model.peft_config["expert_0"]
@@ -108,7 +108,7 @@ def test_under_fixed_weights_nothing_changes(method, tmp_path):
     model.set_routing_weights([0.1, 0.2, 0.3, 0.6])
     expected = output(model)
     rank = None if method == "average" else 4
-    found = merge(take_apart(model), [3, 1], [0.6, 0.2], Recipe(method, rank))
+    found = merge_experts(take_apart(model), [3, 1], [0.6, 0.2], MergeRecipe(method, rank))
     model = put_together(model, found.adapters)
     torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "out")
@@ -119,7 +119,7 @@ def test_under_fixed_weights_nothing_changes(method, tmp_path):
 def test_uniform_fixed_weights_add_up():
     model = mixture_of("llama", router_type="fixed")
     expected = output(model)
-    model = put_together(model, merge(take_apart(model), [0, 1], [1, 1], Recipe("average")).adapters)
+    model = put_together(model, merge_experts(take_apart(model), [0, 1], [1, 1], MergeRecipe("average")).adapters)
     torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
     router = next(iter(routers_of(model).values()))
     assert router.decide(torch.zeros(1, 32)).tolist() == [[0.25, 0.25, 0.5]]
@@ -133,7 +133,7 @@ def test_router_rows_are_weighed_by_share(hidden):
         router["default"].maturity.copy_(torch.tensor([0.0, 0.2, 0.4, 0.6]))
         router["default"].tokens_per_expert.copy_(torch.tensor([1, 2, 3, 4]))
         before[name] = router["default"].weight.detach().clone()
-    found = merge(take_apart(model), [1, 3], SHARES, Recipe("svd"))
+    found = merge_experts(take_apart(model), [1, 3], SHARES, MergeRecipe("svd"))
     assert found.becomes == [0, 1, 2, 1]
     model = put_together(model, found.adapters)
     for name, router in routers_of(model).items():
@@ -149,7 +149,7 @@ def test_two_layer_routers_of_several_adapters_score_the_mean(method, tmp_path):
     hidden = torch.randn(5, 32)
     scores = {name: [scorer(hidden).detach() for scorer in router.active_routers()]
               for name, router in routers_of(model).items()}  # fmt: skip
-    found = merge(take_apart(model), [1, 3], SHARES, Recipe(method))
+    found = merge_experts(take_apart(model), [1, 3], SHARES, MergeRecipe(method))
     model = put_together(model, found.adapters)
     for name, router in routers_of(model).items():
         after = torch.cat([scorer(hidden) for scorer in router.active_routers()], dim=-1)
@@ -164,7 +164,7 @@ def test_two_layer_routers_of_several_adapters_score_the_mean(method, tmp_path):
 def test_the_others_keep_their_products():
     model = mixture_of("llama", experts=True)
     before = products(model)
-    found = merge(take_apart(model), [2, 0], SHARES, Recipe("average"))
+    found = merge_experts(take_apart(model), [2, 0], SHARES, MergeRecipe("average"))
     assert names_of(found.adapters) == ["expert_1", "expert_4", "expert_3"]
     assert found.becomes == [1, 0, 1, 2]
     after = products(put_together(model, found.adapters))
@@ -176,15 +176,15 @@ def test_the_others_keep_their_products():
 def test_what_cannot_be_merged_is_refused():
     model = mixture_of("llama")
     with pytest.raises(ValueError, match="two experts or more"):
-        merge(take_apart(model), [1], [1.0], Recipe())
+        merge_experts(take_apart(model), [1], [1.0], MergeRecipe())
     with pytest.raises(ValueError, match=r"`rank` \(4\) contradicts `average`"):
-        merge(take_apart(model), [0, 1], SHARES, Recipe("average", rank=4))
+        merge_experts(take_apart(model), [0, 1], SHARES, MergeRecipe("average", rank=4))
     model = mixture_of("llama", router_hidden_size=6)
     model.add_adapter("expert_0", model.peft_config["default"])
     with pytest.raises(ValueError, match="alone in its adapter"):
-        merge(take_apart(model), [0, 4], SHARES, Recipe())
+        merge_experts(take_apart(model), [0, 4], SHARES, MergeRecipe())
     config = mixture_of("llama", target_modules=["q_proj"]).peft_config["default"]
     model = mixture_of("llama", target_modules=["v_proj"])
     model.add_adapter("expert_0", config)
     with pytest.raises(ValueError, match=r"'expert_0' adapts .*q_proj`, which 'default' does not"):
-        merge(take_apart(model), [0, 4], SHARES, Recipe())
+        merge_experts(take_apart(model), [0, 4], SHARES, MergeRecipe())

@@ -15,11 +15,10 @@ from moelora.experts.parts import put_together, select, take_apart
 from moelora.experts.prune import drop, prune
 from moelora.experts.reading import Texts
 from moelora.layer import MoELoraLayer
-from moelora.report.texts import read_domain
 
 
 def texts():
-    return Texts([read_domain(name, found, TOKENIZER) for name, found in TEXTS.items()], 64, 0)
+    return Texts.of(TEXTS, TOKENIZER, block_size=64)
 
 
 def test_a_reading_is_what_analysis_says():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..training.schema import Problem, UserError, about, at_least, one_of
 from .judged import JudgedOptions, loss_notes, loss_record, open_adapter
-from .merging import METHODS, Merged, Recipe, check_mergeable, merge
+from .merging import METHODS, Merged, MergeRecipe, check_mergeable, merge_experts
 from .operation import Plan
 from .parts import names_of, put_together, take_apart
 from .reading import Reading
@@ -54,7 +54,7 @@ def merge_command(options: MergeOptions) -> Path | None:
     Raises:
         UserError: an option, a text or the adapter is not in order; nothing is written then.
     """
-    recipe = Recipe(options.method, options.rank, options.density, options.seed)
+    recipe = MergeRecipe(options.method, options.rank, options.density, options.seed)
     problems = []
     if options.method == "average" and options.rank is not None:
         problems.append(Problem("--rank", options.rank, "drop it: average keeps every rank; svd truncates"))
@@ -67,7 +67,7 @@ def merge_command(options: MergeOptions) -> Path | None:
         check_mergeable(take_apart(model), numbers, recipe)
         before = texts.read(model)
         shares = [float(before.share[number]) for number in numbers]
-        merged = merge(take_apart(model), numbers, shares, recipe)
+        merged = merge_experts(take_apart(model), numbers, shares, recipe)
     except ValueError as error:
         raise UserError(str(error)) from error
     model = put_together(model, merged.adapters)

@@ -31,7 +31,7 @@ _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeRecipe:
     """How to merge.
 
     Attributes:
@@ -69,7 +69,9 @@ class Merged:
     becomes: list[int]
 
 
-def merge(adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequence[float], recipe: Recipe) -> Merged:
+def merge_experts(
+    adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequence[float], recipe: MergeRecipe
+) -> Merged:
     """The mixture with the experts of these numbers merged into one, in the place of the first.
 
     The merged expert's row of every router is Σ π_e row_e, so its probability is the geometric mean of theirs, not
@@ -108,7 +110,7 @@ def merge(adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Sequ
     return Merged(settled, becomes)
 
 
-def check_mergeable(adapters: Sequence[AdapterParts], numbers: Sequence[int], recipe: Recipe) -> None:
+def check_mergeable(adapters: Sequence[AdapterParts], numbers: Sequence[int], recipe: MergeRecipe) -> None:
     """Refuse what cannot be merged.
 
     Raises:
@@ -171,7 +173,7 @@ def _choose(adapters: Sequence[AdapterParts], numbers: Sequence[int], shares: Se
     return [_Chosen(*owners[number], share) for number, share in zip(numbers, weighed, strict=True)]
 
 
-def _rank(chosen: Sequence[_Chosen], recipe: Recipe) -> int | None:
+def _rank(chosen: Sequence[_Chosen], recipe: MergeRecipe) -> int | None:
     """The merged expert's rank where it is not that of its adapter."""
     own = {len(tensor) for key, tensor in chosen[0].tensors.items() if key.endswith(_A)}
     if recipe.method == "average":
@@ -197,7 +199,7 @@ def _routers(chosen: Sequence[_Chosen]) -> Tensors:
     return merged
 
 
-def _factors(chosen: Sequence[_Chosen], recipe: Recipe) -> Tensors:
+def _factors(chosen: Sequence[_Chosen], recipe: MergeRecipe) -> Tensors:
     merged: Tensors = {}
     for key in (key for key in chosen[0].tensors if key.endswith(_A)):
         tensor = chosen[0].tensors[key]
@@ -215,28 +217,28 @@ def _factors(chosen: Sequence[_Chosen], recipe: Recipe) -> Tensors:
 Factors = Sequence[tuple[Tensor, Tensor]]  # s · B [O, r] and A [r, D] of each expert
 
 
-def _average(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+def _average(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
     left, right = _side_by_side(factors, shares)
     lora_B, lora_A = left.new_zeros(len(left), rank), right.new_zeros(rank, right.shape[1])
     lora_B[:, : left.shape[1]], lora_A[: len(right)] = left, right
     return lora_B, lora_A
 
 
-def _svd(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+def _svd(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
     return truncated_product(*_side_by_side(factors, shares), rank)
 
 
-def _ties(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+def _ties(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
     # Means over those that agree: weights around 1 leave their size as it is.
     weights = torch.tensor(shares) * len(shares)
     return truncated(ties(_products(factors), weights, recipe.density).double(), rank)
 
 
-def _dare(factors: Factors, shares: Sequence[float], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
+def _dare(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
     return truncated(dare_linear(_products(factors), torch.tensor(shares), recipe.density).double(), rank)
 
 
-_COMBINE: dict[str, Callable[[Factors, Sequence[float], Recipe, int], tuple[Tensor, Tensor]]] = {
+_COMBINE: dict[str, Callable[[Factors, Sequence[float], MergeRecipe, int], tuple[Tensor, Tensor]]] = {
     "average": _average,
     "svd": _svd,
     "ties": _ties,

@@ -5,17 +5,19 @@ Shapes: D domains, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
 from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
 
 from ..report.measure import Routed, Worth, measure_worth, watch
 from ..report.observe import undisturbed
-from ..report.texts import Block, Domain, cut
+from ..report.texts import Block, Domain, cut, read_domain
 from ..training.progress import console
 
 
@@ -40,6 +42,14 @@ class Texts:
     def __init__(self, domains: Sequence[Domain], block_size: int, pad: int) -> None:
         self.domains, self.pad = domains, pad
         self.blocks: list[Block] = cut(domains, block_size)[0]
+
+    @classmethod
+    def of(
+        cls, documents: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, block_size: int = 512
+    ) -> Texts:
+        """Documents, texts or conversations, by domain."""
+        domains = [read_domain(name, own, tokenizer) for name, own in documents.items()]
+        return cls(domains, block_size, tokenizer.pad_token_id or 0)
 
     @property
     def names(self) -> list[str]:
