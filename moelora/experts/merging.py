@@ -194,7 +194,7 @@ def _routers(chosen: Sequence[_Chosen]) -> Tensors:
         if key.endswith((FIXED, "tokens_per_expert")):
             merged[key] = pieces.sum(0)
         else:
-            share = torch.tensor([one.share for one in chosen], dtype=torch.float64)
+            share = torch.tensor([one.share for one in chosen], dtype=torch.float64, device=tensor.device)
             merged[key] = torch.einsum("n,n...->...", share, pieces.double()).to(tensor)
     return merged
 
@@ -229,13 +229,16 @@ def _svd(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: i
 
 
 def _ties(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
+    products = _products(factors)
     # Means over those that agree: weights around 1 leave their size as it is.
-    weights = torch.tensor(shares) * len(shares)
-    return truncated(ties(_products(factors), weights, recipe.density).double(), rank)
+    weights = torch.tensor(shares, device=products[0].device) * len(shares)
+    return truncated(ties(products, weights, recipe.density).double(), rank)
 
 
 def _dare(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
-    return truncated(dare_linear(_products(factors), torch.tensor(shares), recipe.density).double(), rank)
+    products = _products(factors)
+    weights = torch.tensor(shares, device=products[0].device)
+    return truncated(dare_linear(products, weights, recipe.density).double(), rank)
 
 
 _COMBINE: dict[str, Callable[[Factors, Sequence[float], MergeRecipe, int], tuple[Tensor, Tensor]]] = {

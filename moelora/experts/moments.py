@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -140,10 +140,11 @@ class _Collector:
     layer: MoELoraLayer
     moments: Moments
     is_first: bool
-    mask_T: Tensor | None = None
+    mask_T: Tensor = field(default_factory=lambda: torch.empty(0))  # of the batch at hand
 
     def before(self, layer: MoELoraLayer, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook: by now the block has routed the tokens."""
-        x_TD, weights_TE = (values.flatten(0, -2)[self.mask_T] for values in (args[0], layer.weights_for(args[0])))
+        x, weights = args[0].flatten(0, -2), layer.weights_for(args[0]).flatten(0, -2)
+        keep_T = self.mask_T.to(x.device)
         ranks = [pool.rank for pool in layer.expert_pools() for _ in range(pool.num_experts)]
-        self.moments.add(x_TD, weights_TE, ranks, self.is_first)
+        self.moments.add(x[keep_T], weights[keep_T], ranks, self.is_first)
