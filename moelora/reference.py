@@ -13,8 +13,11 @@ from typing import Any
 from peft import LoraConfig
 
 from .config import MoELoraConfig
+from .experts.building import BuildOptions
 from .experts.distil_command import DistilOptions
+from .experts.export_command import ExportOptions
 from .experts.merge_command import MergeOptions
+from .experts.operation import UndoOptions
 from .experts.prune import PruneOptions
 from .report.command import ReportOptions
 from .report.inspection import InspectOptions
@@ -41,6 +44,9 @@ def tables() -> dict[str, str]:
         "prune": options_table(PruneOptions),
         "merge": options_table(MergeOptions),
         "distil": options_table(DistilOptions),
+        "build": options_table(BuildOptions),
+        "export": options_table(ExportOptions),
+        "undo": options_table(UndoOptions),
         "defaults": defaults_table(),
     }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoint import read_weights
 from ..config import REFUSED_OPTIONS
 from ..report.stored import FACTOR
-from ..training.schema import UserError
+from ..training.schema import UserError, settable_fields
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # linear -> A [r, D], B [O, r]
 
@@ -71,6 +71,9 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
     source = str(path_or_id)
     settings = read_config(source)
     kind = settings.get("peft_type")
+    if kind == "MOELORA" and settings.get("use_moe_routing") is False:  # which is plain LoRA under our name
+        own = {*settable_fields(LoraConfig), "peft_type"}
+        kind, settings = "LORA", {key: value for key, value in settings.items() if key in own} | {"peft_type": "LORA"}
     if kind != "LORA":
         hint = _NOT_LORA.get(str(kind), "only LoRA has factors that can be weighted as an expert")
         raise LoraError(f"{source}: `peft_type` is {kind!r}, not 'LORA': {hint}")
