@@ -87,6 +87,16 @@ def test_all_experts_rebuild_the_mixture_exactly():
     torch.testing.assert_close(again.expert_maturity, maturity, rtol=0, atol=0)
 
 
+def test_modules_that_were_trained_too_are_carried_along():
+    model = mixture_of("llama", modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight += 0.5
+    expected = output_without(model, {1})
+    assert not torch.allclose(output(mixture_of("llama")), output(model), atol=1e-2)
+    smaller = put_together(model, select(take_apart(model), [0, 2, 3]))
+    torch.testing.assert_close(output(smaller), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_counters_and_maturity_follow_their_experts():
     model = matured(mixture_of("llama", router_type="learned_with_maturity"))
     router = next(iter(routers_of(model).values()))["default"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -217,6 +218,7 @@ class _Job:
                 logging_steps=10,
                 save_strategy="no",
                 report_to="none",
+                dataloader_pin_memory=torch.cuda.is_available(),
                 seed=self.options.seed,
             )
             train_student(student, arguments, self.blocks, self.collator, teacher)
