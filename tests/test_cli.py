@@ -96,7 +96,15 @@ def test_generate_checks_its_options(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "tables"), [("training.md", 6), ("report.md", 2), ("experts-import.md", 2), ("experts-export.md", 1)]
+    ("name", "tables"),
+    [
+        ("training.md", 6),
+        ("report.md", 2),
+        ("experts-import.md", 2),
+        ("experts-export.md", 1),
+        ("experts-prune-merge.md", 2),
+        ("experts-distil.md", 1),
+    ],
 )
 def test_the_reference_is_up_to_date(name, tables):
     text = (Path(__file__).parent.parent / "docs" / name).read_text(encoding="utf-8")

@@ -1,25 +1,40 @@
 """What can be done with experts once they exist: import, export and the operations that reshape a mixture."""
 
+from .distil import closed_form, lora_of
 from .exporting import merge, save_lora, to_lora, to_lora_mixture
 from .importing import build, from_lora
 from .lora_file import LoraError, LoraFile, read_lora
+from .merging import MergeRecipe, merge_experts
 from .migration import Migration, experts_of
+from .parts import put_together, select, take_apart
+from .prune import drop, prune
+from .reading import Texts
 from .router_training import RouterTraining, train_router
 from .scoring import score_by_arrow, score_by_prototype
 
 __all__ = [
     "LoraError",
     "LoraFile",
+    "MergeRecipe",
     "Migration",
     "RouterTraining",
+    "Texts",
     "build",
+    "closed_form",
+    "drop",
     "experts_of",
     "from_lora",
+    "lora_of",
     "merge",
+    "merge_experts",
+    "prune",
+    "put_together",
     "read_lora",
     "save_lora",
     "score_by_arrow",
     "score_by_prototype",
+    "select",
+    "take_apart",
     "to_lora",
     "to_lora_mixture",
     "train_router",
