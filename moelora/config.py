@@ -81,6 +81,7 @@ _RULES = (
     _Rule("load_balance_loss_type", lambda v: v in LOSS_TYPES, f"choose one of {', '.join(LOSS_TYPES)}"),
     _Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
     _Rule("maturity_tokens", lambda v: _is_int(v) and v >= 1, "pass an integer of 1 or more"),
+    _Rule("router_memory", lambda v: _is_int(v) and v >= 0, "pass an integer of 0 or more"),
     _Rule("routing_scale", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
 )
 
@@ -153,6 +154,10 @@ class MoELoraConfig(LoraConfig):
     )
     routing_scale: float = field(
         default=1.0, metadata={"help": "Factor on the routers' weights, which sum to 1 for each token."}
+    )
+    router_memory: int = field(
+        default=0,
+        metadata={"help": "Written by moelora.experts.remember: directions kept of what each router read (0: none)."},
     )
     adapters: list[dict[str, Any]] | None = field(
         default=None,

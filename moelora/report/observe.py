@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..router import MoELoraRouter
-from ..routing import FixedRouter, Router, rms_norm, route
+from ..routing import FixedRouter, route
 from ..state import RoutingState
 from ..stats import RouterStats, RoutingTotals
 from .texts import Block
@@ -137,13 +137,9 @@ def weights_without(router: MoELoraRouter, hidden: Tensor, position: int | None)
     """
     config = router.state.config
     with torch.autocast(hidden.device.type, enabled=False):
-        normed = rms_norm(hidden.flatten(0, -2))
-        scorers = cast("list[Router]", router.active_routers())
-        logits_TE = torch.cat([scorer(normed.to(scorer.first_weight.device)) for scorer in scorers], dim=-1)
+        logits_TE = router.logits(hidden, without=position)
         if logits_TE.shape[-1] == 1 and position is not None:
             return torch.zeros_like(logits_TE).view(*hidden.shape[:-1], -1)
-        if position is not None:
-            logits_TE[:, position] = -torch.inf
         maturity_E = router.maturity() if config.router_type == "learned_with_maturity" else None
         top_k = min(config.top_k_experts, logits_TE.shape[-1])
         decided = route(logits_TE, top_k=top_k, temperature=config.router_temperature, maturity_E=maturity_E)
