@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.operation import UndoOptions, undo
 from .report.command import ReportOptions, report
 from .report.inspection import InspectOptions, inspect
 from .training import UserError, load_recipe, train
@@ -65,6 +66,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         report,
         "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
     ),
+    "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }
 """Subcommand: the dataclass of its options, the function it calls, a call to paste."""
 

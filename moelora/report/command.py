@@ -10,22 +10,21 @@ from typing import Any
 
 import torch
 
-from ..training.base import empty_model, load_config, load_tokenizer
+from ..training.base import load_tokenizer
 from ..training.data import split_documents
 from ..training.generate import find_base, load_mixture
 from ..training.progress import console
-from ..training.recipe import DomainOptions, ModelOptions, plain_name
+from ..training.recipe import DomainOptions, plain_name
 from ..training.record import read_record, replacing
 from ..training.schema import Problem, UserError, about, at_least, check_values, not_negative
 from ..training.sources import check_domain, load_documents, resolve_path
 from .analysis import longest_block, run
 from .history import read_history
 from .page import About, render
-from .stored import StoredAdapter, read_mixture
+from .stored import check_fit, read_mixture
 from .texts import read_domain
 
 PERMUTATIONS = 500
-PROBLEMS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,39 +149,6 @@ def _check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
         Problem("--data", name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
     ]
     return domains, problems
-
-
-def check_fit(stored: list[StoredAdapter], base: ModelOptions, adapter: Path) -> None:
-    """Compare the adapter's factors with the linears of the base model, which is not loaded for that.
-
-    Raises:
-        UserError: the adapter was trained on another model.
-    """
-    modules = dict(empty_model(load_config(base)).named_modules())
-    problems = []
-    for one in stored:
-        for name, pool in one.pools.items():
-            there = _shape(modules.get(name))
-            wanted = (pool.lora_B.shape[0], pool.lora_A.shape[1])
-            if there is None:
-                problems.append(f"it has no linear `{name}`")
-            elif there != wanted:
-                problems.append(f"`{name}` is {there[1]} to {there[0]} wide, the adapter's {wanted[1]} to {wanted[0]}")
-    if problems:
-        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        trained_on = stored[0].config.base_model_name_or_path
-        raise UserError(
-            f"the adapter {adapter} was not trained on {base.name}: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}. Give "
-            f"its base model with --base" + (f"; it was {trained_on}" if trained_on else "")
-        )
-
-
-def _shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a linear or of GPT-2's Conv1D; None for what is neither."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    weight = getattr(module, "weight", None)
-    return (weight.shape[1], weight.shape[0]) if hasattr(module, "nf") and weight is not None else None
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from ..config import MoELoraConfig
 from ..ops.pool import ExpertPool
 from ..routing import Router
+from ..training.base import empty_model, load_config
 from ..training.generate import missing_adapter
+from ..training.recipe import ModelOptions
 from ..training.schema import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PROBLEMS_SHOWN = 3
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _ROUTER = re.compile(r"(?:base_model\.model\.)?(?P<router>.*?)\.?moe_router\.lora_router\.(?P<tensor>\w+)")
 
@@ -152,3 +155,42 @@ def stacked(adapters: list[StoredAdapter], router: str, tensor: str) -> Tensor:
         for adapter in adapters
     ]
     return torch.cat([piece.double() for piece in pieces])
+
+
+# ---- the base model --------------------------------------------------------------------------------------------------
+
+
+def check_fit(stored: list[StoredAdapter], base: ModelOptions, adapter: Path) -> None:
+    """Compare the adapter's factors with the linears of the base model, which is not loaded for that.
+
+    Raises:
+        UserError: the adapter was trained on another model.
+    """
+    shapes = {name: (pool.lora_B.shape[0], pool.lora_A.shape[1]) for one in stored for name, pool in one.pools.items()}
+    if problem := misfit(shapes, empty_model(load_config(base))):
+        trained_on = stored[0].config.base_model_name_or_path
+        raise UserError(
+            f"the adapter {adapter} was not trained on {base.name}: {problem}. Give its base model with --base"
+            + (f"; it was {trained_on}" if trained_on else "")
+        )
+
+
+def misfit(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> str | None:
+    """Where a model's linears differ from the shapes (out, in) that an adapter has for them; None if nowhere."""
+    modules, problems = dict(model.named_modules()), []
+    for name, wanted in shapes.items():
+        there = _shape(modules.get(name))
+        if there is None:
+            problems.append(f"it has no linear `{name}`")
+        elif there != wanted:
+            problems.append(f"`{name}` is {there[1]} to {there[0]} wide, the adapter's {wanted[1]} to {wanted[0]}")
+    more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+    return "; ".join(problems[:PROBLEMS_SHOWN]) + more if problems else None
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """(out, in) of a linear or of GPT-2's Conv1D; None for what is neither."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    weight = getattr(module, "weight", None)
+    return (weight.shape[1], weight.shape[0]) if hasattr(module, "nf") and weight is not None else None

@@ -12,7 +12,7 @@ import moelora  # noqa: F401 - registers MOELORA, without which PEFT cannot read
 from .base import check_model, load_model, load_tokenizer
 from .progress import console
 from .recipe import ModelOptions
-from .record import read_record
+from .record import noted_base
 from .schema import UserError, about, at_least, check_values, not_negative
 from .sources import resolve_path
 
@@ -78,10 +78,9 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
         is_file = path.suffix == ".gguf"
         model = ModelOptions(name=str(path.parent if is_file else path), gguf_file=path.name if is_file else None)
     else:
-        # A checkpoint's run.json lies one folder up. It knows more than PEFT does: the GGUF file and the precision.
-        record = read_record(adapter) or read_record(adapter.resolve().parent)
-        noted = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-        model = ModelOptions(**record["recipe"]["model"]) if record else ModelOptions(name=noted or "")
+        noted = noted_base(adapter)
+        name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        model = ModelOptions(**noted) if noted else ModelOptions(name=name or "")
     problems = check_model(model, None, None)
     if problems:
         raise UserError(

@@ -20,6 +20,7 @@ from .recipe import Recipe
 from .schema import Problem
 
 RUN_FILE = "run.json"
+OPERATION_FILE = "operation.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
 
@@ -54,6 +55,19 @@ def read_record(output_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and {"status", "recipe", "domains"} <= record.keys() else None
+
+
+def noted_base(adapter: Path) -> dict[str, Any] | None:
+    """The base model of an adapter as the run or the operation that wrote it noted it: the fields of `ModelOptions`.
+
+    It knows more than PEFT's name does: the GGUF file and the precision. A checkpoint's run.json lies one folder up.
+    """
+    if record := read_record(adapter) or read_record(adapter.resolve().parent):
+        return record["recipe"]["model"]
+    try:
+        return json.loads((adapter / OPERATION_FILE).read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -1,0 +1,294 @@
+"""What every operation on experts does alike: check first, show the plan, write a whole folder or nothing, undo.
+
+An operation is a function of its options (a dataclass derived from [`OperationOptions`]):
+
+1. `check_output` and `read_source` refuse what cannot work, before anything is loaded.
+2. It describes its outcome as a [`Plan`].
+3. `carry_out` prints the plan and, unless it is a dry run, lets the work fill a temporary folder that takes its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
+from ..training.generate import find_base, load_mixture
+from ..training.progress import is_main_process
+from ..training.recipe import ModelOptions
+from ..training.record import OPERATION_FILE, environment, now, write_json
+from ..training.schema import Problem, UserError, about, check_values
+
+ADAPTER_HELP = "folder that holds the adapter; it is only read"
+BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was made for"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationOptions:
+    """What every operation that writes a folder lets one choose."""
+
+    out: str = field(metadata=about("folder to write"))
+    overwrite: bool = field(
+        default=False,
+        metadata=about("replace the folder if it exists; it is kept beside it, and `moelora undo` brings it back"),
+    )
+    dry_run: bool = field(default=False, metadata=about("print what would be done and write nothing"))
+
+    @property
+    def out_folder(self) -> Path:
+        return Path(self.out).expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an operation will have done: a table, and sentences about what the table cannot say.
+
+    Attributes:
+        title: one line.
+        columns: heads of the table.
+        rows: cells; numbers as text.
+        notes: sentences below it.
+    """
+
+    title: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [Text(self.title)]
+        if self.rows:
+            table = Table()
+            for column in self.columns:
+                table.add_column(column, overflow="fold")
+            for row in self.rows:
+                table.add_row(*row)
+            parts.append(table)
+        return Group(*parts, *map(Text, self.notes))
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_output(options: OperationOptions, more: Sequence[Problem] = ()) -> None:
+    """Refuse options out of range and a folder that may not be written, all at once and before any work.
+
+    Args:
+        more: what the operation itself found wrong.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    problems = [
+        replace(problem, key=f"--{problem.key.replace('_', '-')}")
+        for problem in check_values(type(options), vars(options), "")
+    ]
+    problems += [*more, *_check_folder(options.out_folder, options.overwrite)]
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
+
+
+def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        return [Problem("--out", str(folder), f"{parent} is no folder that may be written to; give another place")]
+    if folder.exists() and not folder.is_dir():
+        return [Problem("--out", str(folder), "is a file; give a folder")]
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        fix = "exists; give another folder, or --overwrite to replace it (the old one is kept beside it)"
+        return [Problem("--out", str(folder), fix)]
+    return []
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter on disk that an operation starts from, and the base model that it fits."""
+
+    folder: Path
+    stored: list[StoredAdapter]
+    base: ModelOptions
+
+    def load(self, device: torch.device | None = None) -> PeftModel:
+        """The base model with the adapter, in evaluation mode; on the GPU if there is one."""
+        return load_mixture(
+            self.base, self.folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
+
+
+def read_source(folder: str | Path, base: str | None = None) -> Source:
+    """Read an adapter's files and compare them with its base model, whose weights are not loaded for that.
+
+    Raises:
+        UserError: there is no mixture in the folder, it is damaged, or it does not fit the base model.
+    """
+    path = Path(folder).expanduser()
+    stored = read_mixture(path)
+    model = find_base(path, base)
+    check_fit(stored, model, path)
+    return Source(path, stored, model)
+
+
+# ---- work ------------------------------------------------------------------------------------------------------------
+
+
+def carry_out(
+    options: OperationOptions,
+    plan: Plan,
+    work: Callable[[Path], dict[str, Any] | None],
+    *,
+    inputs: Sequence[str | Path] = (),
+    base: ModelOptions | None = None,
+) -> Path | None:
+    """Print the plan; unless this is a dry run, do the work and put its folder in place, whole or not at all.
+
+    Args:
+        work: fills the folder it is given; what it returns is kept in operation.json under "outcome".
+        inputs: adapters that were read, noted in operation.json with a checksum of their weights.
+        base: the base model, noted so that later commands find it.
+
+    Returns:
+        The folder; None after a dry run.
+    """
+    stdout = Console(highlight=False, quiet=not is_main_process)
+    stdout.print(plan, soft_wrap=True)
+    out = options.out_folder
+    if options.dry_run:
+        stdout.print("Dry run: nothing was written.")
+        return None
+    record = describe_operation(options, inputs, base)
+    with replacing_folder(out) as (staging, backup):
+        outcome = work(staging)
+        write_json(staging / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
+    if backup is not None:
+        stdout.print(f"Kept what was there in {backup}; to bring it back: moelora undo {out}", soft_wrap=True)
+    stdout.print(f"Written: {out}", soft_wrap=True)
+    return out
+
+
+def describe_operation(
+    options: Any, inputs: Sequence[str | Path] = (), base: ModelOptions | None = None
+) -> dict[str, Any]:
+    """What operation.json says: the options, the adapters read and the base model, the versions and the machine."""
+    return {
+        "operation": type(options).__name__.removesuffix("Options").lower(),
+        "options": dataclasses.asdict(options),
+        "inputs": {str(path): _checksum(Path(path).expanduser() / WEIGHTS_FILE) for path in inputs},
+        "base": None if base is None else dataclasses.asdict(base),
+        "environment": environment(),
+        "started": now(),
+    }
+
+
+def _checksum(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none, as for what came from the hub."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[tuple[Path, Path | None]]:
+    """A temporary folder that becomes `folder` once the block has succeeded, and where the old one will be kept.
+
+    Renames only: at every moment there is the old folder or the new one under its name or, between two renames, the old
+    one under the name of its backup.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    replaces = folder.is_dir() and any(folder.iterdir())
+    backup = _free_name(folder, "backup") if replaces else None
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield staging, backup
+        _flush(staging)
+        staging.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
+        if backup is not None:
+            os.rename(folder, backup)
+        os.rename(staging, folder)
+        _flush_entry(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- undo ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndoOptions:
+    """Bring back the folder that the latest operation with --overwrite replaced."""
+
+    folder: str = field(metadata=about("folder that an operation wrote", positional=True))
+    dry_run: bool = field(default=False, metadata=about("print what would be done and change nothing"))
+
+
+def undo(options: UndoOptions) -> Path | None:
+    """Put the newest backup of a folder in its place; what was there is kept as `NAME.undone-N`, nothing is deleted.
+
+    Raises:
+        UserError: there is no backup.
+    """
+    folder = Path(options.folder).expanduser().absolute()
+    numbers = _numbers(folder, "backup")
+    if not numbers:
+        raise UserError(
+            f"{folder}: nothing to undo: there is no {folder.name}.backup-N beside it. An operation that wrote a new "
+            "folder replaced nothing; remove the folder if you do not want it"
+        )
+    backup, undone = _numbered(folder, "backup", max(numbers)), _free_name(folder, "undone")
+    stdout = Console(highlight=False)
+    moves = [(folder, undone)] if folder.exists() else []
+    for source, target in [*moves, (backup, folder)]:
+        stdout.print(f"{source} -> {target}", soft_wrap=True)
+        if not options.dry_run:
+            os.rename(source, target)
+    if options.dry_run:
+        stdout.print("Dry run: nothing was changed.")
+    return None if options.dry_run else folder
+
+
+def _numbered(folder: Path, kind: str, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.{kind}-{number}")
+
+
+def _numbers(folder: Path, kind: str) -> list[int]:
+    """The numbers of the folders of a kind that were kept beside a folder."""
+    prefix = f"{folder.name}.{kind}-"
+    names = [path.name.removeprefix(prefix) for path in folder.parent.glob("*") if path.name.startswith(prefix)]
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _free_name(folder: Path, kind: str) -> Path:
+    return _numbered(folder, kind, max(_numbers(folder, kind), default=0) + 1)

@@ -1,0 +1,146 @@
+"""What every operation on experts shares: checks, dry run, whole folders, backups and undo."""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+import pytest
+from helpers import mixture_of
+from peft import PeftModel, get_peft_model
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from moelora import MoELoraConfig
+from moelora.cli import main
+from moelora.experts.operation import OperationOptions, Plan, carry_out, check_output, read_source
+from moelora.training.generate import find_base
+from moelora.training.recipe import ModelOptions
+from moelora.training.schema import UserError, about, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalveOptions(OperationOptions):
+    """An operation for tests."""
+
+    keep: int = field(default=1, metadata=about("experts to keep", check=at_least(1)))
+
+
+PLAN = Plan("Halve", ("expert", "norm"), [("0", "1.5"), ("1", "0.25")], ["Nothing else changes."])
+
+
+def write_one(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    return {"loss": 1.5}
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    options = HalveOptions(out=str(tmp_path / "out"), dry_run=True)
+    assert carry_out(options, PLAN, lambda _: pytest.fail("worked")) is None
+    text = capsys.readouterr().out
+    assert "Halve" in text and "0.25" in text and "Nothing else changes." in text and "Dry run" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_says_what_made_it(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "adapter_model.safetensors").write_bytes(b"abc")
+    options = HalveOptions(out=str(tmp_path / "deep" / "out"))
+    out = carry_out(
+        options, PLAN, write_one, inputs=[tmp_path / "in"], base=ModelOptions(name="base", dtype="bfloat16")
+    )
+    record = json.loads((out / "operation.json").read_text())
+    assert record["operation"] == "halve"
+    assert record["options"]["keep"] == 1
+    assert record["outcome"] == {"loss": 1.5}
+    assert record["inputs"][str(tmp_path / "in")].startswith("ba7816bf")  # SHA-256 of "abc"
+    assert record["base"]["dtype"] == "bfloat16"
+    assert record["environment"]["packages"]["torch"]
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["out"]
+    assert out.stat().st_mode & 0o700 == 0o700
+
+
+def test_failing_work_leaves_the_old_folder_alone(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+
+    def fail(folder):
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        carry_out(HalveOptions(out=str(out), overwrite=True), PLAN, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["old"]
+
+
+def test_overwriting_keeps_a_backup_that_undo_brings_back(tmp_path, capsys):
+    out = tmp_path / "out"
+    carry_out(HalveOptions(out=str(out)), PLAN, lambda folder: (folder / "first").touch())
+    options = HalveOptions(out=str(out), overwrite=True)
+    check_output(options)
+    carry_out(options, PLAN, lambda folder: (folder / "second").touch())
+    assert (out / "second").exists() and (tmp_path / "out.backup-1" / "first").exists()
+    assert f"moelora undo {out}" in capsys.readouterr().out
+    assert main(["undo", str(out), "--dry-run"]) == 0
+    assert (out / "second").exists()
+    assert main(["undo", str(out)]) == 0
+    assert (out / "first").exists() and (tmp_path / "out.undone-1" / "second").exists()
+    assert not (tmp_path / "out.backup-1").exists()
+    assert main(["undo", str(out)]) == 2
+    assert "nothing to undo" in capsys.readouterr().err
+
+
+def test_a_second_backup_does_not_replace_the_first(tmp_path):
+    options = HalveOptions(out=str(tmp_path / "out"), overwrite=True)
+    for name in ("first", "second", "third"):
+        carry_out(options, PLAN, lambda folder, name=name: (folder / name).touch())
+    assert (tmp_path / "out.backup-1" / "first").exists()
+    assert (tmp_path / "out.backup-2" / "second").exists()
+    main(["undo", str(tmp_path / "out")])
+    main(["undo", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "first").exists()
+
+
+def test_every_problem_is_told_before_any_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").touch()
+    with pytest.raises(UserError) as stop:
+        check_output(HalveOptions(out=str(tmp_path / "out"), keep=0))
+    assert "--keep = 0" in str(stop.value) and "must be 1 or greater" in str(stop.value)
+    assert "--overwrite to replace it" in str(stop.value)
+    check_output(HalveOptions(out=str(tmp_path / "out"), overwrite=True))
+    check_output(HalveOptions(out=str(tmp_path / "new" / "deep")))
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="--out"):
+            check_output(HalveOptions(out=str(tmp_path / place), overwrite=True))
+    if os.geteuid() != 0:
+        (tmp_path / "out").chmod(0o500)
+        with pytest.raises(UserError, match="may be written"):
+            check_output(HalveOptions(out=str(tmp_path / "out" / "below")))
+
+
+def test_a_source_is_checked_against_its_base_without_loading_it(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = MoELoraConfig(r=2, num_experts=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    source = read_source(tmp_path / "adapter")
+    assert source.base.name == str(base) and source.stored[0].num_experts == 2
+    loaded = source.load()
+    assert isinstance(loaded, PeftModel) and not loaded.training
+    other = save_tiny_model(tmp_path / "other", hidden_size=16)
+    with pytest.raises(UserError, match="was not trained on"):
+        read_source(tmp_path / "adapter", str(other))
+    with pytest.raises(UserError, match="no such folder"):
+        read_source(tmp_path / "gone")
+
+
+def test_a_base_noted_by_an_operation_is_found(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    model = mixture_of("llama")
+    options = HalveOptions(out=str(tmp_path / "out"))
+    noted = ModelOptions(name=str(base), dtype="bfloat16")
+    out = carry_out(options, PLAN, lambda folder: model.save_pretrained(str(folder)), base=noted)
+    assert find_base(out, None) == noted
