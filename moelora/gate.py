@@ -40,8 +40,8 @@ class Memory:
 class InputSketch:
     """Streams a router's normalised inputs into a [`Memory`], keeping [H, L] numbers and no input.
 
-    Nystrom approximation of the covariance from one pass, with a random orthonormal test matrix and a shift for
-    stability (Tropp et al., arXiv:1706.05736, algorithm 3); exact where K >= H.
+    Nystrom approximation of the covariance from one pass over it, with a random orthonormal test matrix (Tropp et al.,
+    arXiv:1706.05736); exact where K >= H.
 
     Args:
         hidden_size: H.
@@ -57,14 +57,20 @@ class InputSketch:
         self.sketch_HL = torch.zeros_like(self.test_HL)
         self.sum_H = torch.zeros(hidden_size, device=device)
         self.squares_H = torch.zeros(hidden_size, device=device)
+        self.origin_H: Tensor | None = None  # the first inputs' mean: a few numbers of hidden states are huge
         self.tokens = 0
 
     def add(self, normed_TH: Tensor) -> None:
         """Add the inputs of some tokens, float32."""
-        self.tokens += normed_TH.shape[0]
-        self.sum_H += normed_TH.sum(0)
-        self.squares_H += normed_TH.square().sum(0)
-        self.sketch_HL += normed_TH.t() @ (normed_TH @ self.test_HL)
+        if normed_TH.shape[0] == 0:
+            return
+        if self.origin_H is None:
+            self.origin_H = normed_TH.mean(0)
+        moved_TH = normed_TH - self.origin_H
+        self.tokens += moved_TH.shape[0]
+        self.sum_H += moved_TH.sum(0)
+        self.squares_H += moved_TH.square().sum(0)
+        self.sketch_HL += moved_TH.t() @ (moved_TH @ self.test_HL)
 
     def finish(self) -> Memory:
         """What was seen, float32 on the CPU.
@@ -72,24 +78,24 @@ class InputSketch:
         Raises:
             ValueError: fewer than two tokens were added.
         """
-        if self.tokens < 2:
+        if self.origin_H is None or self.tokens < 2:
             raise ValueError(f"a domain needs two tokens or more to be remembered, got {self.tokens}; give more texts")
         test, sketch, total, squares = (
             tensor.double().cpu() for tensor in (self.test_HL, self.sketch_HL, self.sum_H, self.squares_H)
         )
-        mean = total / self.tokens
-        diagonal = squares / self.tokens - mean.square()
-        product = sketch / self.tokens - mean[:, None] * (mean @ test)  # the covariance times the test matrix
-        shift = 1e-9 * diagonal.sum()
-        shifted = product + shift * test
-        core = test.t() @ shifted
-        root = torch.linalg.cholesky((core + core.t()) / 2 + shift * torch.eye(core.shape[0]))
-        basis = torch.linalg.solve_triangular(root, shifted.t(), upper=False).t()
-        vectors, singular, _ = torch.linalg.svd(basis, full_matrices=False)
-        lengths = (singular.square() - shift).clamp(min=0).sqrt()
-        directions = (vectors * lengths).t()[: self.rank]
+        moved = total / self.tokens
+        diagonal = squares / self.tokens - moved.square()
+        product = sketch / self.tokens - moved[:, None] * (moved @ test)  # the covariance times the test matrix
+        core = test.t() @ product
+        values, vectors = torch.linalg.eigh((core + core.t()) / 2)
+        kept = values > 1e-6 * values[-1]  # below lies rounding
+        basis = product @ (vectors[:, kept] * values[kept].rsqrt())
+        left, singular, _ = torch.linalg.svd(basis, full_matrices=False)
+        directions = torch.zeros(self.rank, len(diagonal), dtype=torch.float64)
+        found = (left * singular).t()[: self.rank]
+        directions[: len(found)] = found
         variance = (diagonal - directions.square().sum(0)).clamp(min=0)
-        return Memory(mean.float(), directions.float(), variance.float())
+        return Memory(self.origin_H.cpu() + moved.float(), directions.float(), variance.float())
 
 
 def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
