@@ -54,11 +54,13 @@ class Examples:
     Args:
         ids: [N, S] token ids, padded on the right.
         labels: [N, S]; -100 where nothing is predicted (padding, prompts).
+        mask: [N, S], False on padding; None where there is none.
         choices: token ids of the possible answers' first tokens, where the likeliest is chosen; else empty.
     """
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    mask: NDArray[np.bool_] | None = None
     choices: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -99,7 +101,7 @@ def _rows(arrays: Any, key: str, choices: tuple[int, ...]) -> Examples:
     ids = np.zeros((len(lengths), BLOCK), dtype=np.int64)
     ids[inside] = flat
     labels = np.where(inside & (positions >= starts[:, None]), ids, IGNORED)
-    return Examples(ids, labels, choices)
+    return Examples(ids, labels, inside, choices)
 
 
 # ---- building --------------------------------------------------------------------------------------------------------

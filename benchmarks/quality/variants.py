@@ -1,0 +1,82 @@
+"""Ours, in the settings whose defaults are to be settled: one row each. Add a row to try another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A setting of our mixture.
+
+    Args:
+        about: what it answers, for tables.
+        options: fields of MoELoraConfig that differ from the default mixture.
+        rates: factors on the learning rate, by a part of the parameters' names.
+        initialise: what fills A [E, r, D] of a linear anew, in place.
+    """
+
+    about: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    initialise: Callable[[Tensor], None] | None = None
+
+
+def orthogonal(factors: Tensor) -> None:
+    """Rows orthogonal to each other, across experts too, as long as PEFT's are on average (3 ** -0.5)."""
+    num_experts, rank, width = factors.shape
+    rows = nn.init.orthogonal_(torch.empty(num_experts * rank, width, device=factors.device))
+    factors.copy_(rows.view_as(factors) * 3**-0.5)
+
+
+def identical(factors: Tensor) -> None:
+    """All experts start from the first one's A."""
+    factors.copy_(factors[:1].expand_as(factors).clone())
+
+
+DENSE = {"top_k_experts": 8, "expert_capacity_factor": None}
+
+VARIANTS = {
+    "ours": Variant("the founding defaults, with 8 experts of rank 8, top-2"),
+    # how strong the mixture speaks
+    "scale-2": Variant("routing_scale 2 = k", {"routing_scale": 2.0}),
+    "scale-4": Variant("routing_scale 4", {"routing_scale": 4.0}),
+    "scale-8": Variant("routing_scale 8 = E", {"routing_scale": 8.0}),
+    "dense-1": Variant("dense, weights sum to 1", DENSE),
+    "dense-8": Variant("dense, weights sum to E", {**DENSE, "routing_scale": 8.0}),
+    "uniform-8": Variant("no routing: constant weights of 1 each", {"router_type": "fixed", "routing_scale": 8.0}),
+    # maturity; from here on on top of routing_scale 4
+    "sparse": Variant("learned: sparse from the start", {"routing_scale": 4.0, "router_type": "learned"}),
+    "maturity-10k": Variant("maturity_tokens 10,000", {"routing_scale": 4.0, "maturity_tokens": 10_000}),
+    "maturity-1m": Variant("maturity_tokens 1,000,000", {"routing_scale": 4.0, "maturity_tokens": 1_000_000}),
+    # what the router sees, and how it decides
+    "scope-model": Variant("router_scope model", {"routing_scale": 4.0, "router_scope": "model"}),
+    "scope-module": Variant("router_scope module", {"routing_scale": 4.0, "router_scope": "module"}),
+    "temperature-05": Variant("router_temperature 0.5", {"routing_scale": 4.0, "router_temperature": 0.5}),
+    "temperature-1": Variant("router_temperature 1", {"routing_scale": 4.0, "router_temperature": 1.0}),
+    "temperature-4": Variant("router_temperature 4", {"routing_scale": 4.0, "router_temperature": 4.0}),
+    "router-64": Variant("router_hidden_size 64", {"routing_scale": 4.0, "router_hidden_size": 64}),
+    "router-fast": Variant("routers at 10 times the rate", {"routing_scale": 4.0}, {"lora_router": 10.0}),
+    "router-slow": Variant("routers at a tenth of the rate", {"routing_scale": 4.0}, {"lora_router": 0.1}),
+    "top-1": Variant("one expert a token", {"routing_scale": 4.0, "top_k_experts": 1}),
+    "top-4": Variant("four experts a token", {"routing_scale": 4.0, "top_k_experts": 4}),
+    "experts-16": Variant("16 experts of rank 4, top-4", {"routing_scale": 4.0, "num_experts": 16, "top_k_experts": 4}),
+    "experts-4": Variant("4 experts of rank 16, top-1", {"routing_scale": 4.0, "num_experts": 4, "top_k_experts": 1}),
+    # balance
+    "balance-0": Variant("router_aux_loss_coef 0", {"routing_scale": 4.0, "router_aux_loss_coef": 0.0}),
+    "balance-0001": Variant("router_aux_loss_coef 0.001", {"routing_scale": 4.0, "router_aux_loss_coef": 0.001}),
+    "balance-01": Variant("router_aux_loss_coef 0.1", {"routing_scale": 4.0, "router_aux_loss_coef": 0.1}),
+    "balance-switch": Variant("switch loss", {"routing_scale": 4.0, "load_balance_loss_type": "switch"}),
+    "balance-z": Variant("z loss", {"routing_scale": 4.0, "load_balance_loss_type": "z_loss"}),
+    "dropless": Variant("no capacity limit", {"routing_scale": 4.0, "expert_capacity_factor": None}),
+    # factors
+    "orthogonal": Variant("A orthogonal across experts", {"routing_scale": 4.0}, initialise=orthogonal),
+    "identical": Variant("A identical across experts", {"routing_scale": 4.0}, initialise=identical),
+    "plus-4": Variant("LoRA+: B at 4 times the rate of A", {"routing_scale": 4.0}, {"lora_B": 4.0}),
+    "plus-16": Variant("LoRA+: B at 16 times the rate of A", {"routing_scale": 4.0}, {"lora_B": 16.0}),
+}
