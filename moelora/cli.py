@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.continual import load_growing
 from .experts.operation import UndoOptions, undo
 from .report.command import ReportOptions, report
 from .report.inspection import InspectOptions, inspect
@@ -36,15 +37,31 @@ class TrainOptions:
         default=False, metadata=about("continue from the last checkpoint in the recipe's output folder")
     )
     overwrite: bool = field(default=False, metadata=about("replace the run that the recipe's output folder holds"))
+    grow: str | None = field(
+        default=None,
+        metadata=about("folder of a trained mixture, to which new experts for the recipe's data are added; it is only read"),
+    )
+    dry_run: bool = field(default=False, metadata=about("with --grow: print what would be done and write nothing"))
 
 
 def train_command(options: TrainOptions) -> None:
     """Train, then print the tables and where the adapter is."""
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
-    recipe = load_recipe(options.recipe, options.set, resume=options.resume, overwrite=options.overwrite)
-    record = train(recipe, resume=options.resume, overwrite=options.overwrite)
     stdout = Console(highlight=False, quiet=not is_main_process)
+    how = {"resume": options.resume, "overwrite": options.overwrite}
+    start = None
+    if options.grow is None:
+        if options.dry_run:
+            raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
+        recipe = load_recipe(options.recipe, options.set, **how)
+    else:
+        recipe, start = load_growing(options.recipe, options.grow, options.set, **how)
+        stdout.print(start.plan(recipe), soft_wrap=True)
+    if options.dry_run:
+        stdout.print("Dry run: nothing was written.")
+        return
+    record = train(recipe, start=start, **how)
     stdout.print(summary(record))
     stdout.print(f"Adapter and run.json: {recipe.output_dir}", soft_wrap=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import count
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ def grow(
     """
     first = model.base_model.routing.config
     old = list(model.active_adapters)
-    name = name or _free_name(model)
+    name = name or free_name(model.peft_config)
     if name in model.peft_config:
         raise ValueError(f"`name` ({name!r}) is taken; the adapters are {', '.join(model.peft_config)}")
     if split := [field for field in changes if field in SHARED_FIELDS and changes[field] != getattr(first, field)]:
@@ -70,8 +72,9 @@ def grow(
     return name
 
 
-def _free_name(model: PeftModel) -> str:
-    return next(name for i in range(1, 10_000) if (name := f"grown_{i}") not in model.peft_config)
+def free_name(taken: Collection[str]) -> str:
+    """The first of `grown_1`, `grown_2`, ... that is not taken."""
+    return next(name for i in count(1) if (name := f"grown_{i}") not in taken)
 
 
 def _freeze(model: PeftModel, adapters: list[str], experts: bool, scores: bool) -> None:
