@@ -1,0 +1,27 @@
+"""The continual-learning benchmark on a tiny model."""
+
+import json
+
+from benchmarks.continual.__main__ import main
+from benchmarks.continual.learners import LEARNERS
+from benchmarks.continual.table import chosen_runs, forgetting
+
+
+def test_every_method_runs_and_what_is_there_is_not_run_again(tmp_path, capsys):
+    arguments = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--rates", "1e-2", "--seeds", "1"]
+    main([*arguments, "--methods", *LEARNERS])
+    table = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == set(LEARNERS) and all(f"| {name} |" in table for name in LEARNERS)
+    chosen = chosen_runs(rows)
+    assert sorted(chosen["lora"][0]) == [0, 1, 2] and sorted(chosen["joint"][0]) == [2]
+    assert forgetting(chosen["joint"][0]) is None and isinstance(forgetting(chosen["grown"][0]), float)
+    sizes = {name: chosen[name][0][2]["parameters"] for name in ("lora", "grown")}
+    assert abs(sizes["lora"] / sizes["grown"] - 1) < 0.1
+    main([*arguments, "--methods", *LEARNERS])
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_a_budget_ends_before_it_is_overrun(tmp_path, capsys):
+    main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--budget", "0"])
+    assert "budget is spent" in capsys.readouterr().out and not (tmp_path / "rows.jsonl").exists()
