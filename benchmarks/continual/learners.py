@@ -24,7 +24,7 @@ REPLAYED = 0.25  # of a batch's rows
 
 @dataclass(frozen=True)
 class Plan:
-    """What is alike for all: domains in order, optimizer steps of a stage, rows of a batch, size of a stage's experts."""
+    """What is alike for all: domains in order, steps of a stage, rows of a batch, size of a stage's experts."""
 
     domains: tuple[str, ...]
     steps: int

@@ -50,7 +50,9 @@ def forgetting(run: Run) -> float | None:
     if len(run) <= final:
         return None
     earlier = run[final]["order"][:final]
-    return statistics.fmean(run[final]["test"][domain] - run[stage]["test"][domain] for stage, domain in enumerate(earlier))
+    return statistics.fmean(
+        run[final]["test"][domain] - run[stage]["test"][domain] for stage, domain in enumerate(earlier)
+    )
 
 
 def final_loss(run: Run, key: str = "test") -> float:

@@ -1,7 +1,7 @@
 """Learn one domain after another: `moelora train --grow ADAPTER recipe.yaml`.
 
-Each domain gets experts of its own. They learn alone, as if the others were not there, so the others cannot suffer; then
-the new adapter remembers what its routers read, and the gate between adapters is solved anew (`moelora/gate.py`).
+Each domain gets experts of its own. They learn alone, as if the others were not there, so the others cannot suffer;
+then the new adapter remembers what its routers read, and the gate between adapters is solved anew (`moelora/gate.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
     path = Path(folder).expanduser().resolve()
     adapters = [adapter for adapter in read_mixture(path) if adapter.position is not None]
     if adapters[0].config.router_type == "fixed":
-        raise UserError(f"{path}: router_type='fixed' weighs experts alike for every text; a mixture that grows has to route")
+        raise UserError(
+            f"{path}: router_type='fixed' weighs experts alike for every text; a mixture that grows has to route"
+        )
     forgetful = [adapter.name for adapter in adapters if not adapter.config.router_memory]
     if forgetful and len(adapters) > 1:
         raise UserError(
@@ -134,8 +136,8 @@ class Growth(Start):
             domains = load_domains(recipe, tokenizer)
         except (UserError, OSError, ValueError) as error:
             raise UserError(
-                f"{self.folder}: adapter {name!r} does not remember its domain, and the texts that run.json names cannot "
-                f"be read ({error}); call `moelora.experts.remember` with texts of it, and save the mixture"
+                f"{self.folder}: adapter {name!r} does not remember its domain, and the texts that run.json names "
+                f"cannot be read ({error}); call `moelora.experts.remember` with texts of it, and save the mixture"
             ) from error
         self.tokens[name] = remember(model, name, texts(domains, recipe.seed, tokenizer))
 
@@ -152,7 +154,12 @@ class Growth(Start):
     def plan(self, recipe: Recipe) -> Plan:
         """What will be trained and what stays."""
         rows = [
-            (adapter.name, str(adapter.num_experts), "unchanged", "yes" if adapter.config.router_memory else "will be read again")
+            (
+                adapter.name,
+                str(adapter.num_experts),
+                "unchanged",
+                "yes" if adapter.config.router_memory else "will be read again",
+            )
             for adapter in self.stored
         ]
         new = MoELoraConfig(**recipe.mixture)
@@ -179,7 +186,7 @@ def texts(domains: Sequence[DomainBlocks], seed: int, tokenizer: PreTrainedToken
     """Batches of training blocks in random order, the domains in the proportions they are trained in."""
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        mix(domains, seed),  # type: ignore[arg-type]
+        mix(domains, seed),
         batch_size=BATCH,
         shuffle=True,
         generator=generator,

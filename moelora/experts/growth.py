@@ -55,8 +55,8 @@ def grow(
         raise ValueError(f"`name` ({name!r}) is taken; the adapters are {', '.join(model.peft_config)}")
     if split := [field for field in changes if field in SHARED_FIELDS and changes[field] != getattr(first, field)]:
         raise ValueError(
-            f"`{split[0]}` ({changes[split[0]]!r}) is {getattr(first, split[0])!r} in the mixture and holds for all its "
-            "adapters; leave it out"
+            f"`{split[0]}` ({changes[split[0]]!r}) is {getattr(first, split[0])!r} in the mixture and holds for all "
+            "its adapters; leave it out"
         )
     if optimizer is not None:
         _check_optimizer(optimizer, model)
@@ -98,7 +98,9 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
 
 def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
     if num_ranks() > 1:
-        raise ValueError("several processes train this model, wrapped as it was; grow it before training, not during it")
+        raise ValueError(
+            "several processes train this model, wrapped as it was; grow it before training, not during it"
+        )
     trained = {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
     if not any(id(parameter) in trained for parameter in model.parameters()):
         raise ValueError("`optimizer` trains no parameter of this model; pass the one that training began with")

@@ -31,8 +31,8 @@ def remember(
     max_tokens: int = TOKENS,
     rank: int = RANK,
 ) -> int:
-    """Run texts of an adapter's domain through the model, under that adapter alone, and let it remember what its routers
-    read. Call it again after training: hidden states change with the experts.
+    """Run texts of an adapter's domain through the model, under that adapter alone; it remembers what its routers read.
+    Call it again after training: hidden states change with the experts.
 
     Each router of the adapter keeps the mean and covariance of its normalised inputs (H numbers times `rank` + 3), in
     buffers that are saved with the adapter; no text. As soon as every active adapter remembers, a gate decides between
@@ -98,7 +98,9 @@ def _routers_of(model: PeftModel, adapter_name: str) -> dict[str, Router]:
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(model.peft_config)}")
     if model.peft_config[adapter_name].router_type == "fixed":
-        raise ValueError(f"adapter {adapter_name!r} is routed by constant weights (router_type='fixed'): nothing to gate")
+        raise ValueError(
+            f"adapter {adapter_name!r} is routed by constant weights (router_type='fixed'): nothing to gate"
+        )
     if state.attached is not None:
         raise ValueError("an attached router decides, not the adapters' own; call `detach_router()` first")
     return {

@@ -29,7 +29,7 @@ from .schema import UserError
 
 
 class Start:
-    """What a job starts from: a new mixture. Others start from a mixture that is there (`moelora.experts.continual`)."""
+    """What a job starts from: a new mixture. `moelora.experts.continual` starts from one that is there."""
 
     def build(
         self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
