@@ -165,7 +165,7 @@ def load(
     """
     hub_kwargs = hub_arguments(kwargs)
     config = MoELoraConfig.from_pretrained(model_id, **hub_kwargs)
-    weights = _read_weights(model_id, kwargs.get("key_mapping"), hub_kwargs)
+    weights = read_weights(model_id, kwargs.get("key_mapping"), hub_kwargs)
     if getattr(config, "adapters", None):
         result = _load_mixture(model, config, model_id, weights, is_trainable)
     else:
@@ -174,9 +174,16 @@ def load(
     return result
 
 
-def _read_weights(model_id: str, key_mapping: dict[str, str] | None, hub_kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def read_weights(
+    model_id: str, key_mapping: dict[str, str] | None = None, hub_kwargs: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter saved at model_id, a folder or a hub id, by PEFT's names.
+
+    Raises:
+        ValueError: there are none, or their file is damaged.
+    """
     try:
-        return load_peft_weights(model_id, device="cpu", key_mapping=key_mapping, **hub_kwargs)
+        return load_peft_weights(model_id, device="cpu", key_mapping=key_mapping, **hub_kwargs or {})
     except (SafetensorError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"the weights in {model_id!r} are damaged or truncated ({error}); restore them from a copy or an earlier "

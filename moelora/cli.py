@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.building import BuildOptions, build_command
 from .experts.continual import load_growing
+from .experts.export_command import ExportOptions, export
 from .experts.operation import UndoOptions, undo
 from .report.command import ReportOptions, report
 from .report.inspection import InspectOptions, inspect
@@ -83,6 +85,16 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         ReportOptions,
         report,
         "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
+    ),
+    "build": (
+        BuildOptions,
+        build_command,
+        "moelora build --expert code=loras/code --expert docs=loras/docs --router arrow --out loras/mixture",
+    ),
+    "export": (
+        ExportOptions,
+        export,
+        "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0",
     ),
     "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }

@@ -20,7 +20,7 @@ LOSS_TYPES = ("aux_loss", "z_loss", "switch")
 
 # One weight per expert scales that expert's B A x. Each of these adds something that is not of that form, is shared
 # between experts, or changes the base weights, so a mixture would ignore it or compute something else.
-_REFUSED_OPTIONS: dict[str, str] = {
+REFUSED_OPTIONS: dict[str, str] = {
     "use_dora": "DoRA normalises base and delta together, so experts cannot be weighted per token",
     "use_qalora": "QALoRA pools the input before A",
     "velora_config": "VeLoRA replaces the LoRA backward pass",
@@ -82,6 +82,7 @@ _RULES = (
     _Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
     _Rule("maturity_tokens", lambda v: _is_int(v) and v >= 1, "pass an integer of 1 or more"),
     _Rule("router_memory", lambda v: _is_int(v) and v >= 0, "pass an integer of 0 or more"),
+    _Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
     _Rule("routing_scale", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
 )
 
@@ -155,6 +156,13 @@ class MoELoraConfig(LoraConfig):
     routing_scale: float = field(
         default=1.0, metadata={"help": "Factor on the routers' weights, which sum to 1 for each token."}
     )
+    single_expert: bool = field(
+        default=False,
+        metadata={
+            "help": "This adapter is one expert whatever its name says: a plain LoRA that was imported. `num_experts` "
+            "then counts for nothing."
+        },
+    )
     router_memory: int = field(
         default=0,
         metadata={"help": "Written by moelora.experts.remember: directions kept of what each router read (0: none)."},
@@ -192,7 +200,7 @@ class MoELoraConfig(LoraConfig):
             )
 
     def _check_lora_options(self) -> None:
-        for name, reason in _REFUSED_OPTIONS.items():
+        for name, reason in REFUSED_OPTIONS.items():
             value = getattr(self, name)
             if value:
                 raise ValueError(f"`{name}` ({value!r}) cannot be honoured by a mixture: {reason}; leave it unset")
@@ -220,14 +228,14 @@ MIXTURE_FIELDS = frozenset(f.name for f in dataclasses.fields(MoELoraConfig)) - 
 
 
 def count_experts(adapter_name: str, config: MoELoraConfig) -> int:
-    """Number of experts an adapter holds: one when it is named ``expert_<i>``, else ``config.num_experts``.
+    """Number of experts an adapter holds: one when it is named ``expert_<i>`` or a `single_expert`, else `num_experts`.
 
     Example:
         >>> config = MoELoraConfig(num_experts=4)
         >>> count_experts("expert_3", config), count_experts("default", config)
         (1, 4)
     """
-    return 1 if re.fullmatch(r"expert_\d+", adapter_name) else config.num_experts
+    return 1 if config.single_expert or re.fullmatch(r"expert_\d+", adapter_name) else config.num_experts
 
 
 def storage_config(config: MoELoraConfig, num_experts: int) -> MoELoraConfig:

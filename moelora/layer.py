@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import MoELoraConfig, count_experts
 from .forward import BlockHook
-from .ops import ExpertPool, Reader, mixture_linear
+from .ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from .router import MoELoraRouter, Pool
 from .shared_input import SharedInput
 from .state import RoutingState
@@ -62,6 +62,8 @@ class MoELoraLayer(_LayerBase):
         pools = self.expert_pools()
         if not pools:
             return super().forward(x, *args, **kwargs)
+        if self._may_be_plain_lora():
+            return mixture_by_expert(x, Reader(self.base_layer, pools), self.weights_for(x), *args, **kwargs)
         inputs = None if args or kwargs else self._shared_input()
         if inputs is not None and (ready := inputs.take(self, x)) is not None:
             return ready
@@ -69,6 +71,15 @@ class MoELoraLayer(_LayerBase):
         if inputs is None:
             return mixture_linear(x, reader, weights, *args, **kwargs)
         return inputs.run(x, self, reader, weights)
+
+    def _may_be_plain_lora(self) -> bool:
+        """Whether some token may have to come out as a plain LoRA that was imported makes it, to the last bit.
+
+        Not in training, where dropout, and soon the expert itself, are other than they were.
+        """
+        state = self.link.state
+        is_imported = any(state.configs[name].single_expert for name in self._routed_adapters())
+        return is_imported and not self.training and state.may_single_out
 
     def _shared_input(self) -> SharedInput | None:
         """Where linears of the block leave each other results; None where each has weights of its own."""

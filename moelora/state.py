@@ -62,6 +62,12 @@ class RoutingState:
         return sum(count for _, count in self.pool)
 
     @property
+    def may_single_out(self) -> bool:
+        """Whether a token can be one expert's alone: by weights given by hand or by a fixed router, or by top-1."""
+        is_given = self.routing_weights is not None or self.attached is not None
+        return is_given or self.config.router_type == "fixed" or min(self.config.top_k_experts, self.num_experts) == 1
+
+    @property
     def enabled(self) -> bool:
         """Whether anything is routed at all."""
         return bool(self.active_adapters) and not any(router.disable_adapters for router in self.routers.values())

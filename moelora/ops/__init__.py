@@ -23,6 +23,7 @@ __all__ = [
     "compute_dtype",
     "is_plain",
     "mixture",
+    "mixture_by_expert",
     "mixture_fused",
     "mixture_linear",
 ]
@@ -62,6 +63,21 @@ def mixture_linear(x: Tensor, reader: Reader, weights: Tensor, *args: Any, **kwa
     """
     if not args and not kwargs and can_fuse(reader.pools):
         return mixture_fused(x, [reader], weights)[0]
+    return _base_plus_mixture(x, reader, weights, "concat", args, kwargs)
+
+
+def mixture_by_expert(x: Tensor, reader: Reader, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """[`mixture_linear`] expert by expert, each in the very operations, in their order, of PEFT's plain LoRA.
+
+    A token that one expert has to itself (weight 1, the others 0) comes out as that LoRA by itself makes it, bit for
+    bit: in products over all ranks at once the sums would be rounded in another order.
+    """
+    return _base_plus_mixture(x, reader, weights, "reference", args, kwargs)
+
+
+def _base_plus_mixture(
+    x: Tensor, reader: Reader, weights: Tensor, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     result = reader.base_layer(x, *args, **kwargs)
-    delta = mixture(x.to(reader.pools[0].lora_A.dtype), reader.pools, weights)
+    delta = mixture(x.to(reader.pools[0].lora_A.dtype), reader.pools, weights, backend=backend)
     return (result + delta).to(result.dtype)

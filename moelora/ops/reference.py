@@ -19,7 +19,7 @@ def mixture_reference(x: Tensor, pools: Sequence[ExpertPool], weights: Tensor) -
         dropped = pool.dropout(x)
         for i in range(pool.num_experts):
             block = slice(i * pool.rank, (i + 1) * pool.rank)
-            delta = F.linear(F.linear(dropped, pool.lora_A[block]), pool.lora_B[:, block])
-            total = total + weights[..., expert, None].to(x.dtype) * pool.scaling * delta
+            delta = F.linear(F.linear(dropped, pool.lora_A[block]), pool.lora_B[:, block]) * pool.scaling
+            total = total + weights[..., expert, None].to(x.dtype) * delta  # exactly delta where the weight is 1
             expert += 1
     return total

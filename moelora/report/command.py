@@ -109,8 +109,10 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
         for problem in check_values(ReportOptions, vars(options), "")
     ]
     problems += _check_out(out)
-    domains, found = _check_data(options.data)
+    domains, found = read_domains(options.data)
     problems += found
+    if not options.data:
+        problems.append(Problem("--data", options.data, "give texts: --data NAME=FILE, once per domain"))
     if not (Path(options.adapter).expanduser()).is_dir():
         fix = "no such folder; give the `output_dir` of a finished run"
         problems.append(Problem("--adapter", options.adapter, fix))
@@ -129,24 +131,22 @@ def _check_out(out: Path) -> list[Problem]:
     return []
 
 
-def _check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
-    """Read every file once, so that an empty or binary one is told before a model is loaded."""
-    if not data:
-        return [], [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
+def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
+    """Options of the form NAME=FILE. Every file is read once, so that a bad one is told before a model is loaded."""
     domains, problems = [], []
-    for given in data:
-        name, equals, path = given.partition("=")
+    for text in given:
+        name, equals, path = text.partition("=")
         fix = "must be NAME=FILE, such as code=code.jsonl" if not equals or not path else plain_name(name)
         if fix:
-            problems.append(Problem("--data", given, fix))
+            problems.append(Problem(flag, text, fix))
             continue
         domain = DomainOptions(name=name, path=resolve_path(path, Path.cwd()))
-        found = check_domain(domain, f"--data {name}")
+        found = check_domain(domain, f"{flag} {name}")
         problems += [replace(problem, key=problem.key.removesuffix(".path")) for problem in found]
         domains.append(domain)
     counts = Counter(domain.name for domain in domains)
     problems += [
-        Problem("--data", name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
+        Problem(flag, name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
     ]
     return domains, problems
 

@@ -99,10 +99,15 @@ def group_modules(modules: Modules, routers: Sequence[str]) -> dict[str, dict[st
     """The linears that each router steers: those inside its block, or all (the model's router is named "")."""
     groups: dict[str, dict[str, Mapping[str, ExpertPool]]] = {name: {} for name in routers}
     for module, pools in modules.items():
-        owners = [name for name in routers if not name or module == name or module.startswith(f"{name}.")]
-        if owners:
-            groups[max(owners, key=len)][module] = pools
+        if (owner := owner_of(module, routers)) is not None:
+            groups[owner][module] = pools
     return groups
+
+
+def owner_of(module: str, routers: Iterable[str]) -> str | None:
+    """The router that steers a linear: its own, its block's or the model's; None if there is none of them."""
+    owners = [name for name in routers if not name or module == name or module.startswith(f"{name}.")]
+    return max(owners, key=len, default=None)
 
 
 def sharpness(routers: Sequence[Router], temperature: float) -> float:

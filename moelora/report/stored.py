@@ -25,7 +25,7 @@ from ..training.schema import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PROBLEMS_SHOWN = 3
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _ROUTER = re.compile(r"(?:base_model\.model\.)?(?P<router>.*?)\.?moe_router\.lora_router\.(?P<tensor>\w+)")
 
 
@@ -114,11 +114,11 @@ def _adapter(
     routers: dict[str, dict[str, Tensor]] = {}
     num_parameters = 0
     for key, tensor in weights.items():
-        if match := _FACTOR.fullmatch(key):
+        if match := FACTOR.fullmatch(key):
             factors.setdefault(match["module"], {})[match["factor"]] = tensor
         elif match := _ROUTER.fullmatch(key):
             routers.setdefault(match["router"], {})[match["tensor"]] = tensor
-        if match and (match.re is _FACTOR or match["tensor"] in ("weight", "hidden_weight")):
+        if match and (match.re is FACTOR or match["tensor"] in ("weight", "hidden_weight")):
             num_parameters += tensor.numel()
     broken = [module for module, pair in factors.items() if len(pair) != 2]
     if broken or not factors or not routers:

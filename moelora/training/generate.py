@@ -74,9 +74,7 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(missing_adapter(adapter))
     if base is not None:
-        path = Path(resolve_path(base, Path.cwd()))
-        is_file = path.suffix == ".gguf"
-        model = ModelOptions(name=str(path.parent if is_file else path), gguf_file=path.name if is_file else None)
+        model = base_options(base)
     else:
         noted = noted_base(adapter)
         name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
@@ -87,6 +85,13 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
             "\n".join([f"no base model for the adapter {adapter}; give one with --base", *map(str, problems)])
         )
     return model
+
+
+def base_options(base: str) -> ModelOptions:
+    """What --base names: a folder, a .gguf file or a hub id."""
+    path = Path(resolve_path(base, Path.cwd()))
+    is_file = path.suffix == ".gguf"
+    return ModelOptions(name=str(path.parent if is_file else path), gguf_file=path.name if is_file else None)
 
 
 def missing_adapter(adapter: Path) -> str:

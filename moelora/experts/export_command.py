@@ -1,0 +1,121 @@
+"""`moelora export`: experts for those who know only plain LoRA, or no LoRA at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..report.stored import StoredAdapter, read_mixture
+from ..training.base import load_config, load_model, load_tokenizer
+from ..training.recipe import ModelOptions
+from ..training.record import noted_base
+from ..training.schema import Problem, UserError, about
+from .exporting import is_quantised, lora_of_expert, lora_of_mixture, merge, save_lora
+from .lora_file import LoraFile
+from .operation import ADAPTER_HELP, BASE_HELP, OperationOptions, Plan, carry_out, check_output, read_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(OperationOptions):
+    """Write an expert, or the mixture under fixed weights, as a plain PEFT LoRA or merged into the base model."""
+
+    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
+    expert: str | None = field(
+        default=None,
+        metadata=about("the expert to export: its number in the mixture, or the name of an adapter that is one"),
+    )
+    mixture: bool = field(default=False, metadata=about("export all experts as one LoRA of concatenated rank: exact"))
+    weights: str | None = field(
+        default=None,
+        metadata=about(
+            "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is "
+            "fixed"
+        ),
+    )
+    merge: bool = field(default=False, metadata=about("merge it into the base model and write that model"))
+    base: str | None = field(default=None, metadata=about(BASE_HELP))
+
+
+def export(options: ExportOptions) -> Path | None:
+    """Check everything, print the plan, and write a LoRA or a model.
+
+    Raises:
+        UserError: the options contradict each other, there is no such expert, the routing is no single LoRA, or the
+            base model, where it is needed, is missing, quantised or another.
+    """
+    weights = _check(options)
+    adapter = Path(options.adapter).expanduser()
+    stored, base = _read(options, adapter)
+    try:
+        lora = lora_of_mixture(stored, weights) if options.mixture else lora_of_expert(stored, str(options.expert))
+    except ValueError as error:
+        raise UserError(f"{adapter}: {error}") from error
+    if base is not None:
+        lora.config.base_model_name_or_path = base.name
+    what = "The mixture" if options.mixture else f"Expert {options.expert}"
+    plan = _plan(options, lora, base, what)
+
+    def work(folder: Path) -> None:
+        if options.merge and base is not None:
+            _merge(base, lora, folder)
+        else:
+            save_lora(lora, folder)
+
+    return carry_out(options, plan, work, inputs=[adapter], base=base)
+
+
+def _check(options: ExportOptions) -> list[float] | None:
+    problems = []
+    if (options.expert is None) != options.mixture:
+        fix = "give --expert with a number or a name, or --mixture, and not both"
+        problems.append(Problem("--expert", options.expert, fix))
+    if options.weights is not None and not options.mixture:
+        problems.append(Problem("--weights", options.weights, "goes with --mixture"))
+    weights = None
+    try:
+        weights = None if options.weights is None else [float(number) for number in options.weights.split(",")]
+    except ValueError:
+        problems.append(Problem("--weights", options.weights, "must be numbers with commas between, such as 0.5,0.5"))
+    check_output(options, problems)
+    return weights
+
+
+def _read(options: ExportOptions, adapter: Path) -> tuple[list[StoredAdapter], ModelOptions | None]:
+    """The adapters, and their base model: looked at only where it was named or has to be written."""
+    if not options.merge and options.base is None:
+        stored = read_mixture(adapter)
+        noted, name = noted_base(adapter), stored[0].config.base_model_name_or_path
+        return stored, ModelOptions(**noted) if noted else ModelOptions(name=name) if name else None
+    source = read_source(adapter, options.base)
+    if options.merge and is_quantised(load_config(source.base)):
+        raise UserError(
+            f"--merge: the weights of {source.base.name} are quantised, and merging would round base and experts "
+            "together onto their grid; give the model in full precision with --base, or leave --merge out"
+        )
+    return source.stored, source.base
+
+
+def _plan(options: ExportOptions, lora: LoraFile, base: ModelOptions | None, what: str) -> Plan:
+    numbers = sum(A.numel() + B.numel() for A, B in lora.factors.values())
+    ranks = " ".join(map(str, lora.ranks))
+    notes = [f"Base model: {base.name if base else 'not noted'}"]
+    if options.merge:
+        notes.append("Merged in float32 and rounded once, to the precision of the base model's files.")
+    form = "merged into the base model" if options.merge else "as a plain PEFT LoRA"
+    row = (ranks, str(lora.config.lora_alpha), str(len(lora.factors)), f"{numbers:,}")
+    return Plan(f"{what} of {options.adapter} {form}: {options.out_folder}", _HEAD, [row], notes)
+
+
+_HEAD = ("r", "alpha", "linears", "parameters")
+
+
+def _merge(base: ModelOptions, lora: LoraFile, folder: Path) -> None:
+    exact = dataclasses.replace(base, dtype="float32")
+    model = load_model(exact, torch.device("cpu"))
+    dtype = getattr(load_config(base), "dtype", None) or torch.float32
+    merge(model, lora)
+    model.to(dtype).save_pretrained(str(folder))
+    load_tokenizer(base).save_pretrained(str(folder))

@@ -1,0 +1,165 @@
+"""A plain PEFT LoRA as it lies on disk or on the hub, and whether all of it can become an expert.
+
+Shapes: D in, O out, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+
+from ..checkpoint import read_weights
+from ..config import REFUSED_OPTIONS
+from ..report.stored import FACTOR
+from ..training.schema import UserError
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # linear -> A [r, D], B [O, r]
+
+# Ways to start that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them, and the
+# factors mean nothing on the base model as it was.
+_NEUTRAL_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+_NOT_LORA = {
+    "MOELORA": "it is a mixture already; load it with PeftModel.from_pretrained",
+    "XLORA": "it is an X-LoRA mixture; `moelora build --migrate` takes its experts",
+    "MIXLORA": "it is a MixLoRA mixture; `moelora build --migrate` takes its experts",
+}
+
+
+class LoraError(UserError, ValueError):
+    """A checkpoint that cannot become an expert; the message says what of it does not carry over."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """One plain LoRA.
+
+    Attributes:
+        source: where it came from, for messages.
+        factors: A [r, D] and B [O, r] by linear, without PEFT's prefix.
+    """
+
+    source: str
+    config: LoraConfig
+    factors: Factors
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) by linear."""
+        return {name: (B.shape[0], A.shape[1]) for name, (A, B) in self.factors.items()}
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that occur, in order."""
+        return sorted({A.shape[0] for A, _ in self.factors.values()})
+
+
+def read_lora(path_or_id: str | Path) -> LoraFile:
+    """Read a plain LoRA from a folder or the hub.
+
+    Raises:
+        LoraError: there is none, it is damaged, or a part of it does not carry over into a mixture.
+    """
+    source = str(path_or_id)
+    settings = read_config(source)
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        hint = _NOT_LORA.get(str(kind), "only LoRA has factors that can be weighted as an expert")
+        raise LoraError(f"{source}: `peft_type` is {kind!r}, not 'LORA': {hint}")
+    config = LoraConfig.from_peft_type(**settings)
+    check_carries_over(source, config)
+    try:
+        tensors = read_weights(source)
+    except (ValueError, OSError) as error:
+        raise LoraError(f"{source}: {error}") from error
+    return LoraFile(source, config, factors_of(source, tensors))
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """adapter_config.json of a folder or a hub id, whatever kind of adapter it describes.
+
+    Raises:
+        LoraError: there is none, or it is not readable.
+    """
+    folder = Path(source).expanduser()
+    try:
+        path = folder / CONFIG_NAME if folder.is_dir() else Path(hf_hub_download(source, CONFIG_NAME))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "" if folder.is_dir() else "no such folder, and not to be had from the hub: "
+        raise LoraError(f"{source}: no readable {CONFIG_NAME}: {hint}{error}") from error
+    if not isinstance(settings, dict):
+        raise LoraError(f"{source}: {CONFIG_NAME} is no JSON object; restore it from a copy")
+    return settings
+
+
+def check_carries_over(source: str, config: LoraConfig) -> None:
+    """Refuse what a token's weight could not scale, or what lies outside the factors.
+
+    Raises:
+        LoraError: naming each such option.
+    """
+    lost = [
+        f"`{name}` ({getattr(config, name)!r}): {reason}"
+        for name, reason in REFUSED_OPTIONS.items()
+        if getattr(config, name, None)
+    ]
+    if config.modules_to_save:
+        lost.append(
+            f"`modules_to_save` ({sorted(config.modules_to_save)!r}): whole trained copies of modules, which would "
+            "act on every token whatever the router says"
+        )
+    if config.bias != "none":
+        lost.append(f"`bias` ({config.bias!r}): trained biases of the base model act on every token")
+    if config.trainable_token_indices:
+        lost.append("`trainable_token_indices`: trained embeddings act on every token")
+    if config.init_lora_weights not in _NEUTRAL_STARTS:
+        lost.append(
+            f"`init_lora_weights` ({config.init_lora_weights!r}): it changed the base weights; save the LoRA again "
+            "with PEFT's `path_initial_model_for_weight_conversion`"
+        )
+    if lost:
+        raise LoraError(f"{source} cannot become an expert, for this does not carry over: {'; '.join(lost)}")
+
+
+def factors_of(source: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """Pair up the factors of an adapter's tensors.
+
+    Raises:
+        LoraError: a tensor is no factor of a linear, a factor lacks its other half, or the halves do not fit.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        if match := FACTOR.fullmatch(key):
+            pairs.setdefault(match["module"], {})[match["factor"]] = tensor
+        else:
+            strange.append(key)
+    if strange:
+        raise LoraError(
+            f"{source} cannot become an expert: {_some(strange)} {'is' if len(strange) == 1 else 'are'} no factor of a "
+            "linear layer, so no routing weight could scale it"
+        )
+    broken = [
+        name
+        for name, pair in pairs.items()
+        if len(pair) != 2 or pair["A"].dim() != 2 or pair["B"].dim() != 2 or pair["A"].shape[0] != pair["B"].shape[1]
+    ]
+    if broken or not pairs:
+        what = f"the factors of {_some(broken)} are incomplete or no matrices" if broken else "it holds no factors"
+        raise LoraError(f"{source}: {what}; only linear layers can be experts, and both factors are needed")
+    return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    listed = [f"`{name}`" for name in names]
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more
