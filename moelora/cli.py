@@ -11,9 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.auto_growth import AutoGrowth
 from .experts.building import BuildOptions, build_command
-from .experts.continual import load_growing
+from .experts.continual import Growth, load_growing
 from .experts.export_command import ExportOptions, export
+from .experts.novelty_command import NoveltyOptions, novelty_command
 from .experts.operation import UndoOptions, undo
 from .report.command import ReportOptions, report
 from .report.inspection import InspectOptions, inspect
@@ -42,9 +44,11 @@ class TrainOptions:
     grow: str | None = field(
         default=None,
         metadata=about(
-            "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read"
+            "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
+            "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts"
         ),
     )
+    adapter: str | None = field(default=None, metadata=about("with --grow auto: folder of the trained mixture"))
     dry_run: bool = field(default=False, metadata=about("with --grow: print what would be done and write nothing"))
 
 
@@ -52,14 +56,17 @@ def train_command(options: TrainOptions) -> None:
     """Train, then print the tables and where the adapter is."""
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
+    if (options.adapter is not None) != (options.grow == "auto"):
+        raise UserError("--grow auto and --adapter FOLDER belong together; to add experts in any case: --grow FOLDER")
+    if options.dry_run and options.grow is None:
+        raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
     stdout = Console(highlight=False, quiet=not is_main_process)
-    resume, overwrite, start = options.resume, options.overwrite, None
+    resume, overwrite = options.resume, options.overwrite
     if options.grow is None:
-        if options.dry_run:
-            raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
-        recipe = load_recipe(options.recipe, options.set, resume=resume, overwrite=overwrite)
+        start, recipe = None, load_recipe(options.recipe, options.set, resume=resume, overwrite=overwrite)
     else:
-        recipe, start = load_growing(options.recipe, options.grow, options.set, resume=resume, overwrite=overwrite)
+        kind, folder = (AutoGrowth, options.adapter) if options.adapter else (Growth, options.grow)
+        start, recipe = load_growing(options.recipe, folder, options.set, resume=resume, overwrite=overwrite, kind=kind)
         stdout.print(start.plan(recipe), soft_wrap=True)
     if options.dry_run:
         stdout.print("Dry run: nothing was written.")
@@ -95,6 +102,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         ExportOptions,
         export,
         "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0",
+    ),
+    "novelty": (
+        NoveltyOptions,
+        novelty_command,
+        "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl "
+        "--data mail=mail.jsonl",
     ),
     "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }

@@ -6,6 +6,7 @@ from .importing import build, from_lora
 from .lora_file import LoraError, LoraFile, read_lora
 from .memory import forget, refresh_gate, remember, remembers
 from .migration import Migration, experts_of
+from .novelty_score import Novelty, novelty
 from .router_training import RouterTraining, train_router
 from .scoring import score_by_arrow, score_by_prototype
 
@@ -14,6 +15,7 @@ __all__ = [
     "LoraError",
     "LoraFile",
     "Migration",
+    "Novelty",
     "RouterTraining",
     "build",
     "experts_of",
@@ -21,6 +23,7 @@ __all__ = [
     "from_lora",
     "grow",
     "merge",
+    "novelty",
     "read_lora",
     "refresh_gate",
     "remember",

@@ -72,9 +72,18 @@ def inherited(config: MoELoraConfig) -> dict[str, Any]:
 
 
 def load_growing(
-    recipe_path: str, adapter: str, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
-) -> tuple[Recipe, Growth]:
+    recipe_path: str,
+    adapter: str,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    kind: type[Growth] | None = None,
+) -> tuple[Growth, Recipe]:
     """Read and check a recipe for experts that join the mixture in a folder.
+
+    Args:
+        kind: the class of job; [`Growth`] by default.
 
     Raises:
         RecipeError: listing every problem of the recipe.
@@ -88,7 +97,7 @@ def load_growing(
         raise UserError(f"training.output_dir = {str(folder)!r}\n    is the adapter that grows; give another folder")
     check_fit(stored, recipe.model, folder)
     names = [adapter.name for adapter in read_mixture(folder)]
-    return recipe, Growth(folder, free_name(names), stored)
+    return (kind or Growth)(folder, free_name(names), stored), recipe
 
 
 @dataclass
@@ -116,17 +125,28 @@ class Growth(Start):
         self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
     ) -> PeftModel:
         """The mixture with a new adapter, which alone is active while it learns."""
+        model = self.load(base, recipe, tokenizer)
+        self.add(model, recipe, tokenizer, domains)
+        return model
+
+    def load(self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+        """The mixture on its device, its adapters remembering their domains."""
         model = PeftModel.from_pretrained(base, str(self.folder))
         model.to(TrainingArguments(**recipe.training).device)
         for name in self.old:
             if not model.peft_config[name].router_memory:
                 self._recall(model, name, tokenizer)
+        return model
+
+    def add(
+        self, model: PeftModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
+    ) -> None:
+        """Add the new adapter and let it learn alone."""
         shared = {"task_type", *SHARED_FIELDS}
         changes = {name: value for name, value in recipe.mixture.items() if name not in shared}
         grow(model, name=self.name, **changes)
         model.set_adapter([self.name])
         self._texts = texts(domains, recipe.seed, tokenizer)
-        return model
 
     def _recall(self, model: PeftModel, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let an adapter remember from the texts that its own run names."""
