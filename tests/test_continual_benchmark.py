@@ -2,6 +2,7 @@
 
 import json
 
+from benchmarks.continual import novelty
 from benchmarks.continual.__main__ import main
 from benchmarks.continual.learners import LEARNERS
 from benchmarks.continual.table import chosen_runs, forgetting
@@ -25,3 +26,11 @@ def test_every_method_runs_and_what_is_there_is_not_run_again(tmp_path, capsys):
 def test_a_budget_ends_before_it_is_overrun(tmp_path, capsys):
     main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--budget", "0"])
     assert "budget is spent" in capsys.readouterr().out and not (tmp_path / "rows.jsonl").exists()
+
+
+def test_the_roc_is_of_domains_that_were_not_learned(tmp_path, capsys):
+    novelty.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--domains", "by-1", "by-2"])
+    table = capsys.readouterr().out
+    assert "| by-1 | yes |" in table and "| by-3 | no |" in table
+    assert (tmp_path / "novelty.svg").stat().st_size > 1000
+    assert json.loads((tmp_path / "novelty.json").read_text())["learned"] == ["by-1", "by-2"]

@@ -81,13 +81,13 @@ def folder(tmp_path_factory):
     """A mixture trained on counting; recipes for more of it and for shouting."""
     folder = tmp_path_factory.mktemp("auto")
     recipe = tiny_recipe(folder)
-    write_jsonl(folder / "counting.jsonl", counting(120))
+    write_jsonl(folder / "counting.jsonl", counting(240)[::2])
     recipe["data"] = [recipe["data"][0] | {"eval_fraction": 0.3}]
     recipe["training"] |= {"max_steps": 30, "save_steps": 30}
     assert main(["train", str(write_recipe(folder, recipe).rename(folder / "first.yaml"))]) == 0
     recipe["mixture"] = {}
     recipe["training"]["max_steps"] = 2
-    write_jsonl(folder / "more.jsonl", [{"text": f"{n} plus one is {n + 1}"} for n in range(200, 260)])
+    write_jsonl(folder / "more.jsonl", counting(240)[1::4])
     write_jsonl(folder / "shouting.jsonl", shouting(60))
     for name in ("more", "shouting"):
         recipe["data"] = [{"name": name, "path": f"{name}.jsonl"}]

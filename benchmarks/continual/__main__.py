@@ -36,9 +36,9 @@ ROWS_FILE = "rows.jsonl"
 Row = dict[str, Any]
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
-    parser = make_parser(MODULE, __doc__, EXAMPLES)
+def parser_of(module: str, description: str | None, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """What the benchmarks on domains in sequence let one choose."""
+    parser = make_parser(module, description, examples)
     add = parser.add_argument
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--quick", action="store_true", help="a tiny random model on made-up data, in seconds: whether the code works")
@@ -66,7 +66,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="seeds for the chosen learning rate (default: 3)")
     add("--budget", type=float, default=math.inf, help="seconds after which no run is started that may not end")
     add("--eager", action="store_true", help="do not capture steps in CUDA graphs")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    return parser_of(MODULE, __doc__, EXAMPLES).parse_args(argv)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, Suite, Plan]:
@@ -75,7 +80,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Suite, Plan]:
         from ..quality.quick import quick_base, quick_data
 
         data = quick_data("lm")
-        plan = Plan(tuple(data), 4, 4, args.device, experts=2, rank=2)
+        learned = tuple(name for name in data if name in args.domains) or tuple(data)
+        plan = Plan(learned, 4, 4, args.device, experts=2, rank=2)
         return quick_base().to(args.device).requires_grad_(False), data, plan
     from ..quality.base import load_base
     from ..quality.data import load_suite

@@ -26,7 +26,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..gate import RIDGE, Memory
-from ..report.observe import losses_of, padded, undisturbed
+from ..report.observe import count_anew, losses_of, padded, undisturbed
 from ..report.texts import Block
 from ..router import MoELoraRouter
 from ..routing import FixedRouter, Router, rms_norm
@@ -127,6 +127,7 @@ def measure(
     names = ("loss", "entropy", "distance") if all(domains.values()) else ("loss", "entropy")
     rows = []
     with torch.no_grad(), undisturbed(model):
+        count_anew(model.base_model.routing)
         for start in range(0, len(texts), batch_size):
             blocks = [Block(0, 0, 0, list(text)) for text in texts[start : start + batch_size]]
             ids, mask = padded(blocks, pad, model.device)
