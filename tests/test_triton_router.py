@@ -81,7 +81,9 @@ def assert_same(hidden, weight, loss_type, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_shapes(kernel_device, shape, loss_type, dtype):
+@pytest.mark.parametrize("single", [64, 0], ids=["a program a token", "blocks of tokens"])
+def test_shapes(kernel_device, shape, loss_type, dtype, single, monkeypatch):
+    monkeypatch.setattr("moelora.ops.triton.router.MAX_SINGLE_TOKENS", single)
     hidden, weight = case(shape, dtype, kernel_device)
     assert_same(hidden, weight, loss_type, top_k=shape[3])
 

@@ -20,11 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .gate import weighted, weighted_backward
 from .pool import ExpertPool
+from .triton import kernels_for
+
+FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,12 @@ class _Mixture(torch.autograd.Function):
         frozen, As, Bs = plan.split(tensors)
         read, kept = torch.native_dropout(x, plan.drop_rate, True) if plan.drop_rate > 0 else (x, None)
         h = read @ _stacked(As, x.dtype).t()
-        hws = weighted(h, weights, plan.rank, plan.scale).chunk(plan.num_readers, dim=1)
-        ys = tuple(_expand(x, hw, B, *parts) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
+        if h.shape[0] <= FEW_TOKENS and kernels_for(h):
+            hs = h.chunk(plan.num_readers, dim=1)
+            ys = tuple(_expand_few(x, h_i, weights, B, plan, part) for h_i, B, part in zip(hs, Bs, frozen, strict=True))
+        else:
+            hws = weighted(h, weights, plan.rank, plan.scale).chunk(plan.num_readers, dim=1)
+            ys = tuple(_expand(x, hw, B, *parts) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
         ctx.save_for_backward(x, h, weights, kept, *(weight for _, weight, _ in frozen), *As, *_joined(Bs))
         ctx.plan, ctx.device = plan, x.device.type
         ctx.set_materialize_grads(False)
@@ -127,6 +135,18 @@ def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, we
     if outside is None:
         return (hw @ B.t() if bias is None else torch.addmm(bias, hw, B.t())).addmm_(x, weight.t())
     return torch.addmm(outside, hw, B.t()) if outside.dtype == hw.dtype else (outside + hw @ B.t()).to(outside.dtype)
+
+
+def _expand_few(
+    x: Tensor, h: Tensor, weights: Tensor, factors_B: Sequence[Tensor], plan: _Plan, frozen: Sequence[Any]
+) -> Tensor:
+    """What _expand makes of weighted(h), in one launch after the frozen product."""
+    from .triton.expand import add_expanded
+
+    outside, weight, bias = frozen
+    y = F.linear(x, weight, bias) if outside is None else outside.clone(memory_format=torch.contiguous_format)
+    add_expanded(y, h, weights, _stacked(factors_B, h.dtype, dim=1), plan.rank, plan.scale)
+    return y
 
 
 def _products(dys: Sequence[Tensor | None], factors_B: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""QLoRA with a mixture on one kind of quantised base, on the CPU: `qlora.py KIND FOLDER`; prints what happened as JSON.
+"""QLoRA with a mixture on one kind of quantised base: `qlora.py KIND FOLDER DEVICE`; prints what happened as JSON.
 
 A process of its own, because transformers and PEFT look for quantisation packages when they are imported.
 """
@@ -20,6 +20,7 @@ from moelora import MoELoraConfig
 from moelora.layer import MoELoraLayer
 
 VOCAB, STEPS = 64, 8
+DEVICE = torch.device(sys.argv[3] if len(sys.argv) > 3 else "cpu")
 # By name: PEFT's "all-linear" does not find HQQLinear.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -46,6 +47,7 @@ KINDS = {
     ),
     "bnb-int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "torchao-int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao-int4": lambda: torchao("Int4WeightOnlyConfig", group_size=32, int4_packing_format="tile_packed_to_4d"),
     "quanto-int8": lambda: quanto("int8"),
     "quanto-int4": lambda: quanto("int4"),
 }
@@ -62,7 +64,8 @@ def save_base(folder: Path) -> None:
 
 
 def load_base(folder: Path, kind: str) -> Any:
-    options = {"dtype": torch.float32, "device_map": "cpu"}
+    # torchao's 4-bit product is made of bfloat16.
+    options = {"dtype": torch.bfloat16 if kind == "torchao-int4" else torch.float32, "device_map": DEVICE}
     if kind == "hqq":
         return with_hqq_linears(AutoModelForCausalLM.from_pretrained(folder, **options))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=KINDS[kind](), **options)
@@ -80,7 +83,7 @@ def with_hqq_linears(model: Any) -> Any:
 
     for name, linear in list(model.model.named_modules()):
         if isinstance(linear, nn.Linear):
-            quantised = HQQLinear(linear, BaseQuantizeConfig(4, 64), compute_dtype=torch.float32, device="cpu")
+            quantised = HQQLinear(linear, BaseQuantizeConfig(4, 64), compute_dtype=torch.float32, device=str(DEVICE))
             model.model.set_submodule(name, quantised)
     return model
 
@@ -89,7 +92,8 @@ def batch() -> dict[str, Tensor]:
     ids = torch.randint(2, VOCAB, (4, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
 
 
 def mixture_on(base: Any) -> Any:
@@ -114,7 +118,7 @@ def awaken(model: nn.Module) -> None:
 
 def dequantised(model: Any) -> Any:
     """The same mixture on plain linears that hold what the quantised ones stand for."""
-    plain = mixture_on(LlamaForCausalLM(copy.deepcopy(model.config)))
+    plain = mixture_on(LlamaForCausalLM(copy.deepcopy(model.config)).to(DEVICE))
     theirs = model.state_dict()
     for name, tensor in plain.state_dict().items():
         if ".base_layer." not in name:
@@ -122,7 +126,7 @@ def dequantised(model: Any) -> Any:
     for name, layer in routed(plain).items():
         base = model.get_submodule(name).get_base_layer()
         with torch.no_grad():
-            layer.base_layer.weight.copy_(base(torch.eye(layer.in_features)).t())
+            layer.base_layer.weight.copy_(base(torch.eye(layer.in_features, device=DEVICE).to(model.dtype)).t())
     return plain
 
 
@@ -135,7 +139,7 @@ def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    return ((actual.float() - expected.float()).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
 def train(model: Any) -> list[float]:

@@ -1,5 +1,6 @@
-"""Quantised bases under a mixture, QLoRA style, on the CPU: outputs, gradients, training, generation, persistence."""
+"""Quantised bases under a mixture, QLoRA style: outputs, gradients, training, generation, persistence."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ENGINES = Path(sys.prefix) / "engines"  # the quantisation packages; see the Makefile
 SCRIPT = Path(__file__).with_name("qlora.py")
@@ -19,24 +21,44 @@ LAYERS = {
     "hqq": "MoELoraHqqLoraLinear",
     "quanto-int8": "MoELoraLinear",
     "quanto-int4": "MoELoraLinear",
+    "torchao-int4": "MoELoraTorchaoLoraLinear",
 }
-# Against the same mixture on plain linears with the dequantised weights, in float32. int8 quantises activations too.
-TOLERANCE = dict.fromkeys(LAYERS, 1e-4) | {"bnb-int8": 2e-2}
+ON_GPU_ONLY = {"torchao-int4"}
+# Against the same mixture on plain linears with the dequantised weights, in float32. int8 quantises activations too;
+# torchao's int4 computes in bfloat16, with 8 bits.
+TOLERANCE = dict.fromkeys(LAYERS, 1e-4) | {"bnb-int8": 2e-2, "torchao-int4": 2e-2}
 
 pytestmark = pytest.mark.engines
 
 
-def run(kind, folder):
-    path = os.pathsep.join([str(SCRIPT.parents[2]), str(ENGINES)])
+def run(kind, folder, device):
+    path = os.pathsep.join([str(SCRIPT.parents[2]), str(ENGINES), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), kind, str(folder)]
+    command = [sys.executable, str(SCRIPT), kind, str(folder), device]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(not ENGINES.is_dir(), reason="`make engines` installs the quantisation packages")
-@pytest.mark.parametrize("kind", LAYERS)
+def is_installed(kind):
+    package = "bitsandbytes" if kind.startswith("bnb") else kind.partition("-")[0].replace("quanto", "optimum")
+    return (ENGINES / package).is_dir() or importlib.util.find_spec(package) is not None
+
+
+@pytest.mark.parametrize("kind", sorted(LAYERS.keys() - ON_GPU_ONLY))
 def test_qlora(kind, tmp_path):
-    process = run(kind, tmp_path)
+    check(kind, tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_qlora_on_a_gpu(kind, tmp_path):
+    check(kind, tmp_path, "cuda:0")
+
+
+def check(kind, folder, device):
+    if not is_installed(kind):
+        pytest.skip("`make engines` installs the quantisation packages")
+    process = run(kind, folder, device)
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads(process.stdout.splitlines()[-1])
     assert result["layers"] == [LAYERS[kind]]

@@ -23,6 +23,7 @@ from .router_kernels import backward_kernel, capacity_kernel, forward_kernel
 MAX_EXPERTS = 128  # a block holds all experts
 MAX_PARTIAL_BYTES = 32 * 2**20  # of dW, above which one product of all tokens is made instead
 MAX_CAPACITY_TOKENS = 32768  # one program holds an expert's column in registers
+MAX_SINGLE_TOKENS = 64  # up to which each token gets a program of its own, without tensor cores: decoding
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
@@ -56,6 +57,8 @@ def forward_blocks(T: int, E: int, dtype: torch.dtype) -> Blocks:
     if dtype != torch.bfloat16:
         return Blocks(16, 32, 4, 2)
     widest, warps = max(32, 4096 // _padded(E)), 4 if E <= 32 else 8
+    if T <= MAX_SINGLE_TOKENS:
+        return Blocks(1, 16384 // _padded(E), 8, 2)
     if T <= 256:
         return Blocks(16, min(256, widest), warps, 3)
     return Blocks(64, min(128, widest), warps, 4)

@@ -101,7 +101,10 @@ def forward_kernel(
         h = tl.load(h_ptr + t * h_stride + column[None, :], (t < T) & (column[None, :] < H), 0.0)
         w = tl.load(w_ptr + e * H + column[:, None], (e < E) & (column[:, None] < H), 0.0)
         squares += h.to(tl.float32) * h.to(tl.float32)
-        z = _exact_dot(h, w, z)
+        if BT == 1:
+            z += tl.sum(tl.trans(h).to(tl.float32) * w.to(tl.float32), axis=0, keep_dims=True)
+        else:
+            z = _exact_dot(h, w, z)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1, keep_dims=True) / H + eps)
     z = z * rstd
     if z_ptr is not None:
