@@ -211,7 +211,7 @@ def _watching(
 
 def _look(domains: list[_Domain], mask_BS: Tensor, seen: dict[str, list[Tensor]]) -> Callable[..., None]:
     def hook(router: MoELoraRouter, args: tuple[Any, ...]) -> None:
-        hidden = args[0].view(*mask_BS.shape, -1)
+        hidden = args[0].reshape(*mask_BS.shape, -1)
         logits = router.logits(hidden) / router.state.config.router_temperature
         mask = mask_BS.to(hidden.device)
         tokens = mask.sum(1)
