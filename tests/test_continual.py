@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora.cli import main
-from tests.tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
 
 
 @pytest.fixture(scope="module")

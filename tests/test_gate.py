@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
 
 from moelora.experts import forget, grow, remember
 from moelora.gate import WINDOW, InputSketch, Memory, discriminants, gated_logits, over_context
-from tests.helpers import VOCAB, awaken, llama, mixture_of, routers_of
 
 LOW, HIGH = (2, 10), (VOCAB - 8, VOCAB)  # two domains: spans of token ids
 

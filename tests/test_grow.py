@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers import mixture_of, train_step
+from test_gate import LOW, texts
 from transformers import Trainer, TrainingArguments
 
 from moelora.experts import GrowthCallback, grow
-from tests.helpers import mixture_of, train_step
-from tests.test_gate import LOW, texts
 
 
 class Rows(torch.utils.data.Dataset):

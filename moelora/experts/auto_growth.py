@@ -21,7 +21,7 @@ from .novelty_command import sample
 from .novelty_score import Novelty, measure, novelty
 from .operation import Plan
 
-TEXTS = 64
+TEXTS = 32
 """So many of every domain, known or in the recipe, are looked at."""
 FIRES_AT = 0.5
 """Share of a recipe's texts that have to be new for it to be a new domain; of known texts one in twenty is."""

@@ -19,7 +19,7 @@ from ..router import MoELoraRouter
 from ..routing import Router, rms_norm
 
 RANK = 128
-TOKENS = 16_384
+TOKENS = 8_192
 """So many tokens show a domain: more changes little."""
 
 
