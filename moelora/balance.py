@@ -78,6 +78,9 @@ def grow(routers: Sequence[MoELoraRouter], sums: RoutingSums, maturity_tokens: i
         return
     masses, counts = gained[:, 0].unbind(0), gained[:, 1].to(torch.int64).unbind(0)
     parts = [part for router, *rows in zip(routers, masses, counts, strict=True) for part in _by_adapter(router, *rows)]
+    parts = [part for part in parts if not part[0].is_frozen]
+    if not parts:
+        return
     maturities = [expert_router.maturity for expert_router, _, _ in parts]
     torch._foreach_add_(
         maturities,

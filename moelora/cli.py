@@ -11,10 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
+from .experts.auto_growth import AutoGrowth
 from .experts.building import BuildOptions, build_command
+from .experts.continual import Growth, load_growing
 from .experts.distil_command import DistilOptions, distil_command
 from .experts.export_command import ExportOptions, export
 from .experts.merge_command import MergeOptions, merge_command
+from .experts.novelty_command import NoveltyOptions, novelty_command
 from .experts.operation import UndoOptions, undo
 from .experts.prune import PruneOptions, prune_command
 from .report.command import ReportOptions, report
@@ -41,15 +44,37 @@ class TrainOptions:
         default=False, metadata=about("continue from the last checkpoint in the recipe's output folder")
     )
     overwrite: bool = field(default=False, metadata=about("replace the run that the recipe's output folder holds"))
+    grow: str | None = field(
+        default=None,
+        metadata=about(
+            "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
+            "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts"
+        ),
+    )
+    adapter: str | None = field(default=None, metadata=about("with --grow auto: folder of the trained mixture"))
+    dry_run: bool = field(default=False, metadata=about("with --grow: print what would be done and write nothing"))
 
 
 def train_command(options: TrainOptions) -> None:
     """Train, then print the tables and where the adapter is."""
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
-    recipe = load_recipe(options.recipe, options.set, resume=options.resume, overwrite=options.overwrite)
-    record = train(recipe, resume=options.resume, overwrite=options.overwrite)
+    if (options.adapter is not None) != (options.grow == "auto"):
+        raise UserError("--grow auto and --adapter FOLDER belong together; to add experts in any case: --grow FOLDER")
+    if options.dry_run and options.grow is None:
+        raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
     stdout = Console(highlight=False, quiet=not is_main_process)
+    resume, overwrite = options.resume, options.overwrite
+    if options.grow is None:
+        start, recipe = None, load_recipe(options.recipe, options.set, resume=resume, overwrite=overwrite)
+    else:
+        kind, folder = (AutoGrowth, options.adapter) if options.adapter else (Growth, options.grow)
+        start, recipe = load_growing(options.recipe, folder, options.set, resume=resume, overwrite=overwrite, kind=kind)
+        stdout.print(start.plan(recipe), soft_wrap=True)
+    if options.dry_run:
+        stdout.print("Dry run: nothing was written.")
+        return
+    record = train(recipe, resume=resume, overwrite=overwrite, start=start)
     stdout.print(summary(record))
     stdout.print(f"Adapter and run.json: {recipe.output_dir}", soft_wrap=True)
 
@@ -98,6 +123,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         distil_command,
         "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
         "--out runs/quickstart/lora",
+    ),
+    "novelty": (
+        NoveltyOptions,
+        novelty_command,
+        "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl "
+        "--data mail=mail.jsonl",
     ),
     "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }

@@ -81,6 +81,7 @@ _RULES = (
     _Rule("load_balance_loss_type", lambda v: v in LOSS_TYPES, f"choose one of {', '.join(LOSS_TYPES)}"),
     _Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
     _Rule("maturity_tokens", lambda v: _is_int(v) and v >= 1, "pass an integer of 1 or more"),
+    _Rule("router_memory", lambda v: _is_int(v) and v >= 0, "pass an integer of 0 or more"),
     _Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
     _Rule("routing_scale", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
 )
@@ -161,6 +162,10 @@ class MoELoraConfig(LoraConfig):
             "help": "This adapter is one expert whatever its name says: a plain LoRA that was imported. `num_experts` "
             "then counts for nothing."
         },
+    )
+    router_memory: int = field(
+        default=0,
+        metadata={"help": "Written by moelora.experts.remember: directions kept of what each router read (0: none)."},
     )
     adapters: list[dict[str, Any]] | None = field(
         default=None,

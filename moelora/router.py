@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._peft import RouterTunerLayer
 from .config import MoELoraConfig, count_experts
+from .gate import gated_logits, over_context
 from .ops.norm_linear import norm_linear
 from .ops.triton import kernels_for
 from .routing import FixedRouter, Router, Routing, route
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from .state import ForwardContext, RoutingState
 
 Pool = tuple[tuple[str, int], ...]  # (adapter name, number of experts), in expert order
+_Gating = Callable[[Tensor], Tensor]
 
 
 class MoELoraRouter(nn.Module, RouterTunerLayer):
     """Holds every adapter's router for one block, model or module, and routes with the active ones.
 
-    1. rms_norm the hidden states and score them with each active adapter's router, in float32: logits [T, E].
+    1. rms_norm the hidden states and score them with each active adapter's router, in float32: logits [T, E]. Where
+       adapters remember their domains, the domains decide between adapters and scores within: [`moelora.gate`].
     2. Softmax, top-k, maturity and (in training) capacity: [`moelora.routing.route`].
     3. Report the sums that losses, maturity and statistics need to the forward's context.
     4. In training, drop contributions by `expert_dropout`; multiply by `routing_scale`.
@@ -59,7 +62,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         if config.router_type == "fixed":
             router = FixedRouter(num_experts)
         else:
-            router = Router(self.hidden_size, num_experts, config.router_hidden_size)
+            router = Router(self.hidden_size, num_experts, config.router_hidden_size, config.router_memory)
         if not any(p.is_meta for p in router.parameters()):
             router.to(like.device, like.dtype if like.is_floating_point() else None)
         self.lora_router[adapter_name] = router
@@ -94,8 +97,14 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return self._fixed_weights().expand(*hidden.shape[:-1], -1)
         with torch.autocast(hidden.device.type, enabled=False):
             maturity_E = self.maturity() if maturity_E is None else maturity_E
-            logits_TE = self._logits(self._checked(hidden), self._first_weights())
+            logits_TE = self.logits(hidden)
             return self._route(logits_TE, config, maturity_E).weights.view(*hidden.shape[:-1], logits_TE.shape[-1])
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the active adapters, several, all remember their domains, which then decide between adapters."""
+        routers = self.active_routers()
+        return len(routers) > 1 and all(isinstance(router, Router) and router.remembers for router in routers)
 
     def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
         """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
@@ -112,12 +121,14 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             hidden_TH = self._checked(hidden).to(weight_NH.device)
             mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
             maturity_E = context.maturity(self) if config.router_type == "learned_with_maturity" else None
-            limit = (config.expert_capacity_factor if context.training else None, context.over_ranks)
+            # Under a gate a batch of one domain goes to one adapter: a share of the whole pool would drop most of it.
+            is_limited = context.training and not self.is_gated
+            limit = (config.expert_capacity_factor if is_limited else None, context.over_ranks)
             if self._can_fuse(hidden_TH, weight_NH, limit[0]):
                 routed = self._fused(hidden_TH, weight_NH, config, maturity_E, mask_T, *limit)
                 weights_TE, sums, scale = *routed, 1.0
             else:
-                logits_TE = self._logits(hidden_TH, weight_NH)
+                logits_TE = self._logits(hidden_TH, weight_NH, self._gating(hidden, mask, context))
                 routing = self._route(logits_TE, config, maturity_E, mask_T, *limit)
                 sums = RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type)
                 weights_TE, scale = routing.weights, config.routing_scale
@@ -139,17 +150,46 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     def _first_weights(self) -> Tensor:
         """[N, H]: what the normalised hidden states meet first, of all active adapters."""
-        firsts = [router.first_weight for router in cast("list[Router]", self.active_routers())]
+        routers = cast("list[Router]", self.active_routers())
+        firsts = [router.first_weight for router in routers]
+        if self.is_gated:
+            firsts += [router.gate_weight.to(firsts[0].device) for router in routers]
         return firsts[0] if len(firsts) == 1 else torch.cat(firsts)
 
-    def _logits(self, hidden_TH: Tensor, weight_NH: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
+        """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
+        return self._logits(self._checked(hidden), self._first_weights(), self._gating(hidden), without)
+
+    def _logits(self, hidden_TH: Tensor, weight_NH: Tensor, gating: _Gating, without: int | None = None) -> Tensor:
         """[T, E]."""
         routers = cast("list[Router]", self.active_routers())
-        pieces = norm_linear(hidden_TH.to(weight_NH.device), weight_NH).split(
-            [router.first_weight.shape[0] for router in routers], dim=-1
-        )
-        logits = [router.logits(piece) for router, piece in zip(routers, pieces, strict=True)]
-        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+        sizes = [router.first_weight.shape[0] for router in routers]
+        product_TN = norm_linear(hidden_TH.to(weight_NH.device), weight_NH)
+        firsts, densities_TA = product_TN.split([sum(sizes), product_TN.shape[-1] - sum(sizes)], dim=-1)
+        logits = [router.logits(piece) for router, piece in zip(routers, firsts.split(sizes, dim=-1), strict=True)]
+        if without is not None:
+            together = torch.cat(logits, dim=-1).index_fill(
+                -1, torch.tensor([without], device=firsts.device), -torch.inf
+            )
+            logits = list(together.split([router.num_experts for router in routers], dim=-1))
+        if not self.is_gated:
+            return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+        biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
+        return gated_logits(logits, gating(densities_TA + biases_A), self.state.config.router_temperature)
+
+    def _gating(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _Gating:
+        """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
+        if hidden.dim() != 3:
+            return lambda densities_TA: densities_TA  # no sequence to read on in
+        cache = None if context is None else context.inputs.get("past_key_values")
+        past = 0 if context is None else context.past_length
+
+        def add_up(densities_TA: Tensor) -> Tensor:
+            densities_BSA = densities_TA.view(*hidden.shape[:-1], -1)
+            mask_BS = None if mask is None else mask.to(densities_TA.device)
+            return over_context(densities_BSA, mask_BS, cache, self.name, past).flatten(0, 1)
+
+        return add_up
 
     def _can_fuse(self, hidden_TH: Tensor, weight_NH: Tensor, capacity_factor: float | None) -> bool:
         """Whether the Triton router serves these tokens; else steps 1 to 3 run one by one."""
@@ -157,7 +197,9 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return False
         from .ops.triton.router import serves
 
-        is_linear = all(router.hidden_weight is None for router in cast("list[Router]", self.active_routers()))
+        is_linear = not self.is_gated and all(
+            router.hidden_weight is None for router in cast("list[Router]", self.active_routers())
+        )
         return is_linear and serves(hidden_TH, weight_NH, capacity_factor)
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gate import Memory
 from .ranks import fits_over_ranks
 
 
@@ -32,6 +33,12 @@ class ExpertRouter(nn.Module):
         self.register_buffer("maturity", torch.zeros(num_experts))
         self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64))
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether its scores are not to change; then its maturity and counters stand still too."""
+        parameters = list(self.parameters())
+        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
     def _apply(self, fn, recurse=True):
         # A bfloat16 maturity would stop growing: steps of 1e-4 round to nothing. Devices move, dtypes stay.
         exact = dict(self.named_buffers(recurse=False))
@@ -50,10 +57,24 @@ class Router(ExpertRouter):
         hidden_size: H, width of the hidden states.
         num_experts: E, experts of this adapter.
         router_hidden_size: hidden units of a two-layer router (SiLU between); None for a linear one.
+        memory: directions to remember of the adapter's domain; 0 for none.
+
+    Buffers, where there is a memory: memory_mean [H], memory_directions [K, H] and memory_variance [H], see
+    [`moelora.gate.Memory`]; gate_weight [1, H] and gate_bias [1], the domain's discriminant.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, router_hidden_size: int | None = None) -> None:
+    memory_mean: Tensor
+    memory_directions: Tensor
+    memory_variance: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, router_hidden_size: int | None = None, memory: int = 0
+    ) -> None:
         super().__init__(num_experts)
+        self.hidden_size = hidden_size
+        self.make_memory(memory)
         # Raw parameters, not nn.Linear: PEFT's "all-linear" and quantisers must not take a router for a target.
         self.hidden_weight: nn.Parameter | None = None
         if router_hidden_size is not None:
@@ -66,6 +87,24 @@ class Router(ExpertRouter):
         for weight in (self.hidden_weight, self.weight):
             if weight is not None:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+    def make_memory(self, rank: int) -> None:
+        """Make room for a memory of `rank` directions; 0 forgets."""
+        H, K = self.hidden_size, min(rank, self.hidden_size)
+        shapes = {"memory_mean": (H,), "memory_directions": (K, H), "memory_variance": (H,), "gate_weight": (1, H)}
+        device = self.maturity.device
+        for name, shape in (shapes | {"gate_bias": (1,)}).items():
+            self.register_buffer(name, torch.zeros(shape, device=device) if rank else None)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory of its domain."""
+        return self.memory_mean is not None
+
+    @property
+    def memory(self) -> Memory:
+        """Its memory of its domain, on the CPU."""
+        return Memory(self.memory_mean.cpu(), self.memory_directions.cpu(), self.memory_variance.cpu())
 
     @property
     def first_weight(self) -> Tensor:

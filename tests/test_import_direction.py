@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-MATHS = ["routing", "losses", "masks", "ranks", "ops", "ops.concat", "ops.reference", "ops.pool"]
+MATHS = ["gate", "routing", "losses", "masks", "ranks", "ops", "ops.concat", "ops.reference", "ops.pool"]
 FORBIDDEN = ["peft", "transformers", "accelerate", "datasets", "triton", "matplotlib", "plotly", "pandas"]
 
 # moelora/__init__.py registers with PEFT, so the package is replaced by an empty one with the same path.

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..router import MoELoraRouter
-from ..routing import FixedRouter, Router, rms_norm, route
+from ..routing import FixedRouter, route
 from ..state import RoutingState
 from ..stats import RouterStats, RoutingTotals
 from .texts import Block
@@ -68,7 +68,7 @@ def look(model: PeftModel, blocks: Sequence[Block], pad: int) -> Batch:
     weights_RBSE = torch.stack([seen[name].view(*ids.shape, -1) for name in routers_of(state)]).cpu()
     return Batch(
         weights=[weights_RBSE[:, row, :length] for row, length in enumerate(lengths)],
-        losses=_losses(logits, ids, lengths),
+        losses=losses_of(logits, ids, lengths),
     )
 
 
@@ -79,7 +79,7 @@ def losses_without(model: PeftModel, blocks: Sequence[Block], pad: int, expert: 
     ids, mask = padded(blocks, pad, model.device)
     with torch.no_grad(), _hooks(state, lambda name, router: _remove(router, state, expert)):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    return _losses(logits, ids, lengths)
+    return losses_of(logits, ids, lengths)
 
 
 def padded(blocks: Sequence[Block], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,8 @@ def padded(blocks: Sequence[Block], pad: int, device: torch.device) -> tuple[Ten
     return ids.to(device), mask.to(device)
 
 
-def _losses(logits: Tensor, ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+def losses_of(logits: Tensor, ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """For each row [T - 1] nats of predicting each token but the first, on the CPU; padding is left out."""
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none").cpu()
     return [losses[row, : length - 1] for row, length in enumerate(lengths)]
 
@@ -137,13 +138,9 @@ def weights_without(router: MoELoraRouter, hidden: Tensor, position: int | None)
     """
     config = router.state.config
     with torch.autocast(hidden.device.type, enabled=False):
-        normed = rms_norm(hidden.flatten(0, -2))
-        scorers = cast("list[Router]", router.active_routers())
-        logits_TE = torch.cat([scorer(normed.to(scorer.first_weight.device)) for scorer in scorers], dim=-1)
+        logits_TE = router.logits(hidden, without=position)
         if logits_TE.shape[-1] == 1 and position is not None:
             return torch.zeros_like(logits_TE).view(*hidden.shape[:-1], -1)
-        if position is not None:
-            logits_TE[:, position] = -torch.inf
         maturity_E = router.maturity() if config.router_type == "learned_with_maturity" else None
         top_k = min(config.top_k_experts, logits_TE.shape[-1])
         decided = route(logits_TE, top_k=top_k, temperature=config.router_temperature, maturity_E=maturity_E)

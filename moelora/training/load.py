@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import TrainingArguments
 
-from ..config import MoELoraConfig
+from ..config import SHARED_FIELDS, MoELoraConfig
 from .base import check_model
 from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from .record import check_output_dir
@@ -62,6 +62,7 @@ NOT_IN_MIXTURE = {
     "base_model_name_or_path": "set `model.name`",
     "auto_mapping": "drop it: PEFT fills it in",
     "peft_version": "drop it: PEFT fills it in",
+    "router_memory": "drop it: `moelora train --grow` fills it in",
 }
 
 
@@ -89,7 +90,12 @@ _Loader.add_implicit_resolver(
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    inherited: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -98,6 +104,7 @@ def load_recipe(
         overrides: `key=value` settings that replace what the file says, such as `training.max_steps=10`.
         resume: the run is to continue from the last checkpoint in its output folder.
         overwrite: what an earlier run left in the output folder may be replaced.
+        inherited: fields of `MoELoraConfig` of a mixture that the run adds to; the recipe may not change shared ones.
 
     Raises:
         RecipeError: listing every problem with its key, value and fix.
@@ -105,7 +112,7 @@ def load_recipe(
     path = Path(path)
     raw, problems = apply_overrides(_parse(path), overrides)
     problems += check_values(Recipe, raw, "")
-    recipe = _build(raw, path.resolve().parent, problems)
+    recipe = _build(raw, path.resolve().parent, problems, inherited)
     if recipe is not None:
         problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
     if problems or recipe is None:
@@ -155,13 +162,15 @@ def _descend(section: Any, name: str) -> Any:
     return section.setdefault(name, {}) if isinstance(section, dict) else None
 
 
-def _build(raw: dict[str, Any], folder: Path, problems: list[Problem]) -> Recipe | None:
+def _build(
+    raw: dict[str, Any], folder: Path, problems: list[Problem], inherited: Mapping[str, Any] | None
+) -> Recipe | None:
     """Check every section, adding to `problems`; the recipe, or None where a section is not usable at all."""
     bad = {problem.key for problem in problems}
     given = {name: value for name, value in raw.items() if name not in bad}
     model = _build_model(given["model"], folder, problems) if "model" in given else None
     data = _build_domains(given["data"], folder, problems) if "data" in given else None
-    mixture = _build_mixture(given.get("mixture", {}), problems)
+    mixture = _build_mixture(given.get("mixture", {}), problems, inherited)
     training = _build_training(given["training"], folder, raw, problems) if "training" in given else None
     numbers = {name: given[name] for name in ("block_size", "max_eval_blocks", "seed") if name in given}
     if model is not None:
@@ -201,9 +210,15 @@ def _build_domain(raw: Mapping[str, Any], index: int, folder: Path, problems: li
     return domain
 
 
-def _build_mixture(raw: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any] | None:
+def _build_mixture(
+    raw: Mapping[str, Any], problems: list[Problem], inherited: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     found = _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture")
-    values = {**MIXTURE_DEFAULTS, **raw}
+    values = {**(MIXTURE_DEFAULTS if inherited is None else inherited), **raw}
+    for name, shared in inherited.items() if inherited else ():
+        if name in SHARED_FIELDS and raw.get(name, shared) != shared:
+            fix = f"is {shared!r} in the mixture that grows, and holds for all its experts; leave it out"
+            found.append(Problem(f"mixture.{name}", raw[name], fix))
     if values["task_type"] != "CAUSAL_LM":
         found.append(Problem("mixture.task_type", values["task_type"], "must be CAUSAL_LM: the job trains on texts"))
     found += construct(MoELoraConfig, _without(values, "mixture", found), "mixture")

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..config import MoELoraConfig
 from .base import load_model, load_tokenizer
@@ -20,7 +28,26 @@ from .record import RUN_FILE, clear_output, environment, last_checkpoint, now, r
 from .schema import UserError
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+class Start:
+    """What a job starts from: a new mixture. `moelora.experts.continual` starts from one that is there."""
+
+    def build(
+        self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
+    ) -> PeftModel:
+        """The model to train; base lies on the CPU still."""
+        return get_peft_model(base, MoELoraConfig(**recipe.mixture))
+
+    def finish(self, model: PeftModel) -> None:
+        """What is to be done with the trained model before it is saved."""
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json is to say about it."""
+        return {}
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, start: Start | None = None
+) -> dict[str, Any]:
     """Run a checked recipe and save the adapter with its run.json in the recipe's output folder.
 
     Under `accelerate launch` every process calls this; only the first writes.
@@ -34,6 +61,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         recipe: from `moelora.training.load_recipe`, called with the same `resume` and `overwrite`.
         resume: continue from the last checkpoint in the output folder.
         overwrite: first remove what an earlier run left in the output folder.
+        start: what to start from; a new mixture by default.
 
     Returns:
         The content of run.json.
@@ -43,18 +71,20 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     """
     seconds: dict[str, float] = {}
     run_file = recipe.output_dir / RUN_FILE
+    start = start or Start()
     with _timed(seconds, "load"):
-        trainer, domains = _prepare(recipe)
+        trainer, domains = _prepare(recipe, start)
     if resume:
         record, checkpoint = _resumed_record(recipe, domains), last_checkpoint(recipe.output_dir)
     else:
-        record, checkpoint = _new_record(recipe, trainer, domains), None
+        record, checkpoint = _new_record(recipe, trainer, domains) | start.describe(), None
         if overwrite and is_main_process:
             clear_output(recipe.output_dir)
         trainer.add_callback(_AtStart(lambda: _measure_before(trainer, domains, record, seconds, run_file)))
     _write(run_file, record)
     with _timed(seconds, "train"):
         outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        start.finish(trainer.model)
         trainer.save_model()
     seconds["train"] = round(seconds["train"] - seconds.get("evaluate_before", 0.0), 2)
     with _timed(seconds, "evaluate_after"):
@@ -80,7 +110,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
         write_json(path, record)
 
 
-def _prepare(recipe: Recipe) -> tuple[Trainer, list[DomainBlocks]]:
+def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]:
     """Everything up to the first measurement: data, model, mixture, Trainer."""
     console.print(f"Loading the tokenizer and {len(recipe.data)} domains")
     tokenizer = load_tokenizer(recipe.model)
@@ -88,7 +118,7 @@ def _prepare(recipe: Recipe) -> tuple[Trainer, list[DomainBlocks]]:
     arguments = TrainingArguments(**recipe.training)
     console.print(f"Loading {recipe.model.name}", soft_wrap=True)
     set_seed(recipe.seed)
-    model = get_peft_model(load_model(recipe.model, arguments.device), MoELoraConfig(**recipe.mixture))
+    model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)
     trainer = Trainer(
         model=model,
         args=arguments,

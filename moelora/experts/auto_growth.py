@@ -1,0 +1,116 @@
+"""`moelora train --grow auto`: add experts for texts that are new to the mixture, else let fitting ones learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..training.data import DomainBlocks, split_documents
+from ..training.progress import console
+from ..training.recipe import DomainOptions, Recipe
+from ..training.record import read_record
+from ..training.schema import UserError
+from .continual import Growth
+from .memory import alone
+from .novelty_command import sample
+from .novelty_score import Novelty, measure, novelty
+from .operation import Plan
+
+TEXTS = 32
+"""So many of every domain, known or in the recipe, are looked at."""
+FIRES_AT = 0.5
+"""Share of a recipe's texts that have to be new for it to be a new domain; of known texts one in twenty is."""
+
+
+@dataclass
+class AutoGrowth(Growth):
+    """A [`Growth`] that adds experts only if the recipe's texts are new to the mixture."""
+
+    learns: str = field(default="", init=False)  # the adapter that learns
+    verdict: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def build(
+        self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
+    ) -> PeftModel:
+        """The mixture with the adapter that learns alone active: a new one, or the one that knows these texts best."""
+        model = self.load(base, recipe, tokenizer)
+        new = [text for d in recipe.data for text in _texts(split_documents(d)[0], recipe, tokenizer)]
+        known = [
+            text
+            for domain in known_domains(self.folder)
+            for text in _texts(split_documents(domain)[1], recipe, tokenizer)
+        ]
+        pad = int(tokenizer.pad_token_id or 0)
+        try:
+            judged = novelty(model, known, new, pad=pad)
+        except ValueError as error:
+            raise UserError(f"--grow auto: {error}") from error
+        self.verdict = _verdict(judged)
+        if judged.share_new >= FIRES_AT:
+            self.learns = self.name
+            self.add(model, recipe, tokenizer, domains)
+            said = f"{self.name} is added for them, with {model.peft_config[self.name].num_experts} experts"
+        else:
+            self.learns = min(self.old, key=lambda name: _loss_under(model, name, new, pad))
+            model.set_adapter([self.learns])
+            said = f"nothing is added; the experts of {self.learns}, which knows them best, learn on"
+        new_texts = f"{int(judged.is_new.sum())} of {len(new)} texts are new to the mixture"
+        console.print(f"Novelty: {new_texts} (score above {judged.threshold:.2f}): {said}", soft_wrap=True)
+        return model
+
+    def finish(self, model: PeftModel) -> None:
+        """As when growing; an adapter that learned on keeps what it remembers."""
+        if self.learns == self.name:
+            super().finish(model)
+        else:
+            model.set_adapter(self.old)
+
+    def describe(self) -> dict[str, Any]:
+        """For run.json."""
+        grown = self.name if self.learns == self.name else None
+        return {"grown_from": str(self.folder), "grown_adapter": grown, "learned": self.learns, "novelty": self.verdict}
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """What may be trained; the texts decide, once the model is loaded."""
+        plan = super().plan(recipe)
+        note = (
+            f"{self.name} is added only if half of the texts or more are new to the mixture; else the adapter that "
+            "knows them best learns on, and nothing is added."
+        )
+        return Plan(plan.title + ", if its texts are new", plan.columns, plan.rows, [note, *plan.notes])
+
+
+def known_domains(folder: Path) -> list[DomainOptions]:
+    """The domains that a mixture was trained on, from its run.json and those of the mixtures it grew from.
+
+    Raises:
+        UserError: there is no run.json.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise UserError(
+            f"--grow auto: {folder} has no run.json, so nothing tells which texts the mixture knows; give its folder "
+            "to --grow to add experts in any case"
+        )
+    own = [DomainOptions(**domain) for domain in record["recipe"]["data"]]
+    before = record.get("grown_from")
+    return [*own, *(known_domains(Path(before)) if before else ())]
+
+
+def _texts(documents: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return sample(documents["document"][:], tokenizer, TEXTS, recipe.block_size)
+
+
+def _verdict(judged: Novelty) -> dict[str, Any]:
+    numbers = dict(zip(judged.names, judged.z_scores.mean(0).tolist(), strict=True))
+    return {"share_new": judged.share_new, "threshold": judged.threshold, "mean_z_scores": numbers}
+
+
+def _loss_under(model: PeftModel, name: str, texts: list[list[int]], pad: int) -> float:
+    with alone(model, name):
+        return float(measure(model, texts, pad=pad)[1][:, 0].mean())

@@ -1,0 +1,167 @@
+"""Add experts to a trained mixture, before training or in the middle of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import count
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..checkpoint import copy_config
+from ..config import SHARED_FIELDS
+from ..ranks import num_ranks
+
+
+def grow(
+    model: PeftModel,
+    num_experts: int | None = None,
+    *,
+    name: str | None = None,
+    freeze_experts: bool = True,
+    freeze_scores: bool = True,
+    optimizer: Any = None,
+    **changes: Any,
+) -> str:
+    """Add an adapter of new experts (maturity 0: every token hears them) to the active mixture.
+
+    The adapters that are there keep their tensors, and stop learning as asked. Until the new experts have learned
+    something they contribute nothing, but take their share of the routing weight; where the adapters remember their
+    domains ([`moelora.experts.remember`]), let the new one remember its own and it takes from theirs no more.
+
+    Args:
+        num_experts: of the new adapter; as many as the first adapter has by default.
+        name: of the new adapter; `grown_1`, `grown_2`, ... by default.
+        freeze_experts: the experts that are there stop learning.
+        freeze_scores: their routers stop learning, and their maturity and counters stand still.
+        optimizer: the one that training has begun with, bare or from accelerate. New parameters join the groups of
+            their counterparts, so learning rates and schedules stay; nothing that it remembers of others is reset.
+        changes: further fields of `MoELoraConfig` in which the new adapter differs from the first, such as `r`.
+
+    Returns:
+        The new adapter's name.
+
+    Raises:
+        ValueError: the name is taken, a change would split the mixture, or the optimizer trains no part of it; nothing
+            has changed then.
+    """
+    first = model.base_model.routing.config
+    old = list(model.active_adapters)
+    name = name or free_name(model.peft_config)
+    if name in model.peft_config:
+        raise ValueError(f"`name` ({name!r}) is taken; the adapters are {', '.join(model.peft_config)}")
+    if split := [field for field in changes if field in SHARED_FIELDS and changes[field] != getattr(first, field)]:
+        raise ValueError(
+            f"`{split[0]}` ({changes[split[0]]!r}) is {getattr(first, split[0])!r} in the mixture and holds for all "
+            "its adapters; leave it out"
+        )
+    if optimizer is not None:
+        _check_optimizer(optimizer, model)
+    config = copy_config(first)
+    config.inference_mode, config.adapters, config.router_memory = False, None, 0
+    for field, value in {"num_experts": num_experts or first.num_experts, **changes}.items():
+        setattr(config, field, value)
+    config.__post_init__()
+    model.add_adapter(name, config)
+    _freeze(model, old, freeze_experts, freeze_scores)
+    if optimizer is not None:
+        _tell(optimizer, model, name, old)
+    return name
+
+
+def free_name(taken: Collection[str]) -> str:
+    """The first of `grown_1`, `grown_2`, ... that is not taken."""
+    return next(name for i in count(1) if (name := f"grown_{i}") not in taken)
+
+
+def _freeze(model: PeftModel, adapters: list[str], experts: bool, scores: bool) -> None:
+    for key, parameter in model.named_parameters():
+        parts = key.split(".")
+        if not any(adapter in parts for adapter in adapters) or "lora_" not in key:
+            continue
+        if scores if "lora_router" in parts else experts:
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer passes over it from here on
+
+
+# ---- in the middle of training ---------------------------------------------------------------------------------------
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps it
+        optimizer = optimizer.optimizer
+    return optimizer.param_groups
+
+
+def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    if num_ranks() > 1:
+        raise ValueError(
+            "several processes train this model, wrapped as it was; grow it before training, not during it"
+        )
+    trained = {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
+    if not any(id(parameter) in trained for parameter in model.parameters()):
+        raise ValueError("`optimizer` trains no parameter of this model; pass the one that training began with")
+
+
+def _tell(optimizer: Any, model: nn.Module, name: str, old: list[str]) -> None:
+    """Put the new adapter's parameters into the groups of the old ones' parameters of the same kind."""
+    groups = _groups(optimizer)
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    for key, parameter in parameters.items():
+        if name not in key.split(".") or "lora_" not in key or id(parameter) in group_of:
+            continue
+        counterparts = (parameters.get(key.replace(f".{name}.", f".{other}.")) for other in old)
+        found = (group_of[id(other)] for other in counterparts if other is not None and id(other) in group_of)
+        next(found, groups[0])["params"].append(parameter)
+
+
+class GrowthCallback(TrainerCallback):
+    """Grows the mixture of a Trainer's model after a step: ``GrowthCallback(trainer, step=500, num_experts=4)``.
+
+    Give it to every run alike: one that resumes from a checkpoint before the step grows then, one that resumes from a
+    later checkpoint finds the new experts and the optimizer's memory of them restored.
+
+    Args:
+        trainer: before `train` is called; the callback adds itself.
+        step: the optimizer step after which to grow.
+        name, options: see [`grow`].
+    """
+
+    def __init__(self, trainer: Trainer, step: int, name: str = "grown_1", **options: Any) -> None:
+        if step < 1:
+            raise ValueError(f"`step` ({step!r}) is not valid; pass 1 or more, or call `grow` before training")
+        self.step, self.name, self.options = step, name, options
+        self._create_optimizer = trainer.create_optimizer
+        trainer.create_optimizer = self._restore  # the one moment between a checkpoint's weights and its optimizer
+        trainer.add_callback(self)
+        self._trainer = trainer
+
+    def _restore(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        model = self._trainer.model
+        if self.name not in model.peft_config:
+            return self._create_optimizer(*args, **kwargs)
+        if self.name in model.active_adapters:
+            raise ValueError(f"adapter {self.name!r} is part of the mixture already; give the callback another `name`")
+        old = list(model.active_adapters)
+        optimizer = self._create_optimizer(*args, **kwargs)
+        model.base_model.activate_adapter(self.name)
+        _freeze(model, old, self.options.get("freeze_experts", True), self.options.get("freeze_scores", True))
+        _tell(optimizer, model, self.name, old)
+        return optimizer
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """See TrainerCallback."""
+        if state.global_step == self.step and self.name not in model.peft_config:
+            grow(model, name=self.name, optimizer=optimizer, **self.options)

@@ -1,0 +1,158 @@
+"""Let an adapter remember its domain, so that a mixture of several knows which text is whose.
+
+Shapes: T tokens, H router input width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ..gate import InputSketch, Memory, discriminants
+from ..report.observe import count_anew, undisturbed
+from ..router import MoELoraRouter
+from ..routing import Router, rms_norm
+
+RANK = 128
+TOKENS = 8_192
+"""So many tokens show a domain: more changes little."""
+
+
+def remember(
+    model: PeftModel,
+    adapter_name: str,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    max_tokens: int = TOKENS,
+    rank: int = RANK,
+) -> int:
+    """Run texts of an adapter's domain through the model, under that adapter alone; it remembers what its routers read.
+    Call it again after training: hidden states change with the experts.
+
+    Each router of the adapter keeps the mean and covariance of its normalised inputs (H numbers times `rank` + 3), in
+    buffers that are saved with the adapter; no text. As soon as every active adapter remembers, a gate decides between
+    adapters (docs/maths.md, "Gate"): scores of one adapter no longer take from another.
+
+    Args:
+        batches: arguments of the model's forward (`input_ids`, `attention_mask`), enough for max_tokens or fewer.
+        max_tokens: tokens to read, padding excluded.
+        rank: directions of the covariance to keep.
+
+    Returns:
+        The number of tokens read.
+
+    Raises:
+        ValueError: there is no such adapter, its routing is fixed, a router is attached, or the batches are empty.
+    """
+    routers = _routers_of(model, adapter_name)
+    device = next(iter(routers.values())).maturity.device
+    sketches = {name: InputSketch(router.hidden_size, rank, device) for name, router in routers.items()}
+    with undisturbed(model), alone(model, adapter_name):
+        tokens = _read(model, batches, sketches, max_tokens)
+    if tokens < 2:
+        raise ValueError(f"the batches for adapter {adapter_name!r} hold {tokens} tokens; give texts of its domain")
+    for name, router in routers.items():
+        _keep(router, sketches[name].finish(), rank)
+    model.peft_config[adapter_name].router_memory = rank
+    refresh_gate(model)
+    return tokens
+
+
+def forget(model: PeftModel, adapter_name: str) -> None:
+    """Drop what an adapter remembers; the mixture is then gated no more while it is active.
+
+    Raises:
+        ValueError: there is no such adapter, or its routing is fixed.
+    """
+    for router in _routers_of(model, adapter_name).values():
+        router.make_memory(0)
+    model.peft_config[adapter_name].router_memory = 0
+    refresh_gate(model)
+
+
+def remembers(model: PeftModel, adapter_name: str) -> bool:
+    """Whether an adapter remembers its domain."""
+    return model.peft_config[adapter_name].router_memory > 0
+
+
+def refresh_gate(model: PeftModel) -> None:
+    """Solve for the gate anew; needed only after loading adapters that remember into a mixture they did not grow in."""
+    for router in model.base_model.routing.routers.values():
+        remembering = [r for r in router.lora_router.values() if isinstance(r, Router) and r.remembers]
+        if len(remembering) < 2:
+            continue
+        weights, biases = discriminants([expert_router.memory for expert_router in remembering])
+        for expert_router, weight, bias in zip(remembering, weights, biases, strict=True):
+            expert_router.gate_weight.copy_(weight[None])
+            expert_router.gate_bias.copy_(bias[None])
+
+
+def _routers_of(model: PeftModel, adapter_name: str) -> dict[str, Router]:
+    """An adapter's routers by name."""
+    state = model.base_model.routing
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(model.peft_config)}")
+    if model.peft_config[adapter_name].router_type == "fixed":
+        raise ValueError(
+            f"adapter {adapter_name!r} is routed by constant weights (router_type='fixed'): nothing to gate"
+        )
+    if state.attached is not None:
+        raise ValueError("an attached router decides, not the adapters' own; call `detach_router()` first")
+    return {
+        name: cast(Router, router[adapter_name])
+        for name, router in state.routers.items()
+        if adapter_name in router.lora_router
+    }
+
+
+@contextmanager
+def alone(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Within, this adapter is the whole mixture; what is trainable stays so."""
+    active = list(model.active_adapters)
+    with model.base_model.keep_trainability():
+        count_anew(model.base_model.routing)
+        model.set_adapter([adapter_name])
+        try:
+            yield
+        finally:
+            model.set_adapter(active)
+
+
+def _keep(router: Router, memory: Memory, rank: int) -> None:
+    router.make_memory(rank)
+    router.memory_mean.copy_(memory.mean)
+    router.memory_directions.copy_(memory.directions)
+    router.memory_variance.copy_(memory.variance)
+
+
+def _read(
+    model: PeftModel, batches: Iterable[Mapping[str, Tensor]], sketches: Mapping[str, InputSketch], max_tokens: int
+) -> int:
+    tokens = 0
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, router in model.base_model.routing.routers.items():
+            if name in sketches:
+                hooks.callback(router.register_forward_pre_hook(_into(sketches[name])).remove)
+        for batch in batches:
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+            model(**inputs)
+            mask = inputs.get("attention_mask")
+            tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            if tokens >= max_tokens:
+                break
+    return tokens
+
+
+def _into(sketch: InputSketch) -> Callable[..., None]:
+    def hook(router: MoELoraRouter, args: tuple[Any, ...]) -> None:
+        hidden, _, *rest = args
+        mask = rest[0] if rest else None
+        tokens_TH = hidden.flatten(0, -2) if mask is None else hidden[mask.to(hidden.device)]
+        sketch.add(rms_norm(tokens_TH).to(sketch.sum_H.device))
+
+    return hook

@@ -1,0 +1,132 @@
+"""`moelora novelty`: whether an adapter knows some texts, and how well that can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from ..report.command import documents_of, read_domains
+from ..report.texts import tokenise
+from ..training.base import load_tokenizer
+from ..training.progress import console
+from ..training.recipe import DomainOptions
+from ..training.record import read_record
+from ..training.schema import Problem, UserError, about, at_least, check_values
+from .novelty_score import Calibration, Novelty, auc, measure
+from .operation import ADAPTER_HELP, BASE_HELP, read_source
+
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoveltyOptions:
+    """Say whether texts are new to an adapter: no expert of it knows their kind."""
+
+    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
+    calibration: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "texts of a kind that the adapter knows: a name and a .jsonl file, a text file, a pattern or a folder; of "
+            "a file it was trained on, the documents held out then; may be repeated",
+            metavar="NAME=FILE",
+        ),
+    )
+    data: list[str] = field(
+        default_factory=list, metadata=about("texts to judge, likewise; may be repeated", metavar="NAME=FILE")
+    )
+    base: str | None = field(default=None, metadata=about(BASE_HELP))
+    max_texts: int = field(default=64, metadata=about("most texts to read of each file", check=at_least(8)))
+    length: int = field(default=256, metadata=about("tokens to read of each text, from its start", check=at_least(2)))
+
+
+def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
+    """Print a table of how new each file's texts are; return the scores by name.
+
+    Half of the calibration texts calibrate; the other half is known texts, against which the others' area under the ROC
+    curve is measured.
+
+    Raises:
+        UserError: everything that is wrong with options and files, before the model is loaded; or too few texts.
+    """
+    known, others = _check(options)
+    source = read_source(options.adapter, options.base)
+    record = read_record(source.folder)
+    console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
+    tokenizer = load_tokenizer(source.base)
+    read = {
+        domain.name: sample(documents_of(domain, record)[0], tokenizer, options.max_texts, options.length)
+        for domain in (*known, *others)
+    }
+    model = source.load()
+    pad = int(tokenizer.pad_token_id or 0)
+    try:
+        found = judge(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
+    except ValueError as error:
+        raise UserError(f"--calibration: {error}") from error
+    Console(highlight=False).print(_table(found))
+    return found
+
+
+KNOWN = "(known)"
+
+
+def judge(
+    model: PeftModel, known: Sequence[list[list[int]]], others: dict[str, list[list[int]]], pad: int
+) -> dict[str, Novelty]:
+    """Scores by name; those of the calibration texts that did not calibrate are under "(known)"."""
+    halves = [[text for texts in known for text in texts[start::2]] for start in (0, 1)]
+    names, numbers = measure(model, halves[0], pad=pad)
+    calibration = Calibration.of(names, numbers)
+    groups = {KNOWN: halves[1], **others}
+    return {name: calibration.judge(measure(model, texts, pad=pad)[1]) for name, texts in groups.items()}
+
+
+def sample(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[list[int]]:
+    """Token ids of the starts of some documents, drawn at random but the same every time."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED))[:count]
+    texts = [tokenise(documents[number], tokenizer).token_ids[:length] for number in order.tolist()]
+    return [text for text in texts if len(text) > 1]
+
+
+def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOptions]]:
+    problems = [
+        replace(problem, key=f"--{problem.key.replace('_', '-')}")
+        for problem in check_values(NoveltyOptions, vars(options), "")
+    ]
+    if not Path(options.adapter).expanduser().is_dir():
+        problems.append(Problem("ADAPTER", options.adapter, "no such folder; give the `output_dir` of a finished run"))
+    found = []
+    for flag, given in (("--calibration", options.calibration), ("--data", options.data)):
+        domains, bad = read_domains(given, flag)
+        problems += bad
+        if not given:
+            problems.append(Problem(flag, given, f"give texts: {flag} NAME=FILE"))
+        found.append(domains)
+    names = [domain.name for domain in found[0]]
+    problems += [
+        Problem("--data", d.name, "calibration texts have this name; rename one") for d in found[1] if d.name in names
+    ]
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
+    return found[0], found[1]
+
+
+def _table(found: dict[str, Novelty]) -> Table:
+    first = found[KNOWN]
+    table = Table(title=f"Novelty: mean z-scores over known texts; new above {first.threshold:.2f}")
+    table.add_column("texts")
+    for column in ("number", "score", *first.names, "new", "AUC against known"):
+        table.add_column(column, justify="right")
+    for name, novelty in found.items():
+        cells = [f"{value:.2f}" for value in (novelty.scores.mean(), *novelty.z_scores.mean(0))]
+        area = "" if name == KNOWN else f"{auc(first.scores, novelty.scores):.3f}"
+        table.add_row(name, str(len(novelty.scores)), *cells, f"{novelty.share_new:.0%}", area)
+    return table

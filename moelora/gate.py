@@ -1,0 +1,165 @@
+"""Which adapter a text is for: what an adapter remembers of its domain, and the gate that follows from it.
+
+An adapter that was grown for a domain remembers that domain's router inputs by their mean and covariance, no texts. Of
+several such adapters follows a linear discriminant with one covariance for all (Fisher 1936; Rao 1948): the log density
+of a token under each adapter's domain, up to a term that all share. A token alone says little, so the densities of the
+WINDOW tokens up to it are added up. Imports torch only; docs/maths.md has the formulas.
+
+Shapes: B batch, S sequence, T tokens, H router input width, A adapters, E experts, K directions, L sketch width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW = 64
+RIDGE = 1e-3
+"""Share of the mean variance that is added to every direction: few tokens leave some without any."""
+_ATTRIBUTE = "_moelora_densities"  # on a KV cache: what the tokens in it said
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an adapter remembers of its domain at one router; the covariance is directions^T directions + variance."""
+
+    mean: Tensor  # [H]
+    directions: Tensor  # [K, H]
+    variance: Tensor  # [H], what the directions leave out
+
+    def covariance(self) -> Tensor:
+        """[H, H]."""
+        return self.directions.t() @ self.directions + self.variance.diag()
+
+
+class InputSketch:
+    """Streams a router's normalised inputs into a [`Memory`], keeping [H, L] numbers and no input.
+
+    Nystrom approximation of the covariance from one pass over it, with a random orthonormal test matrix (Tropp et al.,
+    arXiv:1706.05736); exact where K >= H.
+
+    Args:
+        hidden_size: H.
+        rank: K.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, device: torch.device | str = "cpu") -> None:
+        self.rank = min(rank, hidden_size)
+        generator = torch.Generator().manual_seed(0)
+        width = min(2 * self.rank, hidden_size)
+        random = torch.randn(hidden_size, width, generator=generator, dtype=torch.float64)
+        self.test_HL = torch.linalg.qr(random).Q.to(device, torch.float32)
+        self.sketch_HL = torch.zeros_like(self.test_HL)
+        self.sum_H = torch.zeros(hidden_size, device=device)
+        self.squares_H = torch.zeros(hidden_size, device=device)
+        self.origin_H: Tensor | None = None  # the first inputs' mean: a few numbers of hidden states are huge
+        self.tokens = 0
+
+    def add(self, normed_TH: Tensor) -> None:
+        """Add the inputs of some tokens, float32."""
+        if normed_TH.shape[0] == 0:
+            return
+        if self.origin_H is None:
+            self.origin_H = normed_TH.mean(0)
+        moved_TH = normed_TH - self.origin_H
+        self.tokens += moved_TH.shape[0]
+        self.sum_H += moved_TH.sum(0)
+        self.squares_H += moved_TH.square().sum(0)
+        self.sketch_HL += moved_TH.t() @ (moved_TH @ self.test_HL)
+
+    def finish(self) -> Memory:
+        """What was seen, float32 on the CPU.
+
+        Raises:
+            ValueError: fewer than two tokens were added.
+        """
+        if self.origin_H is None or self.tokens < 2:
+            raise ValueError(f"a domain needs two tokens or more to be remembered, got {self.tokens}; give more texts")
+        test, sketch, total, squares = (
+            tensor.double().cpu() for tensor in (self.test_HL, self.sketch_HL, self.sum_H, self.squares_H)
+        )
+        moved = total / self.tokens
+        diagonal = squares / self.tokens - moved.square()
+        product = sketch / self.tokens - moved[:, None] * (moved @ test)  # the covariance times the test matrix
+        core = test.t() @ product
+        values, vectors = torch.linalg.eigh((core + core.t()) / 2)
+        kept = values > 1e-6 * values[-1]  # below lies rounding
+        basis = product @ (vectors[:, kept] * values[kept].rsqrt())
+        left, singular, _ = torch.linalg.svd(basis, full_matrices=False)
+        directions = torch.zeros(self.rank, len(diagonal), dtype=torch.float64)
+        found = (left * singular).t()[: self.rank]
+        directions[: len(found)] = found
+        variance = (diagonal - directions.square().sum(0)).clamp(min=0)
+        return Memory(self.origin_H.cpu() + moved.float(), directions.float(), variance.float())
+
+
+def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
+    """Weights [A, H] and biases [A] of every domain's log density: ``weight @ n + bias`` for a normalised input n.
+
+    With the domains' mean covariance S (plus a ridge) and their mean m: ``(mu_a - m)^T S^-1 (n - (mu_a + m) / 2)``,
+    which is ``log N(n; mu_a, S) - log N(n; m, S)``.
+
+    Example:
+        >>> near, far = (Memory(torch.full((1,), mean), torch.zeros(1, 1), torch.ones(1)) for mean in (0.0, 2.0))
+        >>> weights, biases = discriminants([near, far])
+        >>> [round(float(d), 2) for d in weights @ torch.tensor([2.0]) + biases]  # two apart: half a square of two
+        [-1.5, 0.5]
+    """
+    means = torch.stack([memory.mean for memory in memories]).double()
+    shared = torch.stack([memory.covariance() for memory in memories]).double().mean(0)
+    shared += RIDGE * shared.diagonal().mean() * torch.eye(shared.shape[0], dtype=shared.dtype)
+    middle = means.mean(0)
+    weights = torch.linalg.solve(shared, (means - middle).t()).t()
+    biases = -(weights * (means + middle) / 2).sum(-1)
+    return weights.float(), biases.float()
+
+
+def over_context(
+    densities_BSA: Tensor, mask_BS: Tensor | None = None, cache: Any = None, key: str = "", past_length: Any = 0
+) -> Tensor:
+    """[B, S, A]: log densities summed over each token and the WINDOW - 1 before it; padding adds nothing.
+
+    Args:
+        cache: the forward's KV cache; what its tokens said is kept there under `key`, so that text generated token by
+            token is gated as in one forward. Beams of one prompt may exchange what they said.
+        past_length: number of tokens in the cache.
+
+    Example:
+        >>> over_context(torch.ones(1, 100, 1))[0, [0, 1, 99], 0].tolist()
+        [1.0, 2.0, 64.0]
+    """
+    if mask_BS is not None:
+        densities_BSA = densities_BSA * mask_BS[..., None]
+    length, said = densities_BSA.shape[1], densities_BSA
+    if cache is not None:
+        kept = getattr(cache, _ATTRIBUTE, {})
+        before = kept.get(key)
+        if before is not None and before.shape[::2] == said.shape[::2]:
+            said = torch.cat([before * (past_length > 0), said], dim=1)
+        kept[key] = said[:, -(WINDOW - 1) :].detach()
+        setattr(cache, _ATTRIBUTE, kept)
+    total = said.cumsum(1)
+    return (total - F.pad(total, (0, 0, WINDOW, 0))[:, : total.shape[1]])[:, -length:]
+
+
+def gated_logits(logits: Sequence[Tensor], densities_TA: Tensor, temperature: float) -> Tensor:
+    """[T, E] logits under which an adapter's experts together get its domain's share of the probability.
+
+    ``p_e = softmax_a(densities)_a * softmax(logits_a / temperature)_e`` for expert e of adapter a: scores of one
+    adapter cannot take from another, whatever they have learned.
+
+    Args:
+        logits: each adapter's own, [T, E_a]; -inf is an expert that is left out.
+    """
+    shares_TA = densities_TA.log_softmax(-1)
+    pieces = []
+    for piece, share_T1 in zip(logits, shares_TA.split(1, dim=-1), strict=True):
+        own = piece / temperature
+        total = own.logsumexp(-1, keepdim=True)
+        pieces.append((own - total.where(total.isfinite(), 0.0) + share_T1) * temperature)
+    return torch.cat(pieces, dim=-1)

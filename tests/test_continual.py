@@ -1,0 +1,111 @@
+"""`moelora train --grow`: one domain after another on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
+
+from moelora.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A mixture trained on counting, and a recipe that shouts."""
+    folder = tmp_path_factory.mktemp("continual")
+    recipe = tiny_recipe(folder)
+    recipe["data"] = recipe["data"][:1]
+    first = write_recipe(folder, recipe).rename(folder / "first.yaml")
+    assert main(["train", str(first)]) == 0
+    write_jsonl(folder / "shouting.jsonl", shouting(60))
+    recipe["data"] = [{"name": "shouting", "path": "shouting.jsonl"}]
+    recipe["mixture"] = {"num_experts": 2}
+    recipe["training"]["output_dir"] = "grown"
+    write_recipe(folder, recipe).rename(folder / "second.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(folder):
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
+    assert main(["train", str(folder / "second.yaml"), "--grow", str(folder / "out")]) == 0
+    assert before == {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
+    return folder / "grown"
+
+
+def test_the_old_experts_are_what_they_were_and_the_new_ones_learned(folder, grown):
+    old, new = load_file(folder / "out" / "adapter_model.safetensors"), load_file(grown / "adapter_model.safetensors")
+    assert old and all(torch.equal(value, new[f"default/{key}"]) for key, value in old.items())
+    assert all(value.abs().max() > 0 for key, value in new.items() if key.startswith("grown_1/") and "lora_B" in key)
+    config = json.loads((grown / "adapter_config.json").read_text())
+    assert [(entry["name"], entry["active"]) for entry in config["adapters"]] == [("default", 0), ("grown_1", 1)]
+    record = json.loads((grown / "run.json").read_text())
+    assert record["grown_from"] == str(folder / "out") and record["grown_adapter"] == "grown_1"
+    assert len(record["maturity"]) == 5
+
+
+def test_it_grows_again(folder, grown, capsys):
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(grown), "--set", "training.output_dir=third"]
+    assert main(arguments) == 0
+    assert "grown_2" in capsys.readouterr().out
+    config = json.loads((folder / "third" / "adapter_config.json").read_text())
+    assert [entry["name"] for entry in config["adapters"]] == ["default", "grown_1", "grown_2"]
+
+
+def test_a_grown_run_resumes(folder, grown, monkeypatch):
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out")]
+    arguments += ["--set", "training.output_dir=resumed"]
+    assert main([*arguments, "--set", "training.max_steps=2"]) == 0
+    record_file = folder / "resumed" / "run.json"
+    record = json.loads(record_file.read_text())
+    record_file.write_text(json.dumps(record | {"status": "training"}))
+    assert main([*arguments, "--resume"]) == 0
+    straight = load_file(grown / "adapter_model.safetensors")
+    resumed = load_file(folder / "resumed" / "adapter_model.safetensors")
+    assert straight.keys() == resumed.keys()
+
+
+def test_a_dry_run_says_what_stays_and_writes_nothing(folder, capsys):
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--dry-run"]
+    assert main([*arguments, "--set", "training.output_dir=nowhere"]) == 0
+    said = capsys.readouterr().out
+    assert "unchanged" in said and "grown_1" in said and "Dry run" in said
+    assert not (folder / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("mixture.router_temperature=3.0", "is 2.0 in the mixture that grows"),
+        ("training.output_dir=out", "holds a finished run"),
+        ("mixture.num_experts=1", "num_experts"),
+    ],
+)
+def test_what_cannot_grow_is_refused_before_work(folder, capsys, setting, expected):
+    assert main(["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--set", setting]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_folder_without_a_mixture_is_refused(folder, capsys, tmp_path):
+    assert main(["train", str(folder / "second.yaml"), "--grow", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_overwriting_what_grows_is_refused(folder, capsys):
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--overwrite"]
+    assert main([*arguments, "--set", "training.output_dir=out"]) == 2
+    assert "is the adapter that grows" in capsys.readouterr().err
+    assert Path(folder / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_lost_texts_are_named(folder, capsys):
+    lost = folder / "counting.jsonl"
+    lost.unlink()
+    try:
+        arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out")]
+        assert main([*arguments, "--set", "training.output_dir=lost"]) == 2
+        assert "does not remember its domain" in capsys.readouterr().err
+    finally:
+        write_jsonl(lost, counting(40))

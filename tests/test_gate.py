@@ -1,0 +1,184 @@
+"""What adapters remember of their domains, and the gate between adapters that follows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import VOCAB, awaken, llama, mixture_of, routers_of
+from peft import PeftModel
+
+from moelora.experts import forget, grow, remember
+from moelora.gate import WINDOW, InputSketch, Memory, discriminants, gated_logits, over_context
+
+LOW, HIGH = (2, 10), (VOCAB - 8, VOCAB)  # two domains: spans of token ids
+
+
+def texts(span, rows=8, length=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(*span, (rows, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def gated_mixture(**overrides):
+    """Two adapters of 4 and 3 experts: "default" knows tokens of the lower half, "grown_1" of the upper half."""
+    model = mixture_of("llama", **overrides)
+    remember(model, "default", [texts(LOW, rows=64)])
+    grow(model, 3)
+    old = {key: value.clone() for key, value in model.state_dict().items() if "default" in key}
+    awaken(model)
+    model.load_state_dict(old, strict=False)
+    remember(model, "grown_1", [texts(HIGH, rows=64)])
+    return model.eval()
+
+
+def inputs_like(mean, scale, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, len(mean), generator=generator) * scale + mean
+
+
+def test_a_sketch_of_full_width_is_the_covariance():
+    x = inputs_like(torch.arange(6.0), torch.linspace(0.1, 3, 6), 500)
+    sketch = InputSketch(6, rank=6)
+    for part in x.split(130):
+        sketch.add(part)
+    memory = sketch.finish()
+    torch.testing.assert_close(memory.mean, x.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(memory.covariance(), x.t().cov(correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrow_sketch_finds_the_largest_directions_and_keeps_the_variance_of_all():
+    scale = torch.tensor([9.0, 7.0, *[0.1] * 30])
+    x = inputs_like(torch.zeros(32), scale, 4000)
+    sketch = InputSketch(32, rank=4)
+    sketch.add(x)
+    memory = sketch.finish()
+    exact = x.t().cov(correction=0)
+    assert memory.directions.shape == (4, 32)
+    torch.testing.assert_close(memory.covariance().diagonal(), exact.diagonal(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(memory.covariance()[:2, :2], exact[:2, :2], rtol=1e-3, atol=0.05)  # the tail's 0.3
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(ValueError, match="two tokens"):
+        InputSketch(4, rank=2).finish()
+
+
+def test_discriminants_are_log_densities_up_to_a_term_they_share():
+    memories = [Memory(torch.randn(5), torch.randn(5, 5), torch.rand(5)) for _ in range(3)]
+    weights, biases = discriminants(memories)
+    shared = torch.stack([m.covariance() for m in memories]).mean(0)
+    shared += 1e-3 * shared.diagonal().mean() * torch.eye(5)
+    x = torch.randn(7, 5)
+    exact = torch.stack(
+        [torch.distributions.MultivariateNormal(m.mean, covariance_matrix=shared).log_prob(x) for m in memories], -1
+    )
+    ours = x @ weights.t() + biases
+    torch.testing.assert_close(ours - ours[:, :1], exact - exact[:, :1], rtol=1e-3, atol=1e-3)
+
+
+def test_padding_and_old_tokens_add_nothing():
+    densities = torch.ones(1, WINDOW + 6, 2)
+    mask = torch.ones(1, WINDOW + 6)
+    mask[0, :3] = 0
+    summed = over_context(densities, mask)[0, :, 0]
+    assert summed[2] == 0 and summed[3] == 1 and summed[-1] == WINDOW
+
+
+def test_a_gate_gives_each_adapter_its_domains_share_whatever_the_scores():
+    logits = [torch.randn(5, 2), torch.randn(5, 3) + 100]
+    densities = torch.randn(5, 2)
+    probs = F.softmax(gated_logits(logits, densities, 2.0) / 2.0, dim=-1)
+    torch.testing.assert_close(probs[:, :2].sum(-1), densities.softmax(-1)[:, 0])
+    torch.testing.assert_close(probs[:, 2:] / probs[:, 2:].sum(-1, keepdim=True), (logits[1] / 2.0).softmax(-1))
+
+
+@pytest.mark.parametrize("scope", ["block", "model", "module"])
+def test_texts_go_to_the_adapter_whose_domain_they_are_of(scope):
+    model = gated_mixture(router_scope=scope)
+    for span, experts in ((LOW, slice(0, 4)), (HIGH, slice(4, 7))):
+        model.routing_stats(reset=True)
+        with torch.no_grad():
+            model(**texts(span, seed=5))
+        for name, stats in model.routing_stats(reset=True).items():
+            assert sum(stats.mean_probability[experts]) > 0.75, (span, name)
+
+
+def test_other_experts_change_a_domain_no_more():
+    """The point of the gate: with the new adapter's experts and scores far away, old texts get the old output."""
+    model = gated_mixture()
+    inputs = texts(LOW, seed=5)
+    with torch.no_grad():
+        both = model(**inputs).logits
+        model.set_adapter("default")
+        alone = model(**inputs).logits
+        model.set_adapter(["default", "grown_1"])
+        forget(model, "default")
+        ungated = model(**inputs).logits
+    late = slice(8, None)  # the first tokens of a text say too little
+    change, change_ungated = ((logits - alone)[:, late].norm() / alone[:, late].norm() for logits in (both, ungated))
+    assert change < 0.03 and change_ungated > 0.5
+
+
+def test_saved_and_loaded_it_gates_alike(tmp_path):
+    model = gated_mixture()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    inputs = texts(HIGH, seed=6)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert all(router.is_gated for router in routers_of(loaded).values())
+
+
+def test_generating_token_by_token_gates_as_one_forward_does():
+    model = gated_mixture()
+    ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]], dim=1)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        first = model(input_ids=ids[:, :20], past_key_values=None, use_cache=True)
+        model_cache = type(first.past_key_values)()
+        pieces, cache = [], model_cache
+        for piece in (ids[:, :20], *ids[:, 20:].split(1, dim=1)):
+            step = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            pieces.append(step.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_changes_nothing():
+    model = gated_mixture()
+    inputs = texts(LOW, rows=2)
+    pad = torch.zeros(2, 5, dtype=torch.long)
+    padded = {
+        "input_ids": torch.cat([pad, inputs["input_ids"]], dim=1),
+        "attention_mask": torch.cat([pad, inputs["attention_mask"]], dim=1),
+    }
+    padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**padded).logits[:, 5:], model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_forgot_ends_the_gate():
+    model = gated_mixture()
+    forget(model, "grown_1")
+    assert not any(router.is_gated for router in routers_of(model).values())
+    assert not [key for key in model.state_dict() if "grown_1.memory" in key]
+
+
+def test_only_a_gated_mixture_of_several_is_gated():
+    model = mixture_of("llama")
+    inputs = texts(LOW)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        remember(model, "default", [inputs])
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "batches", "message"),
+    [
+        ("nobody", {}, [texts(LOW)], "'nobody' does not exist"),
+        ("default", {"router_type": "fixed"}, [texts(LOW)], "constant weights"),
+        ("default", {}, [], "hold 0 tokens"),
+    ],
+)
+def test_what_cannot_be_remembered_is_refused(name, options, batches, message):
+    with pytest.raises(ValueError, match=message):
+        remember(mixture_of("llama", **options), name, batches)

@@ -1,0 +1,132 @@
+"""Whether texts are new to a mixture, and `--grow auto`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import mixture_of
+from test_gate import HIGH, LOW, gated_mixture, texts
+from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
+
+from moelora.cli import main
+from moelora.experts import novelty
+from moelora.experts.novelty_score import Calibration, _Domain, auc, measure
+from moelora.gate import Memory
+
+MIDDLE = (24, 34)
+
+
+def rows(span, count=24, length=16, seed=3):
+    return texts(span, rows=count, length=length, seed=seed)["input_ids"].tolist()
+
+
+def test_distances_are_mahalanobis_distances():
+    memory = Memory(torch.randn(6), torch.randn(3, 6), torch.rand(6) + 0.1)
+    x = torch.randn(5, 6)
+    covariance = memory.covariance() + 1e-3 * memory.covariance().diagonal().mean() * torch.eye(6)
+    moved = x - memory.mean
+    exact = (moved @ torch.linalg.inv(covariance) * moved).sum(-1) / 6
+    torch.testing.assert_close(_Domain.of(memory, x.device).distance(x), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_domain_that_nobody_learned_scores_high_and_known_ones_do_not():
+    model = gated_mixture()
+    calibration = rows(LOW) + rows(HIGH)
+    new = novelty(model, calibration, rows(MIDDLE, seed=4))
+    known = novelty(model, calibration, rows(LOW, seed=5) + rows(HIGH, seed=5))
+    assert new.names == ("loss", "entropy", "distance")
+    assert auc(known.scores, new.scores) > 0.95
+    assert new.share_new > 0.8 and known.share_new < 0.25
+
+
+def test_numbers_of_a_text_do_not_depend_on_its_neighbours():
+    model = gated_mixture()
+    short, long = rows(LOW, count=1, length=5)[0], rows(HIGH, count=1, length=20)[0]
+    _, together = measure(model, [short, long], batch_size=2)
+    _, apart = measure(model, [short, long], batch_size=1)
+    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_without_memories_there_is_no_distance_and_statistics_stay():
+    model = mixture_of("llama")
+    with torch.no_grad():
+        model(**texts(LOW))
+    before = model.routing_stats()
+    assert novelty(model, rows(LOW), rows(LOW, seed=9)).names == ("loss", "entropy")
+    assert model.routing_stats() == before
+
+
+def test_too_little_or_constant_routing_is_refused():
+    with pytest.raises(ValueError, match="8 or more"):
+        novelty(mixture_of("llama"), rows(LOW, count=3), rows(LOW))
+    with pytest.raises(ValueError, match="1 tokens"):
+        novelty(mixture_of("llama"), rows(LOW), [[5]])
+    with pytest.raises(ValueError, match="routers know nothing"):
+        novelty(mixture_of("llama", router_type="fixed"), rows(LOW), rows(LOW))
+
+
+def test_the_threshold_lets_one_in_twenty_known_texts_pass():
+    numbers = np.random.default_rng(0).normal(size=(400, 3))
+    judged = Calibration.of(("a", "b", "c"), numbers).judge(numbers)
+    assert abs(judged.share_new - 0.05) < 0.01
+    np.testing.assert_allclose(judged.z_scores.mean(0), 0, atol=1e-9)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A mixture trained on counting; recipes for more of it and for shouting."""
+    folder = tmp_path_factory.mktemp("auto")
+    recipe = tiny_recipe(folder)
+    write_jsonl(folder / "counting.jsonl", [row for n, row in enumerate(counting(240)) if n % 3])
+    recipe["data"] = [recipe["data"][0] | {"eval_fraction": 0.3}]
+    recipe["training"] |= {"max_steps": 30, "save_steps": 30}
+    assert main(["train", str(write_recipe(folder, recipe).rename(folder / "first.yaml"))]) == 0
+    recipe["mixture"] = {}
+    recipe["training"]["max_steps"] = 2
+    write_jsonl(folder / "more.jsonl", counting(240)[::3])
+    write_jsonl(folder / "shouting.jsonl", shouting(60))
+    for name in ("more", "shouting"):
+        recipe["data"] = [{"name": name, "path": f"{name}.jsonl"}]
+        recipe["training"]["output_dir"] = f"with-{name}"
+        write_recipe(folder, recipe).rename(folder / f"{name}.yaml")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "grown"), [("shouting", "grown_1"), ("more", None)])
+def test_auto_adds_experts_only_for_what_is_new(folder, capsys, name, grown):
+    assert main(["train", str(folder / f"{name}.yaml"), "--grow", "auto", "--adapter", str(folder / "out")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("is added for them" if grown else "nothing is added") in said, said[said.find("Novelty") :][:300]
+    record = json.loads((folder / f"with-{name}" / "run.json").read_text())
+    assert record["grown_adapter"] == grown and record["learned"] == (grown or "default")
+    config = json.loads((folder / f"with-{name}" / "adapter_config.json").read_text())
+    names = [entry["name"] for entry in config["adapters"] or [{"name": "default"}]]
+    assert names == (["default", "grown_1"] if grown else ["default"])
+
+
+def test_the_command_tells_new_texts_from_known_ones(folder, capsys):
+    arguments = ["novelty", str(folder / "out"), "--calibration", f"counting={folder / 'counting.jsonl'}"]
+    arguments += ["--data", f"shouting={folder / 'shouting.jsonl'}"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    line = next(line for line in table.splitlines() if "shouting" in line)
+    assert float(line.replace("│", "|").split("|")[-2]) > 0.9, table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "x.yaml", "--grow", "auto"], "--adapter FOLDER belong together"),
+        (["train", "x.yaml", "--adapter", "y"], "--adapter FOLDER belong together"),
+        (["train", "x.yaml", "--dry-run"], "--dry-run needs --grow"),
+        (["novelty", "nowhere"], "no such folder"),
+        (["novelty", "nowhere"], "--calibration NAME=FILE"),
+    ],
+)
+def test_calls_that_cannot_work_are_refused(capsys, arguments, expected):
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
