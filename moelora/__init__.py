@@ -9,10 +9,11 @@ from .model import MoELoraModel
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import experts
     from .report.analysis import analyze
     from .training.callback import MoELoraCallback
 
-__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze"]
+__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze", "experts"]
 
 register(MoELoraConfig, MoELoraModel)
 
@@ -21,6 +22,8 @@ _LAZY = {"MoELoraCallback": ".training.callback", "analyze": ".report.analysis"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "experts":
+        return import_module(".experts", __name__)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,9 +14,12 @@ from rich.console import Console
 from .experts.auto_growth import AutoGrowth
 from .experts.building import BuildOptions, build_command
 from .experts.continual import Growth, load_growing
+from .experts.distil_command import DistilOptions, distil_command
 from .experts.export_command import ExportOptions, export
+from .experts.merge_command import MergeOptions, merge_command
 from .experts.novelty_command import NoveltyOptions, novelty_command
 from .experts.operation import UndoOptions, undo
+from .experts.prune import PruneOptions, prune_command
 from .report.command import ReportOptions, report
 from .report.inspection import InspectOptions, inspect
 from .training import UserError, load_recipe, train
@@ -108,6 +111,24 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         novelty_command,
         "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl "
         "--data mail=mail.jsonl",
+    ),
+    "prune": (
+        PruneOptions,
+        prune_command,
+        "moelora prune runs/quickstart/adapter --keep 3 --by worth --data code=runs/quickstart/data/code.jsonl "
+        "--out runs/quickstart/pruned",
+    ),
+    "merge": (
+        MergeOptions,
+        merge_command,
+        "moelora merge runs/quickstart/adapter --experts 0,1 --data code=runs/quickstart/data/code.jsonl "
+        "--out runs/quickstart/merged",
+    ),
+    "distil": (
+        DistilOptions,
+        distil_command,
+        "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
+        "--out runs/quickstart/lora",
     ),
     "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }

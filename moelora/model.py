@@ -26,8 +26,9 @@ from .state import RoutingState
 class MoELoraModel(RoutingControls, TunerModel):
     """Injects a mixture of LoRA experts into a model; made by [`peft.get_peft_model`].
 
-    A PEFT adapter holds one expert when it is named ``expert_<i>`` and `num_experts` otherwise, with the routers that
-    score them. The active adapters form the mixture: their experts are pooled in the order of the adapters.
+    A PEFT adapter holds one expert when it is named ``expert_<i>`` or has `single_expert`, and `num_experts` otherwise,
+    with the routers that score them. The active adapters form the mixture: their experts are pooled in the order of the
+    adapters.
 
     Args:
         model: the base model; it is changed in place.

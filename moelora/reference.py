@@ -1,6 +1,6 @@
 """Write the tables of the documentation from the dataclasses, so that help is written once.
 
-python -m moelora.reference docs/training.md docs/report.md
+python -m moelora.reference docs/*.md
 """
 
 import dataclasses
@@ -13,6 +13,12 @@ from typing import Any
 from peft import LoraConfig
 
 from .config import MoELoraConfig
+from .experts.building import BuildOptions
+from .experts.distil_command import DistilOptions
+from .experts.export_command import ExportOptions
+from .experts.merge_command import MergeOptions
+from .experts.operation import UndoOptions
+from .experts.prune import PruneOptions
 from .report.command import ReportOptions
 from .report.inspection import InspectOptions
 from .training.generate import GenerateOptions
@@ -35,6 +41,12 @@ def tables() -> dict[str, str]:
         "generate": options_table(GenerateOptions),
         "inspect": options_table(InspectOptions),
         "report": options_table(ReportOptions),
+        "prune": options_table(PruneOptions),
+        "merge": options_table(MergeOptions),
+        "distil": options_table(DistilOptions),
+        "build": options_table(BuildOptions),
+        "export": options_table(ExportOptions),
+        "undo": options_table(UndoOptions),
         "defaults": defaults_table(),
     }
 

@@ -19,6 +19,21 @@ def _deterministic():
 
 
 @pytest.fixture
+def adapter_folder(tmp_path, monkeypatch):
+    """A function that makes a model, an adapter with the mixture's options and texts in the folder one is then in."""
+    from tiny import save_tiny_adapter
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def make(**options):
+        save_tiny_adapter(tmp_path, **options)
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
 def kernel_device(monkeypatch):
     """Where Triton kernels run in this test: the GPU, or the CPU in Triton's interpreter."""
     pytest.importorskip("triton")

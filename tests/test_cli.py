@@ -95,7 +95,17 @@ def test_generate_checks_its_options(tmp_path, capsys):
     assert "--temperature = -1.0" in error
 
 
-@pytest.mark.parametrize(("name", "tables"), [("training.md", 6), ("report.md", 2)])
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [
+        ("training.md", 6),
+        ("report.md", 2),
+        ("experts-import.md", 2),
+        ("experts-export.md", 1),
+        ("experts-prune-merge.md", 2),
+        ("experts-distil.md", 1),
+    ],
+)
 def test_the_reference_is_up_to_date(name, tables):
     text = (Path(__file__).parent.parent / "docs" / name).read_text(encoding="utf-8")
     assert render(text) == text, f"run: python -m moelora.reference docs/{name}"

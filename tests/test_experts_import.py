@@ -294,6 +294,12 @@ def test_what_does_not_carry_over_is_named(tmp_path, options, named):
     assert list(model.peft_config) == ["default"]
 
 
+def test_plain_lora_made_with_moelora_is_plain_lora(tmp_path):
+    mixture_of("llama", use_moe_routing=False).save_pretrained(str(tmp_path))
+    model = build(llama(), {"own": tmp_path})
+    assert torch.equal(logits(model), plain_output(tmp_path))
+
+
 def test_other_adapters_are_sent_elsewhere(tmp_path):
     mixture_of("llama").save_pretrained(str(tmp_path / "mixture"))
     with pytest.raises(LoraError, match="a mixture already"):

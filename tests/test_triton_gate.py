@@ -79,5 +79,6 @@ def test_few_tokens_equal_many(kernel_device, base, monkeypatch):
         (y,) = mixture_fused(leaves[0], [Reader(linear, pools)], leaves[1])
         results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     for few, many in zip(*results, strict=True):
-        assert few.abs().sum() > 0
-        torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-4)
+        largest = many.abs().max().item()  # float32 sums in another order
+        assert largest > 0
+        torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5 * largest)

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 import yaml
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from moelora import MoELoraConfig
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -85,3 +88,22 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+DATA = ["--data", "counting=counting.jsonl", "--data", "shouting=shouting.jsonl"]
+"""The domains of [`save_tiny_adapter`] as the options of a command."""
+
+
+def save_tiny_adapter(folder: Path, **options: Any) -> None:
+    """A folder with a base model, an adapter of four random experts on it, and two domains of text."""
+    base = LlamaForCausalLM.from_pretrained(save_tiny_model(folder / "model"))
+    fields = {"r": 2, "target_modules": "all-linear", "num_experts": 4, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, MoELoraConfig(**(fields | options)))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder / "adapter")
+    write_jsonl(folder / "counting.jsonl", counting(10))
+    write_jsonl(folder / "shouting.jsonl", shouting(10))

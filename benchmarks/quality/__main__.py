@@ -14,7 +14,7 @@ from ..options import make_parser
 from ..record import RESULTS, command_line, environment
 from .experiment import Bench, Plan
 from .methods import MAIN, METHODS, Size
-from .sweep import DeviceLost, OutOfBudget, Rows, Sweep
+from .sweep import DeviceLostError, OutOfBudgetError, Rows, Sweep
 
 MODULE = "benchmarks.quality"
 EXAMPLES = (
@@ -47,6 +47,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no-test", action="store_true", help="leave test data alone: to choose between settings")
     add("--budget", type=float, default=float("inf"), help="seconds after which no run is started that may not end")
     add("--workers", type=int, default=1, help="processes that share the GPU and the methods (default: 1)")
+    add("--retry", action="store_true", help="run again what failed before")
+    add("--commit", help="commit to name in environment.txt, where there is no git checkout")
     add("--shard", type=int, help=argparse.SUPPRESS)  # which of the workers this process is
     return parser.parse_args(argv)
 
@@ -69,23 +71,37 @@ def make_bench(args: argparse.Namespace) -> Bench:
 def work(args: argparse.Namespace, started: float) -> int:
     """Run this process's methods; the exit status."""
     names = args.methods or list(QUICK if args.quick else MAIN)
-    mine = names[args.shard :: args.workers] if args.shard is not None else names
+    mine = names if args.shard is None else share_of(names, args.shard, args.workers)
     bench = make_bench(args)
-    rows = Rows(args.out / "rows.jsonl", bench.plan)
+    rows = Rows(args.out / "rows.jsonl", bench.plan, args.retry)
     sweep = Sweep(bench, rows, args.seeds, not args.no_test, started + args.budget)
     try:
         for name in mine:
             sweep.run(name)
-    except OutOfBudget:
+    except OutOfBudgetError:
         print("the budget is spent; run the same command again to go on", flush=True)
-    except DeviceLost:
+    except DeviceLostError:
         return AGAIN
     return 0
+
+
+def share_of(names: Sequence[str], shard: int, workers: int) -> list[str]:
+    """The methods of one worker; those that stand on the oracle's experts go where the oracle goes.
+
+    Example:
+        >>> share_of(["lora", "oracle", "arrow", "ours"], 1, 2)
+        ['oracle', 'arrow']
+    """
+    alone = [name for name in names if METHODS[name].kind not in ("xlora", "arrow")]
+    mine = alone[shard::workers]
+    takes_rest = "oracle" in mine or ("oracle" not in alone and shard == 0)
+    return [name for name in names if name in mine or (takes_rest and name not in alone)]
 
 
 def supervise(args: argparse.Namespace, arguments: list[str], started: float) -> int:
     """Run the workers, each in a process of its own, and start anew those that lost the device."""
     running: dict[int, subprocess.Popen | None] = dict.fromkeys(range(args.workers))
+    again = [argument for argument in arguments if argument != "--retry"]
     worst = 0
     while running:
         for shard, process in list(running.items()):
@@ -96,8 +112,8 @@ def supervise(args: argparse.Namespace, arguments: list[str], started: float) ->
                 del running[shard]
                 continue
             left = args.budget - (time.monotonic() - started)
-            command = [sys.executable, "-m", MODULE, *arguments, "--shard", str(shard), "--budget", str(left)]
-            running[shard] = subprocess.Popen(command)
+            options = [*(arguments if process is None else again), "--shard", str(shard), "--budget", str(left)]
+            running[shard] = subprocess.Popen([sys.executable, "-m", MODULE, *options])
         time.sleep(0.2)
     return worst
 
@@ -115,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_worker:
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / "environment.txt").open("a", encoding="utf-8") as file:
-            file.write("\n".join(environment(args.device, command_line(MODULE, arguments))) + "\n\n")
+            file.write("\n".join(environment(args.device, command_line(MODULE, arguments), args.commit)) + "\n\n")
     inline = is_worker or args.device == "cpu"
     status = work(args, started) if inline else supervise(args, arguments, started)
     if status:

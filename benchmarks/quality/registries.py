@@ -79,7 +79,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _debian_data(archive: bytes) -> io.BytesIO:
-    """The data.tar inside a .deb, which is an `ar` archive: headers of 60 bytes, the size at 48, content padded to 2."""
+    """The data.tar inside a .deb, an `ar` archive: headers of 60 bytes, the size at 48, content padded to 2."""
     position = 8
     while position < len(archive):
         header = archive[position : position + 60]

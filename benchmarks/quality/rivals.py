@@ -56,7 +56,7 @@ class TopKFeedForward(nn.Module):
 
     For slot k, the ranks of all experts but the k-th choice are set to zero, so that one product over all ranks gives
     each token the delta of its own expert; W_down is linear, so it is applied once to the weighted sum. The balancing
-    loss is Switch's, E sum_e f_e P_e with f over the K choices, as the authors' code has it.
+    loss is E sum_e f_e P_e, f being the experts' shares of all choices.
     """
 
     NAMES = ("gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .data import IGNORED, Examples
 from .trainer import autocast
 
-ROWS = 64  # of one forward
+ROWS = 96  # of one forward
 
 
 @dataclass(frozen=True)

@@ -23,26 +23,32 @@ MAX_EXTENSIONS = 4
 Row = dict[str, Any]
 
 
-class OutOfBudget(Exception):
+class OutOfBudgetError(Exception):
     """The next run would not end in time."""
 
 
-class DeviceLost(Exception):
+class DeviceLostError(Exception):
     """CUDA failed in a way that only a new process recovers from."""
 
 
 @dataclass
 class Rows:
-    """The results so far, of one suite and number of steps."""
+    """The results so far, of one suite and number of steps.
+
+    Args:
+        retry: forget the failures that the file holds, so that they are run again.
+    """
 
     path: Path
     plan: Plan
+    retry: bool = False
     found: dict[tuple, Row] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for row in read_rows([self.path]) if self.path.exists() else ():
-            if (row["suite"], row["steps"]) == (self.plan.suite, self.plan.steps):
+            is_wanted = (row["suite"], row["steps"]) == (self.plan.suite, self.plan.steps)
+            if is_wanted and not (self.retry and "error" in row):
                 self.found[self._key(row)] = row
 
     @staticmethod
@@ -113,16 +119,19 @@ class Sweep:
         """Sweep a method's learning rates, extend the grid while its end is best, then run the best with all seeds.
 
         Raises:
-            OutOfBudget: no time is left.
-            DeviceLost: this process can compute no more; what is missing has to be run in another.
+            OutOfBudgetError: no time is left.
+            DeviceLostError: this process can compute no more; what is missing has to be run in another.
         """
         if METHODS[name].kind in ("xlora", "arrow"):
             self.bench.oracle_rate = self.rows.best_rate("oracle")
+            if self.bench.oracle_rate is None:
+                print(f"{name} stands on the oracle's experts: run the method `oracle` first", flush=True)
+                return
         best = self._sweep(name)
         rate = self.rows.best_rate(name)
         if rate is None:
             return
-        for seed in range(self.seeds):
+        for seed in range(1 if METHODS[name].kind == "frozen" else self.seeds):
             trained = best[1] if best is not None and (rate, seed) == (best[0], 0) else None
             if self.rows.get(name, "validation", rate, seed) is None:
                 trained = self._measure(name, rate, seed)
@@ -172,7 +181,7 @@ class Sweep:
     def _start(self) -> float:
         now = time.monotonic()
         if now + 1.2 * self.worst > self.deadline:
-            raise OutOfBudget
+            raise OutOfBudgetError
         return now
 
     def _record(self, name: str, split: str, lr: float, seed: int, trained: Trained, started: float) -> None:
@@ -191,16 +200,17 @@ class Sweep:
             wall=round(wall, 3),
             peak_mib=round(run.peak_bytes / 2**20),
             parameters=trained.num_parameters,
+            majority={name: e[split].majority() for name, e in trained.data.items() if e[split].mask is not None},
             captured=run.captured,
         )
 
     def _record_failure(self, name: str, split: str, lr: float, seed: int, error: Exception) -> None:
-        if isinstance(error, (OutOfBudget, KeyboardInterrupt)):
+        if isinstance(error, (OutOfBudgetError, KeyboardInterrupt)):
             raise error
         traceback.print_exc()
         self.rows.add(name, split, lr, seed, error=f"{type(error).__name__}: {error}"[:300])
         if "CUDA error" in str(error) or "captur" in str(error):
-            raise DeviceLost from error
+            raise DeviceLostError from error
 
 
 def _mean(values: Iterator[float]) -> float:

@@ -1,12 +1,17 @@
 """What can be done with experts once they exist: import, export and the operations that reshape a mixture."""
 
+from .distil import closed_form, lora_of
 from .exporting import merge, save_lora, to_lora, to_lora_mixture
 from .growth import GrowthCallback, grow
 from .importing import build, from_lora
 from .lora_file import LoraError, LoraFile, read_lora
 from .memory import forget, refresh_gate, remember, remembers
+from .merging import MergeRecipe, merge_experts
 from .migration import Migration, experts_of
 from .novelty_score import Novelty, novelty
+from .parts import put_together, select, take_apart
+from .prune import drop, prune
+from .reading import Texts
 from .router_training import RouterTraining, train_router
 from .scoring import score_by_arrow, score_by_prototype
 
@@ -14,16 +19,24 @@ __all__ = [
     "GrowthCallback",
     "LoraError",
     "LoraFile",
+    "MergeRecipe",
     "Migration",
     "Novelty",
     "RouterTraining",
+    "Texts",
     "build",
+    "closed_form",
+    "drop",
     "experts_of",
     "forget",
     "from_lora",
     "grow",
+    "lora_of",
     "merge",
+    "merge_experts",
     "novelty",
+    "prune",
+    "put_together",
     "read_lora",
     "refresh_gate",
     "remember",
@@ -31,6 +44,8 @@ __all__ = [
     "save_lora",
     "score_by_arrow",
     "score_by_prototype",
+    "select",
+    "take_apart",
     "to_lora",
     "to_lora_mixture",
     "train_router",

@@ -19,7 +19,7 @@ from ..training.sources import load_documents
 from .importing import MIXTURES, build, check_fits, check_names
 from .lora_file import LoraFile, read_lora
 from .migration import Migration, experts_of
-from .operation import BASE_HELP, OperationOptions, Plan, carry_out, check_output
+from .operation import BASE_HELP, OperationOptions, Plan, carry_out, check_output, shown
 from .router_training import RouterTraining, train_router
 
 
@@ -93,7 +93,8 @@ def build_command(options: BuildOptions) -> Path | None:
         model.save_pretrained(str(folder))
         return losses
 
-    return carry_out(options, plan, work, inputs=[lora.source for lora in loras.values()], base=base)
+    read = [options.migrate] if options.migrate is not None else [lora.source for lora in loras.values()]
+    return carry_out(options, plan, work, inputs=read, base=base)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def _plan(options: BuildOptions, loras: Mapping[str, LoraFile], base: ModelOptio
         rows.append((name, ranks, alpha, str(len(lora.factors)), f"{size:,}", lora.source))
     mixture = MIXTURES[options.router]
     top_k = len(loras) if options.router == "uniform" else options.top_k or min(2, len(loras))
-    notes = [f"Base model: {base.name}"]
+    notes = [f"Base model: {shown(Path(base.name))}"]
     for name, lora in loras.items():
         noted = lora.config.base_model_name_or_path
         if noted and Path(noted).name != Path(base.name).name:
@@ -185,4 +186,4 @@ def _plan(options: BuildOptions, loras: Mapping[str, LoraFile], base: ModelOptio
     scope = {"module": "each linear", "block": "each block", "model": "the whole model"}[mixture["router_scope"]]
     notes.append(f"Router: {options.router}, one for {scope}; {top_k} of {len(loras)} experts per token.")
     head = ("expert", "r", "alpha", "linears", "parameters", "from")
-    return Plan(f"A mixture of {len(loras)} LoRAs in {options.out_folder}", head, rows, notes + lost)
+    return Plan(f"A mixture of {len(loras)} LoRAs in {shown(options.out_folder)}", head, rows, notes + lost)

@@ -15,7 +15,7 @@ from ..training.record import noted_base
 from ..training.schema import Problem, UserError, about
 from .exporting import is_quantised, lora_of_expert, lora_of_mixture, merge, save_lora
 from .lora_file import LoraFile
-from .operation import ADAPTER_HELP, BASE_HELP, OperationOptions, Plan, carry_out, check_output, read_source
+from .operation import ADAPTER_HELP, BASE_HELP, OperationOptions, Plan, carry_out, check_output, read_source, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +101,12 @@ def _read(options: ExportOptions, adapter: Path) -> tuple[list[StoredAdapter], M
 def _plan(options: ExportOptions, lora: LoraFile, base: ModelOptions | None, what: str) -> Plan:
     numbers = sum(A.numel() + B.numel() for A, B in lora.factors.values())
     ranks = " ".join(map(str, lora.ranks))
-    notes = [f"Base model: {base.name if base else 'not noted'}"]
+    notes = [f"Base model: {shown(Path(base.name)) if base else 'not noted'}"]
     if options.merge:
         notes.append("Merged in float32 and rounded once, to the precision of the base model's files.")
     form = "merged into the base model" if options.merge else "as a plain PEFT LoRA"
     row = (ranks, str(lora.config.lora_alpha), str(len(lora.factors)), f"{numbers:,}")
-    return Plan(f"{what} of {options.adapter} {form}: {options.out_folder}", _HEAD, [row], notes)
+    return Plan(f"{what} of {options.adapter} {form}: {shown(options.out_folder)}", _HEAD, [row], notes)
 
 
 _HEAD = ("r", "alpha", "linears", "parameters")

@@ -128,13 +128,9 @@ def from_lora(
     config = _fitted(expert_config(lora, shared), lora, model.get_base_model())
     config.inference_mode = not is_trainable
     model.add_adapter(name, config)
-    try:
-        _fill(model, name, lora)
-        if router == "arrow":
-            score_by_arrow(model, [name])
-    except Exception:
-        model.delete_adapter(name)
-        raise
+    _fill(model, name, lora)
+    if router == "arrow":
+        score_by_arrow(model, [name])
 
 
 def check_names(names: Sequence[str] | Mapping[str, Any], taken: Mapping[str, Any] | None = None) -> None:
@@ -187,15 +183,9 @@ def _fill(model: PeftModel, name: str, lora: LoraFile) -> None:
         for module in model.modules()
         if isinstance(module, MoELoraLayer) and name in module.lora_A
     }
-    for linear, factors in lora.factors.items():
-        layer = layers[linear]
-        for there, given in zip((layer.lora_A[name].weight, layer.lora_B[name].weight), factors, strict=True):
-            if there.shape != given.shape:
-                raise LoraError(
-                    f"{lora.source}: `{linear}` has rank {factors[0].shape[0]} in the weights and {layer.r[name]} by "
-                    "the configuration; restore both from one copy"
-                )
-            there.copy_(given)
+    for linear, (lora_A, lora_B) in lora.factors.items():
+        layers[linear].lora_A[name].weight.copy_(lora_A)
+        layers[linear].lora_B[name].weight.copy_(lora_B)
     for router in model.base_model.routing.routers.values():
         if name in router.lora_router and isinstance(scorer := router[name], Router):
             scorer.weight.zero_()

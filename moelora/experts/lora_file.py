@@ -14,12 +14,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..checkpoint import read_weights
 from ..config import REFUSED_OPTIONS
 from ..report.stored import FACTOR
-from ..training.schema import UserError
+from ..training.schema import UserError, settable_fields
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # linear -> A [r, D], B [O, r]
 
@@ -71,6 +72,9 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
     source = str(path_or_id)
     settings = read_config(source)
     kind = settings.get("peft_type")
+    if kind == "MOELORA" and settings.get("use_moe_routing") is False:  # which is plain LoRA under our name
+        own = {*settable_fields(LoraConfig), "peft_type"}
+        kind, settings = "LORA", {key: value for key, value in settings.items() if key in own} | {"peft_type": "LORA"}
     if kind != "LORA":
         hint = _NOT_LORA.get(str(kind), "only LoRA has factors that can be weighted as an expert")
         raise LoraError(f"{source}: `peft_type` is {kind!r}, not 'LORA': {hint}")
@@ -80,7 +84,9 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
         tensors = read_weights(source)
     except (ValueError, OSError) as error:
         raise LoraError(f"{source}: {error}") from error
-    return LoraFile(source, config, factors_of(source, tensors))
+    factors = factors_of(source, tensors)
+    _check_ranks(source, config, factors)
+    return LoraFile(source, config, factors)
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -157,6 +163,16 @@ def factors_of(source: str, tensors: Mapping[str, Tensor]) -> Factors:
         what = f"the factors of {_some(broken)} are incomplete or no matrices" if broken else "it holds no factors"
         raise LoraError(f"{source}: {what}; only linear layers can be experts, and both factors are needed")
     return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
+
+
+def _check_ranks(source: str, config: LoraConfig, factors: Factors) -> None:
+    for name, (lora_A, _) in factors.items():
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        if lora_A.shape[0] != rank:
+            raise LoraError(
+                f"{source}: `{name}` has rank {lora_A.shape[0]} in the weights and {rank} by the configuration; "
+                "restore both from one copy"
+            )
 
 
 def _some(names: Iterable[str], shown: int = 3) -> str:

@@ -174,9 +174,16 @@ def carry_out(
         outcome = work(staging)
         write_json(staging / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
     if backup is not None:
-        stdout.print(f"Kept what was there in {backup}; to bring it back: moelora undo {out}", soft_wrap=True)
-    stdout.print(f"Written: {out}", soft_wrap=True)
+        stdout.print(
+            f"Kept what was there in {shown(backup)}; to bring it back: moelora undo {shown(out)}", soft_wrap=True
+        )
+    stdout.print(f"Written: {shown(out)}", soft_wrap=True)
     return out
+
+
+def shown(path: Path) -> str:
+    """A place as messages name it: from the folder one works in, where it lies below that."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def describe_operation(
@@ -271,7 +278,7 @@ def undo(options: UndoOptions) -> Path | None:
     stdout = Console(highlight=False)
     moves = [(folder, undone)] if folder.exists() else []
     for source, target in [*moves, (backup, folder)]:
-        stdout.print(f"{source} -> {target}", soft_wrap=True)
+        stdout.print(f"{shown(source)} -> {shown(target)}", soft_wrap=True)
         if not options.dry_run:
             os.rename(source, target)
     if options.dry_run:

@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 
 from ..router import MoELoraRouter
 from ..training.callback import MoELoraCallback
-from ..training.data import count_tokens, load_domains, mix
+from ..training.data import DomainBlocks, count_tokens, load_domains, mix
 from ..training.evaluate import DomainResult, evaluate
 from ..training.recipe import DomainOptions, ModelOptions, Recipe
 
@@ -24,7 +24,7 @@ class RouterTraining:
     batch_size: int = 8
     block_size: int = 128
     learning_rate: float = 1e-3
-    max_eval_blocks: int = 32
+    max_eval_blocks: int = 16
     seed: int = 42
 
 
@@ -74,7 +74,13 @@ def _losses(before: DomainResult, after: DomainResult) -> dict[str, float]:
     return {"loss_before": before.loss, "loss_after": after.loss}
 
 
-def _prepare(model, tokenizer, domains, training: RouterTraining, folder: str):
+def _prepare(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Sequence[DomainOptions],
+    training: RouterTraining,
+    folder: str,
+) -> tuple[Trainer, list[DomainBlocks]]:
     recipe = Recipe(
         model=ModelOptions(name=""),
         data=tuple(domains),

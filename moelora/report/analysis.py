@@ -244,7 +244,7 @@ def run(
         special = specialisation(routed.weight, routed.domain_of_unit, len(domains), permutations)
     names, routers, weight = [domain.name for domain in domains], routers_of(state), routed.by_domain(routed.weight)
     values, errors = (worth.worth, worth.error) if worth else (None, None)
-    whole, by_router = _geometry(model)
+    whole, by_router = geometry_of(model)
     return Analysis(
         domains=names,
         routers=list(routers),
@@ -278,7 +278,7 @@ def _sharpness(router: Any, temperature: float) -> float:
     return sharpness(router.active_routers(), temperature) if is_learned(router) else float("nan")
 
 
-def _geometry(model: PeftModel) -> tuple[Geometry, dict[str, Geometry]]:
+def geometry_of(model: PeftModel) -> tuple[Geometry, dict[str, Geometry]]:
     """Of all linears, and of each built-in router's; an attached router steers them all."""
     state = model.base_model.routing
     base = model.get_base_model()

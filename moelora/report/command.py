@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..training.base import load_tokenizer
 from ..training.data import split_documents
@@ -22,9 +24,13 @@ from .analysis import longest_block, run
 from .history import read_history
 from .page import About, render
 from .stored import check_fit, read_mixture
-from .texts import read_domain
+from .texts import Domain, read_domain
 
 PERMUTATIONS = 500
+DATA_HELP = (
+    "texts of a domain: a name of your choice and a .jsonl file, a text file, a pattern or a folder that `datasets` "
+    "reads; once per domain"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +41,7 @@ class ReportOptions:
     data: list[str] = field(
         default_factory=list,
         metadata=about(
-            "texts of a domain: a name of your choice and a .jsonl file, a text file, a pattern or a folder that "
-            "`datasets` reads; once per domain. Of a file that the adapter was trained on, the documents held out then",
+            f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then",
             metavar="DOMAIN=FILE",
         ),
     )
@@ -68,15 +73,11 @@ def report(options: ReportOptions) -> Path:
     stored = read_mixture(adapter)
     base = find_base(adapter, options.base)
     check_fit(stored, base, adapter)
-    record = read_record(adapter) or read_record(adapter.resolve().parent)
-    documents = [documents_of(domain, record) for domain in domains]
+    record = record_of(adapter)
     console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
     tokenizer = load_tokenizer(base)
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    texts = [
-        read_domain(domain.name, found, tokenizer, options.max_tokens, is_held_out)
-        for domain, (found, is_held_out) in zip(domains, documents, strict=True)
-    ]
+    texts = read_texts(domains, record, tokenizer, options.max_tokens)
     size = record["recipe"]["block_size"] if record else longest_block(model)
     try:
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
@@ -109,10 +110,8 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
         for problem in check_values(ReportOptions, vars(options), "")
     ]
     problems += _check_out(out)
-    domains, found = read_domains(options.data)
+    domains, found = check_data(options.data)
     problems += found
-    if not options.data:
-        problems.append(Problem("--data", options.data, "give texts: --data NAME=FILE, once per domain"))
     if not (Path(options.adapter).expanduser()).is_dir():
         fix = "no such folder; give the `output_dir` of a finished run"
         problems.append(Problem("--adapter", options.adapter, fix))
@@ -129,6 +128,12 @@ def _check_out(out: Path) -> list[Problem]:
     if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
         return [Problem("--out", str(out), "may not be written to; give another place")]
     return []
+
+
+def check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
+    """[`read_domains`] where there has to be one."""
+    domains, problems = read_domains(data)
+    return domains, problems if data else [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
 
 
 def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
@@ -152,6 +157,22 @@ def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOpt
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def record_of(adapter: Path) -> dict[str, Any] | None:
+    """The run.json of the run that trained an adapter; a checkpoint's lies one folder up."""
+    return read_record(adapter) or read_record(adapter.resolve().parent)
+
+
+def read_texts(
+    domains: Sequence[DomainOptions],
+    record: dict[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+) -> list[Domain]:
+    """Every domain's documents as tokens, at most max_tokens of each; see [`documents_of`]."""
+    documents = ((domain.name, *documents_of(domain, record)) for domain in domains)
+    return [read_domain(name, found, tokenizer, max_tokens, held_out) for name, found, held_out in documents]
 
 
 def documents_of(domain: DomainOptions, record: dict[str, Any] | None) -> tuple[list[Any], bool]:

@@ -127,12 +127,12 @@ def _adapter(
     num_experts = next(iter(routers.values()))["maturity"].numel()
     pools = {}
     for module, pair in factors.items():
-        scaling = _scaling(settings, module, pair["A"].shape[0] // num_experts)
+        scaling = scaling_of(settings, module, pair["A"].shape[0] // num_experts)
         pools[module] = ExpertPool(pair["A"], pair["B"], num_experts, scaling, nn.Identity())
     return StoredAdapter(name, settings, position, num_experts, pools, dict(_sorted(routers)), num_parameters)
 
 
-def _scaling(config: MoELoraConfig, module: str, rank: int) -> float:
+def scaling_of(config: MoELoraConfig, module: str, rank: int) -> float:
     """What multiplies B A, as PEFT computes it for an expert of this rank."""
     matching = (value for key, value in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
     return next(matching, config.lora_alpha) / (math.sqrt(rank) if config.use_rslora else rank)

@@ -60,7 +60,7 @@ def evaluate(
 def _evaluate_domain(
     model: PeftModel, blocks: datasets.Dataset, collator: Collator, batch_size: int, title: str
 ) -> DomainResult:
-    routed = model.routing_or_none is not None
+    routed = getattr(model, "routing_or_none", None) is not None  # a plain LoRA has none
     if routed:
         model.routing_stats(reset=True)
     loss_sum, tokens = 0.0, 0

@@ -1,0 +1,237 @@
+"""`moelora distil`: fit a LoRA to a mixture, train it if asked, say how near it comes and how long it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+
+from ..report.analysis import longest_block
+from ..report.command import DATA_HELP, check_data, record_of
+from ..report.stored import scaling_of
+from ..training.base import load_tokenizer
+from ..training.data import DomainBlocks, load_domains, mix
+from ..training.evaluate import evaluate
+from ..training.progress import console
+from ..training.recipe import DomainOptions, Recipe
+from ..training.schema import Problem, UserError, about, at_least, not_negative, one_of, positive
+from .distil import check_distillable, closed_form, fresh_lora, lora_of
+from .moments import Batch
+from .operation import ADAPTER_HELP, BASE_HELP, OperationOptions, Plan, Source, carry_out, check_output, read_source
+from .student import train_student
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilOptions(OperationOptions):
+    """Fit a single plain LoRA, which any LoRA server knows, to a mixture on given data."""
+
+    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
+    to: str = field(default="lora", metadata=about("what to make of the mixture", check=one_of("lora")))
+    r: int = field(default=16, metadata=about("rank of the LoRA", check=at_least(1)))
+    data: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            f"{DATA_HELP}. It is fitted on a domain's training documents and measured on those held out: the same ones "
+            "as in training where the adapter was trained on the file, else a tenth",
+            metavar="DOMAIN=FILE",
+        ),
+    )
+    max_tokens: int = field(
+        default=32_768, metadata=about("most tokens that the fit reads, of all domains together", check=at_least(1))
+    )
+    steps: int = field(
+        default=0,
+        metadata=about("training steps towards the mixture's predictions (KL), after the fit", check=not_negative),
+    )
+    learning_rate: float = field(default=1e-4, metadata=about("of these steps", check=positive))
+    batch_size: int = field(default=4, metadata=about("blocks read at once", check=at_least(1)))
+    compare_scratch: bool = field(
+        default=False,
+        metadata=about("also train a LoRA of that rank from scratch, on the same blocks for as many steps, to compare"),
+    )
+    scratch_learning_rate: float = field(default=1e-3, metadata=about("of the LoRA from scratch", check=positive))
+    max_eval_blocks: int = field(default=64, metadata=about("most held-out blocks per domain", check=at_least(1)))
+    ridge: float = field(
+        default=1e-3,
+        metadata=about("weight of the experts' mean, relative to the data, in the fit", check=positive),
+    )
+    memory: float = field(
+        default=4.0,
+        metadata=about("GiB that the fit's sums may take; less makes more passes over the data", check=positive),
+    )
+    seed: int = field(default=42, metadata=about("seed of the order of the blocks", check=at_least(0)))
+    base: str | None = field(default=None, metadata=about(BASE_HELP))
+
+
+def distil_command(options: DistilOptions) -> Path | None:
+    """Distil an adapter and write the LoRA to a folder of its own.
+
+    Raises:
+        UserError: an option, a text or the adapter is not in order; nothing is written then.
+    """
+    domains, problems = check_data(options.data)
+    if options.compare_scratch and not options.steps:
+        problems.append(Problem("--compare-scratch", True, "needs --steps: as many train the LoRA to compare with"))
+    check_output(options, problems)
+    source = read_source(options.adapter, options.base)
+    record = record_of(source.folder)
+    settings = [_as_trained(domain, record) for domain in domains]
+
+    def work(folder: Path) -> dict[str, Any]:
+        try:
+            return _Job(options, source, settings, record).run(folder)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    return carry_out(options, _plan(options, source), work, inputs=[options.adapter], base=source.base)
+
+
+def _as_trained(domain: DomainOptions, record: dict[str, Any] | None) -> DomainOptions:
+    """The domain with the settings that the run had for this file, so that the same documents are held out."""
+    for learned in record["recipe"]["data"] if record else ():
+        if learned["path"] == domain.path:
+            return dataclasses.replace(DomainOptions(**learned), name=domain.name)
+    return domain
+
+
+def _plan(options: DistilOptions, source: Source) -> Plan:
+    shapes = {
+        name: pool.lora_A.shape[1] + pool.lora_B.shape[0]
+        for adapter in source.stored
+        if adapter.position is not None
+        for name, pool in adapter.pools.items()
+    }
+    experts = sum(adapter.num_experts for adapter in source.stored if adapter.position is not None)
+    before = sum(adapter.num_parameters for adapter in source.stored if adapter.position is not None)
+    training = f"{options.steps} steps of {options.batch_size} blocks" if options.steps else "none"
+    names = ", ".join(given.partition("=")[0] for given in options.data)
+    rows = [
+        ("mixture", f"{experts} experts, {before:,} parameters"),
+        ("LoRA", f"rank {options.r} on {len(shapes)} linears, {options.r * sum(shapes.values()):,} parameters"),
+        ("fit", f"least squares on up to {options.max_tokens:,} tokens of {names}"),
+        ("training towards the mixture", training),
+    ]
+    return Plan(f"Distil {options.adapter} into one LoRA", ("what", "how much"), rows)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One model's held-out losses [D], and the seconds it took to make."""
+
+    name: str
+    losses: list[float]
+    seconds: float | None = None
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+
+class _Job:
+    """Everything that is loaded for one distillation."""
+
+    def __init__(
+        self, options: DistilOptions, source: Source, domains: Sequence[DomainOptions], record: dict[str, Any] | None
+    ) -> None:
+        console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
+        self.options = options
+        self.model = source.load()
+        check_distillable(self.model)
+        tokenizer = load_tokenizer(source.base)
+        recipe = Recipe(
+            model=source.base,
+            data=tuple(domains),
+            block_size=record["recipe"]["block_size"] if record else longest_block(self.model),
+            max_eval_blocks=options.max_eval_blocks,
+            training={"output_dir": options.out},
+        )
+        self.domains: list[DomainBlocks] = load_domains(recipe, tokenizer)
+        self.blocks = mix(self.domains, options.seed).shuffle(seed=options.seed)
+        self.collator = DataCollatorForSeq2Seq(tokenizer)
+        self.rows: list[_Row] = []
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Fit, train, measure, print; save the LoRA in folder. Returns what operation.json keeps."""
+        options, model = self.options, self.model
+        with model.disable_adapter():
+            self._measure("base model", model)
+        self._measure("mixture", model)
+        began = time.perf_counter()
+        found = closed_form(model, self._batches, options.r, options.ridge, options.memory * 2**30)
+        student = lora_of(model, found.factors)
+        took = time.perf_counter() - began
+        unexplained = sum(found.error.values()) / len(found.error)
+        self._measure("LoRA, closed form", student, took)
+        if options.steps:
+            took += self._train(student, options.learning_rate, teacher=model)
+            self._measure(f"LoRA, then {options.steps} steps of KL", student, took)
+        student.save_pretrained(str(folder))
+        if options.compare_scratch:
+            config = model.peft_config[model.base_model.routing.active_adapters[0]]
+            set_seed(options.seed)
+            scratch = fresh_lora(model, options.r, scaling_of(config, "", config.r))
+            took = self._train(scratch, options.scratch_learning_rate)
+            self._measure(f"LoRA from scratch, {options.steps} steps", scratch, took)
+        stdout = Console(highlight=False)
+        stdout.print(self._table())
+        share = f"the fit leaves out {unexplained:.2%} of the experts' deltas (squared, mean over linears)"
+        stdout.print(f"On the data it was made on {share}.", soft_wrap=True)
+        return {"unexplained": unexplained, "models": [dataclasses.asdict(row) for row in self.rows]}
+
+    def _batches(self) -> Iterator[Batch]:
+        """The blocks that the fit reads, on the model's device."""
+        tokens, count = 0, 0
+        for block in self.blocks["input_ids"]:
+            if count and tokens + len(block) > self.options.max_tokens:
+                break
+            tokens, count = tokens + len(block), count + 1
+        chosen = self.blocks.select(range(count))
+        for batch in DataLoader(chosen, batch_size=self.options.batch_size, collate_fn=self.collator):
+            yield {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _measure(self, name: str, model: PeftModel, seconds: float | None = None) -> None:
+        found = evaluate(model, self.domains, self.collator, self.options.batch_size, name)
+        self.rows.append(_Row(name, [result.loss for result in found.values()], seconds))
+
+    def _train(self, student: PeftModel, learning_rate: float, teacher: PeftModel | None = None) -> float:
+        """Train a student and return the seconds it took."""
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(
+                output_dir=scratch,
+                max_steps=self.options.steps,
+                per_device_train_batch_size=self.options.batch_size,
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=self.options.steps // 10,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                dataloader_pin_memory=torch.cuda.is_available(),
+                seed=self.options.seed,
+            )
+            train_student(student, arguments, self.blocks, self.collator, teacher)
+        return time.perf_counter() - began
+
+    def _table(self) -> Table:
+        table = Table(title="Held-out loss per token (nats)", title_justify="left")
+        table.add_column("model")
+        for head in (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make"):
+            table.add_column(head, justify="right")
+        mixture = next(row for row in self.rows if row.name == "mixture")
+        for row in self.rows:
+            losses = [f"{loss:.4f}" for loss in (*row.losses, row.mean)]
+            seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
+            table.add_row(row.name, *losses, f"{row.mean - mixture.mean:+.4f}", seconds)
+        return table

@@ -1,0 +1,130 @@
+"""What prune and merge share: they open a mixture with texts to judge it by, and write what they have made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..report.analysis import longest_block
+from ..report.command import DATA_HELP, check_data, read_texts, record_of
+from ..training.base import load_tokenizer
+from ..training.progress import console
+from ..training.recipe import DomainOptions
+from ..training.schema import Problem, UserError, about, at_least
+from .operation import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    OperationOptions,
+    Plan,
+    Source,
+    carry_out,
+    check_output,
+    read_source,
+)
+from .parts import find_experts
+from .reading import Reading, Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions(OperationOptions):
+    """What an operation that measures the loss before and after lets one choose."""
+
+    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
+    data: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            f"{DATA_HELP}. The loss before and after is measured on them; of a file that the adapter was trained on, "
+            "on the documents held out then",
+            metavar="DOMAIN=FILE",
+        ),
+    )
+    max_tokens: int = field(default=8192, metadata=about("most tokens to read per domain", check=at_least(1)))
+    base: str | None = field(default=None, metadata=about(BASE_HELP))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter on disk whose options are in order, and the texts it is to be judged by; nothing is loaded yet."""
+
+    options: JudgedOptions
+    source: Source
+    domains: list[DomainOptions]
+
+    @property
+    def experts(self) -> list[str]:
+        """[E] the adapter of every expert of the mixture, in order."""
+        active = (adapter for adapter in self.source.stored if adapter.position is not None)
+        return [adapter.name for adapter in active for _ in range(adapter.num_experts)]
+
+    def find(self, wanted: Sequence[str], flag: str) -> list[int]:
+        """Numbers of the experts that an option names, by number or adapter, apart or joined by commas.
+
+        Raises:
+            UserError: there is no such expert, or one is named twice.
+        """
+        try:
+            return find_experts([name.strip() for item in wanted for name in item.split(",")], self.experts)
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}") from None
+
+    def load(self) -> tuple[PeftModel, Texts]:
+        """The model with its mixture, and the texts.
+
+        Raises:
+            UserError: a text holds no token.
+        """
+        record = record_of(self.source.folder)
+        console.print(f"Loading {self.source.base.name} with the adapter {self.source.folder}", soft_wrap=True)
+        tokenizer = load_tokenizer(self.source.base)
+        domains = read_texts(self.domains, record, tokenizer, self.options.max_tokens)
+        if silent := [domain.name for domain in domains if domain.num_tokens < 2]:
+            raise UserError(f"--data {silent[0]}: fewer than two tokens, so there is no loss; give longer texts")
+        model = self.source.load()
+        size = record["recipe"]["block_size"] if record else longest_block(model)
+        return model, Texts(domains, size, tokenizer.pad_token_id)
+
+    def write(self, model: PeftModel, plan: Plan, outcome: dict[str, Any]) -> Path | None:
+        """Print the plan and save the mixture, unless this is a dry run."""
+
+        def save(folder: Path) -> dict[str, Any]:
+            model.save_pretrained(str(folder))
+            return outcome
+
+        return carry_out(self.options, plan, save, inputs=[self.options.adapter], base=self.source.base)
+
+
+def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
+    """Check the options and the adapter's files.
+
+    Args:
+        problems: what the operation found wrong with its own options.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    domains, more = check_data(options.data)
+    check_output(options, [*problems, *more])
+    return Opened(options, read_source(options.adapter, options.base), domains)
+
+
+def loss_notes(texts: Texts, before: Reading, after: Reading) -> list[str]:
+    """The loss of every domain before and after, for a plan."""
+    rows = zip(texts.domains, before.loss, after.loss, strict=True)
+    return [
+        "Loss in nats per token, before -> after:",
+        *(
+            f"  {domain.name}: {old:.4f} -> {new:.4f} ({new - old:+.4f}; {domain.num_tokens:,} "
+            f"{'held-out ' if domain.is_held_out else ''}tokens)"
+            for domain, old, new in rows
+        ),
+    ]
+
+
+def loss_record(texts: Texts, before: Reading, after: Reading) -> dict[str, dict[str, float]]:
+    """The same for operation.json."""
+    pairs = zip(texts.names, before.loss, after.loss, strict=True)
+    return {name: {"loss_before": float(old), "loss_after": float(new)} for name, old, new in pairs}

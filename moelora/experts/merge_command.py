@@ -1,0 +1,96 @@
+"""`moelora merge`: several experts of a mixture become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..training.schema import Problem, UserError, about, at_least, one_of
+from .judged import JudgedOptions, loss_notes, loss_record, open_adapter
+from .merging import METHODS, Merged, MergeRecipe, check_mergeable, merge_experts
+from .operation import Plan
+from .parts import names_of, put_together, take_apart
+from .reading import Reading
+
+
+def _share(value: float) -> str | None:
+    return None if 0 < value < 1 else "must be greater than 0 and less than 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(JudgedOptions):
+    """Make one expert of several, and say what that costs."""
+
+    experts: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "experts to merge, by number or by the name of their adapter, joined by commas; the first one's adapter "
+            "takes the result",
+            metavar="EXPERTS",
+        ),
+    )
+    method: str = field(
+        default="svd",
+        metadata=about(
+            "how the products BA are combined: their mean, exactly (average); the mean's best approximation of the "
+            "experts' rank (svd); TIES or DARE, then the same (ties, dare)",
+            check=one_of(*METHODS),
+        ),
+    )
+    rank: int | None = field(
+        default=None,
+        metadata=about(
+            "rank of the merged expert; by default that of the first one (not for average)", check=at_least(1)
+        ),
+    )
+    density: float = field(default=0.5, metadata=about("share of entries that ties and dare keep", check=_share))
+    seed: int = field(default=42, metadata=about("seed of the entries that dare drops", check=at_least(0)))
+
+
+def merge_command(options: MergeOptions) -> Path | None:
+    """Merge experts of an adapter and write the result to a folder of its own.
+
+    Raises:
+        UserError: an option, a text or the adapter is not in order; nothing is written then.
+    """
+    recipe = MergeRecipe(options.method, options.rank, options.density, options.seed)
+    problems = []
+    if options.method == "average" and options.rank is not None:
+        problems.append(Problem("--rank", options.rank, "drop it: average keeps every rank; svd truncates"))
+    opened = open_adapter(options, problems)
+    numbers = opened.find(options.experts, "--experts")
+    if len(numbers) < 2:
+        raise UserError(str(Problem("--experts", options.experts, "name two experts or more, such as 0,1")))
+    model, texts = opened.load()
+    try:
+        check_mergeable(take_apart(model), numbers, recipe)
+        before = texts.read(model)
+        shares = [float(before.share[number]) for number in numbers]
+        merged = merge_experts(take_apart(model), numbers, shares, recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model = put_together(model, merged.adapters)
+    after = texts.read(model)
+    outcome = {"becomes": merged.becomes, "domains": loss_record(texts, before, after)}
+    plan = _plan(options, opened.experts, numbers, merged, loss_notes(texts, before, after), before)
+    return opened.write(model, plan, outcome)
+
+
+def _plan(
+    options: MergeOptions,
+    names: Sequence[str],
+    numbers: Sequence[int],
+    merged: Merged,
+    notes: Sequence[str],
+    before: Reading,
+) -> Plan:
+    after = names_of(merged.adapters)
+    common = sum(before.share[number] for number in numbers)
+    rows = []
+    for number, (name, place) in enumerate(zip(names, merged.becomes, strict=True)):
+        share = before.share[number]
+        part = f"merged with a share of {share / common:.1%} into" if number in numbers else "stays, as"
+        rows.append((str(number), name, f"{share:.1%}", f"{part} {place} ({after[place]})"))
+    title = f"Merge {options.adapter}: experts {', '.join(map(str, numbers))} become one ({options.method})"
+    return Plan(title, ("expert", "adapter", "routing weight", "outcome"), rows, notes)

@@ -1,0 +1,70 @@
+"""Texts to judge a mixture by: what it loses on them, and how much each expert is used.
+
+Shapes: D domains, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peft import PeftModel
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+
+from ..report.measure import Routed, Worth, measure_worth, watch
+from ..report.observe import undisturbed
+from ..report.texts import Block, Domain, cut, read_domain
+from ..training.progress import console
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a mixture does with the texts: loss [D] in nats per token, share [E] of the routing weight."""
+
+    loss: NDArray[np.float64]
+    share: NDArray[np.float64]
+    routed: Routed
+
+
+class Texts:
+    """Domains of documents, cut into blocks that a model reads.
+
+    Args:
+        domains: with at least one token each.
+        block_size: most tokens read at once.
+        pad: the token that fills rows up; it is in no result.
+    """
+
+    def __init__(self, domains: Sequence[Domain], block_size: int, pad: int) -> None:
+        self.domains, self.pad = domains, pad
+        self.blocks: list[Block] = cut(domains, block_size)[0]
+
+    @classmethod
+    def of(
+        cls, documents: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, block_size: int = 512
+    ) -> Texts:
+        """Documents, texts or conversations, by domain."""
+        domains = [read_domain(name, own, tokenizer) for name, own in documents.items()]
+        return cls(domains, block_size, tokenizer.pad_token_id or 0)
+
+    @property
+    def names(self) -> list[str]:
+        """[D]."""
+        return [domain.name for domain in self.domains]
+
+    def read(self, model: PeftModel) -> Reading:
+        """Run the mixture over every block once; domains and routers count alike, however many tokens they have."""
+        with undisturbed(model), Progress(console=console, transient=True) as progress:
+            routed = watch(model, self.domains, self.blocks, self.pad, progress)
+        share = routed.by_domain(routed.weight).mean(axis=(0, 1))
+        return Reading(routed.loss_by_domain(self.blocks), share / share.sum(), routed)
+
+    def worth(self, model: PeftModel, reading: Reading) -> Worth:
+        """What removing each expert by itself adds to the loss, over every block once per expert."""
+        tokens = max(domain.num_tokens for domain in self.domains)
+        with undisturbed(model), Progress(console=console, transient=True) as progress:
+            return measure_worth(model, self.domains, self.blocks, reading.routed, tokens, self.pad, progress)
