@@ -1,6 +1,8 @@
 """`moelora train --grow`: one domain after another on a tiny model."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora.cli import main
+from moelora.training.record import learned_domains
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,16 @@ def test_lost_texts_are_named(folder, capsys):
         assert "does not remember its domain" in capsys.readouterr().err
     finally:
         write_jsonl(lost, counting(40))
+
+
+def test_what_was_made_of_an_adapter_knows_which_documents_it_learned(folder, grown, tmp_path, monkeypatch, capsys):
+    """Of every file of every stage the held-out documents are measured, even where the folders before are gone."""
+    monkeypatch.chdir(tmp_path)
+    data = [f"--data={name}={folder / name}.jsonl" for name in ("counting", "shouting")]
+    held_out = []
+    shutil.copytree(grown, "here")
+    for keep in (4, 3):  # in place: what was read is then no longer there
+        assert main(["prune", "here", *data, "--keep", str(keep), "--out", "here", "--overwrite"]) == 0
+        held_out.append(re.findall(r"; ([\d,]+) held-out tokens", capsys.readouterr().out))
+    assert len(held_out[0]) == 2 and held_out[0] == held_out[1]
+    assert [domain["name"] for domain in learned_domains(Path("here"))] == ["shouting", "counting"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..training.data import DomainBlocks, split_documents
 from ..training.progress import console
 from ..training.recipe import DomainOptions, Recipe
-from ..training.record import read_record
+from ..training.record import learned_domains
 from ..training.schema import UserError
 from .continual import Growth
 from .memory import alone
@@ -73,7 +73,7 @@ class AutoGrowth(Growth):
     def describe(self) -> dict[str, Any]:
         """For run.json."""
         grown = self.name if self.learns == self.name else None
-        return {"grown_from": str(self.folder), "grown_adapter": grown, "learned": self.learns, "novelty": self.verdict}
+        return super().describe() | {"grown_adapter": grown, "learned": self.learns, "novelty": self.verdict}
 
     def plan(self, recipe: Recipe) -> Plan:
         """What may be trained; the texts decide, once the model is loaded."""
@@ -86,20 +86,18 @@ class AutoGrowth(Growth):
 
 
 def known_domains(folder: Path) -> list[DomainOptions]:
-    """The domains that a mixture was trained on, from its run.json and those of the mixtures it grew from.
+    """The domains that a mixture was trained on.
 
     Raises:
-        UserError: there is no run.json.
+        UserError: nothing in the folder says so.
     """
-    record = read_record(folder)
-    if record is None:
+    learned = learned_domains(folder)
+    if not learned:
         raise UserError(
-            f"--grow auto: {folder} has no run.json, so nothing tells which texts the mixture knows; give its folder "
-            "to --grow to add experts in any case"
+            f"--grow auto: no run.json or operation.json in {folder} tells which texts the mixture knows; give its "
+            "folder to --grow to add experts in any case"
         )
-    own = [DomainOptions(**domain) for domain in record["recipe"]["data"]]
-    before = record.get("grown_from")
-    return [*own, *(known_domains(Path(before)) if before else ())]
+    return [DomainOptions(**domain) for domain in learned]
 
 
 def _texts(documents: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

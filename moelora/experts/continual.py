@@ -23,7 +23,7 @@ from ..training.data import DomainBlocks, load_domains, mix
 from ..training.load import NOT_IN_MIXTURE, load_recipe
 from ..training.progress import console
 from ..training.recipe import DomainOptions, ModelOptions, Recipe
-from ..training.record import read_record
+from ..training.record import LEARNED_BEFORE, learned_domains, read_record
 from ..training.run import Start
 from ..training.schema import UserError
 from .growth import free_name, grow
@@ -169,7 +169,11 @@ class Growth(Start):
 
     def describe(self) -> dict[str, Any]:
         """For run.json."""
-        return {"grown_from": str(self.folder), "grown_adapter": self.name}
+        return {
+            "grown_from": str(self.folder),
+            "grown_adapter": self.name,
+            LEARNED_BEFORE: learned_domains(self.folder),
+        }
 
     def plan(self, recipe: Recipe) -> Plan:
         """What will be trained and what stays."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
 from ..report.analysis import longest_block
-from ..report.command import DATA_HELP, check_data, record_of
+from ..report.command import DATA_HELP, check_data
 from ..report.stored import scaling_of
 from ..training.base import load_tokenizer
 from ..training.data import DomainBlocks, load_domains, mix
 from ..training.evaluate import evaluate
 from ..training.progress import console
 from ..training.recipe import DomainOptions, Recipe
+from ..training.record import learned_domains, record_of
 from ..training.schema import Problem, UserError, about, at_least, not_negative, one_of, positive
 from .distil import check_distillable, closed_form, fresh_lora, lora_of
 from .moments import Batch
@@ -86,7 +87,8 @@ def distil_command(options: DistilOptions) -> Path | None:
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
     record = record_of(source.folder)
-    settings = [_as_trained(domain, record) for domain in domains]
+    learned = learned_domains(source.folder)
+    settings = [_as_trained(domain, learned) for domain in domains]
 
     def work(folder: Path) -> dict[str, Any]:
         try:
@@ -97,11 +99,11 @@ def distil_command(options: DistilOptions) -> Path | None:
     return carry_out(options, _plan(options, source), work, inputs=[options.adapter], base=source.base)
 
 
-def _as_trained(domain: DomainOptions, record: dict[str, Any] | None) -> DomainOptions:
-    """The domain with the settings that the run had for this file, so that the same documents are held out."""
-    for learned in record["recipe"]["data"] if record else ():
-        if learned["path"] == domain.path:
-            return dataclasses.replace(DomainOptions(**learned), name=domain.name)
+def _as_trained(domain: DomainOptions, learned: Sequence[Mapping[str, Any]]) -> DomainOptions:
+    """The domain with the settings that training had for this file, so that the same documents are held out."""
+    for settings in (DomainOptions(**each) for each in learned):
+        if settings.path == domain.path:
+            return dataclasses.replace(settings, name=domain.name)
     return domain
 
 

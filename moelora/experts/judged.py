@@ -10,10 +10,11 @@ from typing import Any
 from peft import PeftModel
 
 from ..report.analysis import longest_block
-from ..report.command import DATA_HELP, check_data, read_texts, record_of
+from ..report.command import DATA_HELP, check_data, read_texts
 from ..training.base import load_tokenizer
 from ..training.progress import console
 from ..training.recipe import DomainOptions
+from ..training.record import learned_domains, record_of
 from ..training.schema import Problem, UserError, about, at_least
 from .operation import (
     ADAPTER_HELP,
@@ -80,7 +81,7 @@ class Opened:
         record = record_of(self.source.folder)
         console.print(f"Loading {self.source.base.name} with the adapter {self.source.folder}", soft_wrap=True)
         tokenizer = load_tokenizer(self.source.base)
-        domains = read_texts(self.domains, record, tokenizer, self.options.max_tokens)
+        domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
         if silent := [domain.name for domain in domains if domain.num_tokens < 2]:
             raise UserError(f"--data {silent[0]}: fewer than two tokens, so there is no loss; give longer texts")
         model = self.source.load()

@@ -18,7 +18,7 @@ from ..report.texts import tokenise
 from ..training.base import load_tokenizer
 from ..training.progress import console
 from ..training.recipe import DomainOptions
-from ..training.record import read_record
+from ..training.record import learned_domains
 from ..training.schema import Problem, UserError, about, at_least, check_values
 from .novelty_score import Calibration, Novelty, auc, measure
 from .operation import ADAPTER_HELP, BASE_HELP, read_source
@@ -58,11 +58,11 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     """
     known, others = _check(options)
     source = read_source(options.adapter, options.base)
-    record = read_record(source.folder)
+    learned = learned_domains(source.folder)
     console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
     tokenizer = load_tokenizer(source.base)
     read = {
-        domain.name: sample(documents_of(domain, record)[0], tokenizer, options.max_texts, options.length)
+        domain.name: sample(documents_of(domain, learned)[0], tokenizer, options.max_texts, options.length)
         for domain in (*known, *others)
     }
     model = source.load()

@@ -30,7 +30,7 @@ from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..training.generate import find_base, load_mixture
 from ..training.progress import is_main_process
 from ..training.recipe import ModelOptions
-from ..training.record import OPERATION_FILE, environment, now, write_json
+from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, now, write_json
 from ..training.schema import Problem, UserError, about, check_values
 
 ADAPTER_HELP = "folder that holds the adapter; it is only read"
@@ -189,12 +189,14 @@ def shown(path: Path) -> str:
 def describe_operation(
     options: Any, inputs: Sequence[str | Path] = (), base: ModelOptions | None = None
 ) -> dict[str, Any]:
-    """What operation.json says: the options, the adapters read and the base model, the versions and the machine."""
+    """What operation.json says: the options, the adapters read and what they were trained on, the base model, the
+    versions and the machine."""
     return {
         "operation": type(options).__name__.removesuffix("Options").lower(),
         "options": dataclasses.asdict(options),
         "inputs": {str(path): _checksum(Path(path).expanduser() / WEIGHTS_FILE) for path in inputs},
         "base": None if base is None else dataclasses.asdict(base),
+        LEARNED_BEFORE: [domain for path in inputs for domain in learned_domains(Path(path).expanduser())],
         "environment": environment(),
         "started": now(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..training.data import split_documents
 from ..training.generate import find_base, load_mixture
 from ..training.progress import console
 from ..training.recipe import DomainOptions, plain_name
-from ..training.record import read_record, replacing
+from ..training.record import learned_domains, record_of, replacing
 from ..training.schema import Problem, UserError, about, at_least, check_values, not_negative
 from ..training.sources import check_domain, load_documents, resolve_path
 from .analysis import longest_block, run
@@ -77,7 +77,7 @@ def report(options: ReportOptions) -> Path:
     console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
     tokenizer = load_tokenizer(base)
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    texts = read_texts(domains, record, tokenizer, options.max_tokens)
+    texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
     size = record["recipe"]["block_size"] if record else longest_block(model)
     try:
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
@@ -159,29 +159,26 @@ def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOpt
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
-def record_of(adapter: Path) -> dict[str, Any] | None:
-    """The run.json of the run that trained an adapter; a checkpoint's lies one folder up."""
-    return read_record(adapter) or read_record(adapter.resolve().parent)
-
-
 def read_texts(
     domains: Sequence[DomainOptions],
-    record: dict[str, Any] | None,
+    learned: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> list[Domain]:
     """Every domain's documents as tokens, at most max_tokens of each; see [`documents_of`]."""
-    documents = ((domain.name, *documents_of(domain, record)) for domain in domains)
+    documents = ((domain.name, *documents_of(domain, learned)) for domain in domains)
     return [read_domain(name, found, tokenizer, max_tokens, held_out) for name, found, held_out in documents]
 
 
-def documents_of(domain: DomainOptions, record: dict[str, Any] | None) -> tuple[list[Any], bool]:
+def documents_of(domain: DomainOptions, learned: Sequence[Mapping[str, Any]]) -> tuple[list[Any], bool]:
     """A domain's documents, and whether they are known not to have been trained on.
 
-    Of a file that the run learned from, only what it held out: the loss on the rest would flatter the experts.
+    Of a file that the adapter learned from, only what was held out: the loss on the rest would flatter the experts.
+
+    Args:
+        learned: what the adapter was trained on, from `learned_domains`.
     """
-    for learned in record["recipe"]["data"] if record else ():
-        settings = DomainOptions(**learned)
+    for settings in (DomainOptions(**each) for each in learned):
         if settings.path == domain.path:
             return split_documents(settings)[1]["document"][:], True
         if settings.eval_path == domain.path:

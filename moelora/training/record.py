@@ -21,6 +21,7 @@ from .schema import Problem
 
 RUN_FILE = "run.json"
 OPERATION_FILE = "operation.json"
+LEARNED_BEFORE = "learned_before"
 ADAPTER_FILE = "adapter_model.safetensors"
 PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
 
@@ -57,17 +58,41 @@ def read_record(output_dir: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and {"status", "recipe", "domains"} <= record.keys() else None
 
 
+def record_of(adapter: Path) -> dict[str, Any] | None:
+    """The run.json of the run that trained an adapter; a checkpoint's lies one folder up."""
+    return read_record(adapter) or read_record(adapter.resolve().parent)
+
+
+def learned_domains(adapter: Path) -> list[dict[str, Any]]:
+    """Domains as recipes say them, which an adapter was trained on: by its own run first, then by those before.
+
+    Runs and operations note the latter as LEARNED_BEFORE, for the adapters that they start from may move or go.
+    """
+    if record := read_record(adapter):
+        return [*record["recipe"]["data"], *record.get(LEARNED_BEFORE, ())]
+    operation = _read_operation(adapter)
+    if LEARNED_BEFORE in operation:
+        return operation[LEARNED_BEFORE]
+    parent = adapter.resolve().parent
+    return learned_domains(parent) if read_record(parent) else []
+
+
+def _read_operation(adapter: Path) -> dict[str, Any]:
+    """The operation.json of a folder; empty where there is none."""
+    try:
+        operation = json.loads((adapter / OPERATION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return operation if isinstance(operation, dict) else {}
+
+
 def noted_base(adapter: Path) -> dict[str, Any] | None:
     """The base model of an adapter as the run or the operation that wrote it noted it: the fields of `ModelOptions`.
 
     It knows more than PEFT's name does: the GGUF file and the precision. A checkpoint's run.json lies one folder up.
     """
-    if record := read_record(adapter) or read_record(adapter.resolve().parent):
-        return record["recipe"]["model"]
-    try:
-        return json.loads((adapter / OPERATION_FILE).read_text(encoding="utf-8"))["base"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    record = record_of(adapter)
+    return record["recipe"]["model"] if record else _read_operation(adapter).get("base")
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
