@@ -129,6 +129,8 @@ class ForwardHook:
             return None
         self.state.context = None
         self.state.prefilled = True
+        if context.inputs.get("past_key_values") is None:
+            context.said.keep_on(getattr(output, "past_key_values", None))  # the model made its cache by itself
         return None if output is None else finish_forward(context, module, output)
 
 

@@ -119,14 +119,51 @@ def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
     return weights.float(), biases.float()
 
 
+class Said:
+    """What the tokens in a KV cache said to each router, so that text read piece by piece is gated as in one forward.
+
+    Beams of one prompt may exchange what they said. Tokens that are taken back (assisted generation crops the cache)
+    are forgotten, up to WINDOW of them.
+    """
+
+    def __init__(self) -> None:
+        self.densities: dict[str, tuple[Tensor, Any]] = {}  # by router: [B, S, A], and the position after the last
+
+    @classmethod
+    def on(cls, cache: Any) -> Said:
+        """Of a KV cache, which keeps it; of none, a new one."""
+        return getattr(cache, _ATTRIBUTE, None) or cls().keep_on(cache)
+
+    def keep_on(self, cache: Any) -> Said:
+        """Keep it on a KV cache, if there is one."""
+        if hasattr(cache, "get_seq_length"):
+            setattr(cache, _ATTRIBUTE, self)
+        return self
+
+    def continued(self, key: str, densities_BSA: Tensor, past_length: int | Tensor) -> Tensor:
+        """[B, P + S, A]: those of the tokens before these [B, S, A] first; past_length tokens are in the cache."""
+        before, end = self.densities.get(key, (None, 0))
+        together, is_number = densities_BSA, not isinstance(past_length, Tensor)  # a static cache counts on the device
+        if before is not None and before.shape[::2] == densities_BSA.shape[::2]:
+            if is_number:
+                before = before[:, : max(0, before.shape[1] - (end - past_length))]
+            together = torch.cat([before * (past_length > 0), densities_BSA], dim=1)
+        kept = 2 * WINDOW if is_number else WINDOW - 1  # only where tokens can be taken back are more of use
+        self.densities[key] = together[:, -kept:].detach(), past_length + densities_BSA.shape[1]
+        return together
+
+
 def over_context(
-    densities_BSA: Tensor, mask_BS: Tensor | None = None, cache: Any = None, key: str = "", past_length: Any = 0
+    densities_BSA: Tensor,
+    mask_BS: Tensor | None = None,
+    said: Said | None = None,
+    key: str = "",
+    past_length: int | Tensor = 0,
 ) -> Tensor:
     """[B, S, A]: log densities summed over each token and the WINDOW - 1 before it; padding adds nothing.
 
     Args:
-        cache: the forward's KV cache; what its tokens said is kept there under `key`, so that text generated token by
-            token is gated as in one forward. Beams of one prompt may exchange what they said.
+        said: what the tokens in the forward's KV cache said to the router `key`; these tokens join them.
         past_length: number of tokens in the cache.
 
     Example:
@@ -135,15 +172,8 @@ def over_context(
     """
     if mask_BS is not None:
         densities_BSA = densities_BSA * mask_BS[..., None]
-    length, said = densities_BSA.shape[1], densities_BSA
-    if cache is not None:
-        kept = getattr(cache, _ATTRIBUTE, {})
-        before = kept.get(key)
-        if before is not None and before.shape[::2] == said.shape[::2]:
-            said = torch.cat([before * (past_length > 0), said], dim=1)
-        kept[key] = said[:, -(WINDOW - 1) :].detach()
-        setattr(cache, _ATTRIBUTE, kept)
-    total = said.cumsum(1)
+    length = densities_BSA.shape[1]
+    total = (densities_BSA if said is None else said.continued(key, densities_BSA, past_length)).cumsum(1)
     return (total - F.pad(total, (0, 0, WINDOW, 0))[:, : total.shape[1]])[:, -length:]
 
 

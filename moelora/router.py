@@ -181,13 +181,13 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
         if hidden.dim() != 3:
             return lambda densities_TA: densities_TA  # no sequence to read on in
-        cache = None if context is None else context.inputs.get("past_key_values")
+        said = None if context is None else context.said
         past = 0 if context is None else context.past_length
 
         def add_up(densities_TA: Tensor) -> Tensor:
             densities_BSA = densities_TA.view(*hidden.shape[:-1], -1)
             mask_BS = None if mask is None else mask.to(densities_TA.device)
-            return over_context(densities_BSA, mask_BS, cache, self.name, past).flatten(0, 1)
+            return over_context(densities_BSA, mask_BS, said, self.name, past).flatten(0, 1)
 
         return add_up
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoELoraConfig, count_experts
+from .gate import Said
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .ranks import num_ranks
 
@@ -116,6 +117,7 @@ class ForwardContext:
         self.latest: BlockRouting | None = None  # of the block that ran last
         self.grad_enabled = torch.is_grad_enabled()
         self.past_length = _past_length(inputs.get("past_key_values"))  # now: the blocks' attention lets it grow
+        self.said = Said.on(inputs.get("past_key_values"))
         says_nothing = inputs.get("attention_mask") is None
         self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}

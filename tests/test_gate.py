@@ -133,13 +133,26 @@ def test_generating_token_by_token_gates_as_one_forward_does():
     ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]], dim=1)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        first = model(input_ids=ids[:, :20], past_key_values=None, use_cache=True)
-        model_cache = type(first.past_key_values)()
-        pieces, cache = [], model_cache
-        for piece in (ids[:, :20], *ids[:, 20:].split(1, dim=1)):
-            step = model(input_ids=piece, past_key_values=cache, use_cache=True)
-            pieces.append(step.logits)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-3, atol=1e-4)
+        first = model(input_ids=ids[:, :20], use_cache=True)
+        for given in (None, type(first.past_key_values)()):  # made by the model in the first forward, or by generate
+            pieces, cache = [], given
+            for piece in (ids[:, :20], *ids[:, 20:].split(1, dim=1)):
+                step = model(input_ids=piece, past_key_values=cache, use_cache=True)
+                pieces.append(step.logits)
+                cache = step.past_key_values
+            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_that_are_taken_back_have_said_nothing():
+    """As in assisted generation, which crops the cache to what it accepts."""
+    model = gated_mixture()
+    ids = torch.cat([texts(LOW, rows=2, length=70)["input_ids"], texts(HIGH, rows=2, length=8)["input_ids"]], dim=1)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        cache = model(input_ids=torch.cat([ids[:, :72], ids[:, -30:]], dim=1), use_cache=True).past_key_values
+        cache.crop(-30)
+        rest = model(input_ids=ids[:, 72:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 72:], rtol=1e-3, atol=1e-4)
 
 
 def test_padding_changes_nothing():
