@@ -144,3 +144,37 @@ def test_a_base_noted_by_an_operation_is_found(tmp_path):
     noted = ModelOptions(name=str(base), dtype="bfloat16")
     out = carry_out(options, PLAN, lambda folder: model.save_pretrained(str(folder)), base=noted)
     assert find_base(out, None) == noted
+
+
+def test_a_folder_that_somebody_else_has_written_meanwhile_is_kept(tmp_path):
+    def overtaken(folder):
+        write_one(folder)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("theirs")
+        return {}
+
+    with pytest.raises(UserError, match="another process"):
+        carry_out(HalveOptions(out=str(tmp_path / "out")), PLAN, overtaken)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "theirs"]
+
+
+def test_a_folder_that_holds_what_is_read_is_not_replaced(tmp_path):
+    adapter = tmp_path / "runs" / "adapter"
+    adapter.mkdir(parents=True)
+    options = HalveOptions(out=str(tmp_path / "runs"), overwrite=True)
+    with pytest.raises(UserError, match="is only read"):
+        carry_out(options, PLAN, write_one, inputs=[adapter])
+    assert adapter.is_dir()
+
+
+def test_a_place_with_dots_is_where_they_lead(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    options = HalveOptions(out=str(tmp_path / "out" / "deeper" / ".."), overwrite=True)
+    assert carry_out(options, PLAN, write_one) == tmp_path / "out"
+    assert (tmp_path / "out.backup-1" / "old").is_file()
+
+
+def test_a_name_that_is_too_long_is_told():
+    with pytest.raises(UserError, match="too long"):
+        check_output(HalveOptions(out="x" * 300))

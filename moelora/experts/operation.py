@@ -50,7 +50,12 @@ class OperationOptions:
 
     @property
     def out_folder(self) -> Path:
-        return Path(self.out).expanduser().absolute()
+        return _place(self.out)
+
+
+def _place(folder: str | Path) -> Path:
+    """A folder by its whole path, without `..`: what is renamed needs a name."""
+    return Path(os.path.abspath(Path(folder).expanduser()))
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,10 @@ def check_output(options: OperationOptions, more: Sequence[Problem] = ()) -> Non
 
 
 def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
+    try:
+        folder.exists()
+    except OSError as error:  # a name that is too long
+        return [Problem("--out", str(folder), f"{error.strerror}; give another place")]
     parent = next(parent for parent in folder.parents if parent.exists())
     if not os.access(parent, os.W_OK) or not parent.is_dir():
         return [Problem("--out", str(folder), f"{parent} is no folder that may be written to; give another place")]
@@ -162,10 +171,18 @@ def carry_out(
 
     Returns:
         The folder; None after a dry run.
+
+    Raises:
+        UserError: the folder holds an adapter that was read, or somebody else has written to it meanwhile.
     """
     stdout = Console(highlight=False, quiet=not is_main_process)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
+    if inside := [path for path in inputs if _place(path).is_relative_to(out) and _place(path) != out]:
+        raise UserError(
+            f"--out = {str(out)!r}\n    holds {inside[0]}, which is only read, and would be put aside with all else in "
+            "it; give another folder"
+        )
     if options.dry_run:
         stdout.print("Dry run: nothing was written.")
         return None
@@ -225,9 +242,15 @@ def replacing_folder(folder: Path) -> Iterator[tuple[Path, Path | None]]:
         yield staging, backup
         _flush(staging)
         staging.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
-        if backup is not None:
-            os.rename(folder, backup)
-        os.rename(staging, folder)
+        try:
+            if backup is not None:
+                os.rename(folder, backup)
+            os.rename(staging, folder)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: another process has written to it meanwhile ({error.strerror}); that is kept, and nothing "
+                "of this run; give another folder"
+            ) from error
         _flush_entry(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -269,7 +292,7 @@ def undo(options: UndoOptions) -> Path | None:
     Raises:
         UserError: there is no backup.
     """
-    folder = Path(options.folder).expanduser().absolute()
+    folder = _place(options.folder)
     numbers = _numbers(folder, "backup")
     if not numbers:
         raise UserError(
