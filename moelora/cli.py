@@ -106,6 +106,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         export,
         "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0",
     ),
+    "novelty": (
+        NoveltyOptions,
+        novelty_command,
+        "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl "
+        "--data mail=mail.jsonl",
+    ),
     "prune": (
         PruneOptions,
         prune_command,
@@ -123,12 +129,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
         distil_command,
         "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
         "--out runs/quickstart/lora",
-    ),
-    "novelty": (
-        NoveltyOptions,
-        novelty_command,
-        "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl "
-        "--data mail=mail.jsonl",
     ),
     "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
 }

@@ -78,8 +78,9 @@ class MoELoraLayer(_LayerBase):
         Not in training, where dropout, and soon the expert itself, are other than they were.
         """
         state = self.link.state
-        is_imported = any(state.configs[name].single_expert for name in self._routed_adapters())
-        return is_imported and not self.training and state.may_single_out
+        if self.training or not state.may_single_out:
+            return False
+        return any(state.configs[name].single_expert for name in self._routed_adapters())
 
     def _shared_input(self) -> SharedInput | None:
         """Where linears of the block leave each other results; None where each has weights of its own."""
