@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
 
-from moelora.experts import forget, grow, remember
+from moelora.experts import forget, grow, put_together, remember, take_apart
 from moelora.gate import WINDOW, InputSketch, Memory, discriminants, gated_logits, over_context
 
 LOW, HIGH = (2, 10), (VOCAB - 8, VOCAB)  # two domains: spans of token ids
@@ -195,3 +195,11 @@ def test_only_a_gated_mixture_of_several_is_gated():
 def test_what_cannot_be_remembered_is_refused(name, options, batches, message):
     with pytest.raises(ValueError, match=message):
         remember(mixture_of("llama", **options), name, batches)
+
+
+def test_taken_apart_and_put_together_it_gates_alike():
+    model, inputs = gated_mixture(), texts(HIGH, seed=7)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        again = put_together(model, take_apart(model)).eval()
+        assert torch.equal(again(**inputs).logits, before)
