@@ -1,7 +1,7 @@
-"""accelerate's engines on CPU processes.
+"""accelerate's engines on CPU processes, and on GPUs where there are two.
 
-accelerate runs FSDP and DeepSpeed only where it finds an accelerator. Nothing in either needs one, so the worker tells
-it that there is one, whose device is the CPU and whose backend is gloo; all the rest is what a GPU machine runs.
+accelerate runs FSDP and DeepSpeed only where it finds an accelerator. Nothing in either needs one, so on CPUs the
+worker tells it that there is one, whose device is the CPU and whose backend is gloo; all the rest is what a GPU machine runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ WORKER = Path(__file__).with_name("worker.py")
 CONFIGS = ROOT / "examples" / "accelerate"
 ENGINES = Path(sys.prefix) / "engines"  # DeepSpeed; see the Makefile
 WORLD = 2
+DEVICE = os.environ.get("MOELORA_TEST_DEVICE", "cpu")  # in the worker
 
 
 def launch(
-    engine: str, *arguments: object, precision: str = "no", check: bool = True, **environment: str
+    engine: str,
+    *arguments: object,
+    precision: str = "no",
+    check: bool = True,
+    device: str = "cpu",
+    **environment: str,
 ) -> subprocess.CompletedProcess:
     """Run the worker on WORLD processes with the accelerate configuration of an engine; precision "no" is float32."""
     paths = [str(ROOT), str(Path(__file__).parents[1]), *([str(ENGINES)] if engine.startswith("zero") else [])]
@@ -28,10 +34,11 @@ def launch(
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-        "DS_ACCELERATOR": "cpu",
+        "MOELORA_TEST_DEVICE": device,
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if device == "cpu":
+        env |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
     command += ["--mixed_precision", precision, "--num_processes", str(WORLD), "--main_process_port", str(_free_port())]
     command += [str(WORKER), engine, *map(str, arguments)]

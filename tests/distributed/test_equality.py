@@ -14,6 +14,11 @@ from peft import PeftModel
 # float32: sums over two processes are rounded in another order. The updates compared are of the order of 0.1; with the
 # capacity of each process by itself, the loads of one process or gradients halved, they differ by 1e-2 and more.
 TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason=f"needs {WORLD} CUDA devices"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=TWO_GPUS)]
 DEEPSPEED = [pytest.param(engine, marks=pytest.mark.engines) for engine in ("zero2", "zero3")]
 
 
@@ -23,10 +28,11 @@ def assert_same(actual, expected, what):
         torch.testing.assert_close(actual[name], tensor, **TOLERANCE, msg=lambda m, n=name: f"{what} {n}: {m}")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", *DEEPSPEED])
-def test_two_processes_equal_one(tmp_path, engine):
+def test_two_processes_equal_one(tmp_path, engine, device):
     """Losses, gradients, updates, maturity and counters; every case of cases.py in one launch."""
-    launch(engine, "equality", tmp_path, *CASES)
+    launch(engine, "equality", tmp_path, *CASES, device=device)
     for name, case in CASES.items():
         expected = reference(case)
         before = {n: p.detach() for n, p in build(case).named_parameters() if p.requires_grad}
@@ -52,13 +58,14 @@ def assert_loads(folder, trained, what):
         assert torch.equal(loaded[name], tensor), f"{what} {name}"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", *DEEPSPEED])
-def test_two_processes_in_bfloat16_learn_what_one_learns_in_float32(tmp_path, engine):
+def test_two_processes_in_bfloat16_learn_what_one_learns_in_float32(tmp_path, engine, device):
     """DDP: autocast; FSDP2: MixedPrecisionPolicy; DeepSpeed: a bfloat16 model with a float32 master copy.
 
     The tolerance is that of test_precision_training.py.
     """
-    launch(engine, "equality", tmp_path, "aux_loss", "module_bf16", precision="bf16")
+    launch(engine, "equality", tmp_path, "aux_loss", "module_bf16", precision="bf16", device=device)
     for name in ("aux_loss", "module_bf16"):
         expected, actual = reference(CASES[name]), torch.load(tmp_path / f"{name}.0.pt")
         before = dict(build(CASES[name]).named_parameters())

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from cases import CASES, LR, ROWS, Case, build, routing_state, share, steps_of
-from engines import WORLD, pretend_accelerator
+from engines import DEVICE, WORLD, pretend_accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +44,8 @@ def run(engine: str, case: Case, out: Path) -> dict[str, Any]:
         step = []
         for rows in micros:
             with accelerator.accumulate(model):
-                loss = model(**share(rows, accelerator.process_index), num_items_in_batch=num_items).loss
+                mine = {n: t.to(accelerator.device) for n, t in share(rows, accelerator.process_index).items()}
+                loss = model(**mine, num_items_in_batch=num_items.to(accelerator.device)).loss
                 # As the Trainer does: engines average over processes, accelerate over micro-batches.
                 accelerator.backward(loss * WORLD * case.accumulation)
                 step.append(loss.detach())
@@ -60,16 +61,17 @@ def run(engine: str, case: Case, out: Path) -> dict[str, Any]:
     inner.save_pretrained(out, state_dict=state, is_main_process=accelerator.is_main_process)
     trainable = {n.removeprefix("module.") for n, p in inner.named_parameters() if p.requires_grad}
     return {
-        "losses": losses,
+        "losses": [loss.cpu() for loss in losses],
         "gradients": gradients,
         "parameters": {n: full(state[n]) for n in trainable} if state else {},
-        "buffers": routing_state(inner),
+        "buffers": {name: buffer.cpu() for name, buffer in routing_state(inner).items()},
     }
 
 
 def accelerator_for(engine: str, accumulation: int) -> Accelerator:
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=engine == "ddp")
-    wanted = {"ddp": DistributedType.MULTI_CPU, "fsdp2": DistributedType.FSDP}.get(engine, DistributedType.DEEPSPEED)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=engine == "ddp" and DEVICE == "cpu")
+    replicated = DistributedType.MULTI_CPU if DEVICE == "cpu" else DistributedType.MULTI_GPU
+    wanted = {"ddp": replicated, "fsdp2": DistributedType.FSDP}.get(engine, DistributedType.DEEPSPEED)
     assert accelerator.distributed_type == wanted, accelerator.distributed_type
     assert accelerator.num_processes == WORLD
     if engine.startswith("zero"):
@@ -134,7 +136,7 @@ TASKS = {"equality": equality, "recipe": recipe}
 def main() -> None:
     torch.set_num_threads(1)
     engine, task, out, *names = sys.argv[1:]
-    if engine != "ddp":
+    if engine != "ddp" and DEVICE == "cpu":
         pretend_accelerator()
     TASKS[task](engine, Path(out), names)
     dist.destroy_process_group()
