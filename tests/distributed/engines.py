@@ -1,7 +1,7 @@
 """accelerate's engines on CPU processes, and on GPUs where there are two.
 
-accelerate runs FSDP and DeepSpeed only where it finds an accelerator. Nothing in either needs one, so the worker tells
-it, where it runs on CPUs, that there is one whose device is the CPU and whose backend is gloo; all the rest is what a GPU
+accelerate runs FSDP and DeepSpeed only where it finds an accelerator. Nothing in either needs one, so on CPUs the
+worker tells it that there is one, whose device is the CPU and whose backend is gloo; all the rest is what a GPU
 machine runs.
 """
 
