@@ -69,7 +69,7 @@ class Setting:
             top_k_experts=plan.top_k,
             target_modules=list(LINEARS),
             task_type="CAUSAL_LM",
-            **options,  # type: ignore[arg-type]
+            **options,
         )
 
     def lora(self) -> nn.Module:

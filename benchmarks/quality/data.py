@@ -184,7 +184,7 @@ def _hash(arrays: dict[str, Tokens]) -> str:
 
 def _save(path: Path, arrays: dict[str, Tokens]) -> None:
     part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(part, **arrays)
     os.replace(part, path)
 
 

@@ -156,14 +156,14 @@ class Bench:
         for number, state in enumerate(experts.states.values()):
             put_state(experts.model, state)
             paths.append(str(Path(folder) / str(number)))
-            experts.model.save_pretrained(paths[-1], save_embedding_layers=False)  # type: ignore[operator]
+            experts.model.save_pretrained(paths[-1], save_embedding_layers=False)
         return paths
 
     def _xlora(self, learning_rate: float, seed: int) -> Trained:
         with tempfile.TemporaryDirectory() as folder:
             paths = dict(zip(map(str, range(len(self.data))), self._saved_experts(seed, folder), strict=True))
             torch.manual_seed(seed)
-            width = self.base.config.hidden_size  # type: ignore[union-attr]
+            width = self.base.config.hidden_size
             config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=width, adapters=paths)
             model = get_peft_model(shared_copy(self.base), config)
         tuner = model.base_model

@@ -41,7 +41,7 @@ REASONING_PINS = (
 def _translation(folder: Path) -> Iterator[Question]:
     for package in CATALOGUES:
         for _, content in package.files(folder, "*/locale/fr/LC_MESSAGES/*.mo"):
-            catalogue = gettext.GNUTranslations(io.BytesIO(content))._catalog  # type: ignore[attr-defined]
+            catalogue = gettext.GNUTranslations(io.BytesIO(content))._catalog
             for english, french in catalogue.items():
                 if isinstance(english, str) and 0 < len(english) <= 300 and english != french:
                     english, french = " ".join(english.split()), " ".join(french.split())

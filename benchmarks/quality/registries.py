@@ -71,7 +71,7 @@ class Package:
         stream = _debian_data(archive.read_bytes()) if archive.suffix == ".deb" else archive.open("rb")
         with stream, tarfile.open(fileobj=stream) as tar:
             found = {m.name: tar.extractfile(m) for m in tar if m.isfile() and _matches(m.name, patterns)}
-            yield from ((name, found[name].read()) for name in sorted(found))  # type: ignore[union-attr]
+            yield from ((name, found[name].read()) for name in sorted(found))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
