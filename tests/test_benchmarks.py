@@ -292,14 +292,18 @@ def test_ratios_are_taken_repeat_by_repeat():
 
 
 @pytest.mark.parametrize(
-    "name", ["__main__", "layer", "model", "decode", "growth", "crossover", "monitor", "gate", "table", "plot"]
+    "name",
+    [
+        *("__main__", "layer", "model", "decode", "growth", "crossover", "monitor", "gate", "parallel", "table", "plot"),
+        *("continual.__main__", "continual.novelty", "quality.__main__"),
+    ],
 )
 def test_help_shows_real_calls(name, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit):
         module.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert f"python -m benchmarks{'' if name == '__main__' else f'.{name}'}" in text
+    assert f"-m {module.__name__.removesuffix('.__main__')}" in text
     for example in getattr(module, "EXAMPLES", ()):
         assert " ".join(example.split()) in text
 
