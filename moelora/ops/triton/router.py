@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...ranks import ROUNDS, count_rows, num_ranks
@@ -193,9 +193,10 @@ class _RouteFused(torch.autograd.Function):
 
 
 def serves(hidden_TH: Tensor, weight_EH: Tensor, capacity_factor: float | None) -> bool:
-    """Whether the kernels can take these; float64 is the references' business."""
+    """Whether the kernels can take these: no float64, which is the references' business, and no shard of a DTensor."""
     is_small = capacity_factor is None or hidden_TH.shape[0] <= MAX_CAPACITY_TOKENS
-    return is_small and {hidden_TH.dtype, weight_EH.dtype} <= DTYPES and weight_EH.shape[0] <= MAX_EXPERTS
+    is_plain = {type(hidden_TH), type(weight_EH)} <= {Tensor, nn.Parameter}
+    return is_small and is_plain and {hidden_TH.dtype, weight_EH.dtype} <= DTYPES and weight_EH.shape[0] <= MAX_EXPERTS
 
 
 def route_fused(
