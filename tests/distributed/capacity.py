@@ -26,10 +26,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def probabilities(num_tokens: int, ties: bool, generator: torch.Generator) -> torch.Tensor:
-    logits = torch.randn(num_tokens, EXPERTS, generator=generator) * 3
-    if ties:
-        logits = logits.round()  # rows and experts that are equal to the last bit
-    return logits.softmax(-1)
+    """[T, E]; with ties four kinds of tokens, over all ranks, whose probabilities are equal to the last bit."""
+    rows = torch.randint(4, (num_tokens,), generator=generator) if ties else torch.arange(num_tokens)
+    return (torch.randn(max(4, num_tokens), EXPERTS, generator=generator) * 3).softmax(-1)[rows]
 
 
 def part(counts: tuple[int, ...]) -> slice:

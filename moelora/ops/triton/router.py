@@ -1,7 +1,8 @@
 """Triton form of a one-layer router: norm_linear, `moelora.routing.route` and `moelora.stats.RoutingSums.of` at once.
 
 Forward:  one program scores and routes a block of tokens, and leaves its share of every sum. With a capacity, a second
-          kernel, one program per expert, finds the least priority that still fits and takes the excess back.
+          kernel, one program per expert, finds the least priority that still fits and takes the excess back. Where
+          ranks share the capacity, it is found between three sums over ranks: six launches besides them.
 Backward: one program routes its tokens again from the saved logits, gets dz, and walks over the columns of h and W.
 Letters: T tokens, H width, E experts.
 """
