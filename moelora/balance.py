@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .router import MoELoraRouter
     from .state import ForwardContext
 
+# Made here, because torch before 2.13 cannot trace its making; every one reads what accelerate's last Accelerator set.
+_GRADIENTS = GradientState()
+
 
 def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> Any:
     """Count what the routers did and, in training, add the balancing loss to the output's loss."""
@@ -35,7 +38,8 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
         return output
     all_sums, targets, world_size = _over_ranks([sums for _, sums in groups], _num_targets(context, model))
     for (routers, _), sums in zip(groups, all_sums, strict=True):
-        grow(routers, sums, state.config.maturity_tokens, commit=GradientState().sync_gradients)
+        is_last_micro_batch = getattr(_GRADIENTS, "sync_gradients", True)  # unset where accelerate was reset
+        grow(routers, sums, state.config.maturity_tokens, commit=is_last_micro_batch)
     losses = [sums.balancing_loss(state.config.load_balance_loss_type) for sums in all_sums]
     losses_L = torch.cat([loss.to(losses[0].device) for loss in losses])
     if state.window is not None:

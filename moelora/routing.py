@@ -37,7 +37,7 @@ class ExpertRouter(nn.Module):
     def is_frozen(self) -> bool:
         """Whether its scores are not to change; then its maturity and counters stand still too."""
         parameters = list(self.parameters())
-        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+        return len(parameters) > 0 and not any(parameter.requires_grad for parameter in parameters)
 
     def _apply(self, fn, recurse=True):
         # A bfloat16 maturity would stop growing: steps of 1e-4 round to nothing. Devices move, dtypes stay.
