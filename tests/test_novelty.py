@@ -1,6 +1,7 @@
 """Whether texts are new to a mixture, and `--grow auto`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from moelora.experts.novelty_score import Calibration, _Domain, auc, measure
 from moelora.gate import Memory
 
 MIDDLE = (24, 34)
+RECIPE = str(Path(__file__).parent.parent / "examples" / "quickstart.yaml")
 
 
 def rows(span, count=24, length=16, seed=3):
@@ -120,11 +122,11 @@ def test_the_command_tells_new_texts_from_known_ones(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "x.yaml", "--grow", "auto"], "--adapter FOLDER belong together"),
-        (["train", "x.yaml", "--adapter", "y"], "--adapter FOLDER belong together"),
-        (["train", "x.yaml", "--dry-run"], "--dry-run needs --grow"),
+        (["train", RECIPE, "--grow", "auto"], "--adapter FOLDER belong together"),
+        (["train", RECIPE, "--adapter", "."], "--adapter FOLDER belong together"),
+        (["train", RECIPE, "--dry-run"], "--dry-run needs --grow"),
         (["novelty", "nowhere"], "no such folder"),
-        (["novelty", "nowhere"], "--calibration NAME=FILE"),
+        (["novelty", "."], "--calibration NAME=FILE"),
     ],
 )
 def test_calls_that_cannot_work_are_refused(capsys, arguments, expected):
