@@ -32,7 +32,7 @@ def check_options(options: Any) -> list[Problem]:
     return [replace(problem, key=shown(problem.key)) for problem in check_values(type(options), vars(options), "")]
 
 
-def place(folder: str | Path) -> Path:
+def whole_path(folder: str | Path) -> Path:
     """A folder by its whole path, without `..`: what is renamed needs a name."""
     return Path(os.path.abspath(Path(folder).expanduser()))
 
@@ -146,7 +146,7 @@ class OperationOptions:
 
     @property
     def out_folder(self) -> Path:
-        return place(self.out)
+        return whole_path(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +24,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..options import OperationOptions, UndoOptions, check_options, place
+from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
+from ..staging import staging
 from ..training.generate import find_base, load_mixture
 from ..training.progress import is_main_process
 from ..training.recipe import ModelOptions
@@ -151,7 +150,7 @@ def carry_out(
     stdout = Console(highlight=False, quiet=not is_main_process)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
-    if inside := [path for path in inputs if place(path).is_relative_to(out) and place(path) != out]:
+    if inside := [path for path in inputs if whole_path(path).is_relative_to(out) and whole_path(path) != out]:
         raise UserError(
             f"--out = {str(out)!r}\n    holds {inside[0]}, which is only read, and would be put aside with all else in "
             "it; give another folder"
@@ -160,9 +159,9 @@ def carry_out(
         stdout.print("Dry run: nothing was written.")
         return None
     record = describe_operation(options, inputs, base)
-    with replacing_folder(out) as (staging, backup):
-        outcome = work(staging)
-        write_json(staging / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
+    with replacing_folder(out, options.overwrite) as (place, backup):
+        outcome = work(place)
+        write_json(place / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
     if backup is not None:
         stdout.print(
             f"Kept what was there in {shown(backup)}; to bring it back: moelora undo {shown(out)}", soft_wrap=True
@@ -201,38 +200,28 @@ def _checksum(path: Path) -> str | None:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[tuple[Path, Path | None]]:
+def replacing_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
     """A temporary folder that becomes `folder` once the block has succeeded, and where the old one will be kept.
 
     Renames only: at every moment there is the old folder or the new one under its name or, between two renames, the old
     one under the name of its backup.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    replaces = folder.is_dir() and any(folder.iterdir())
+    replaces = overwrite and folder.is_dir() and any(folder.iterdir())
     backup = _free_name(folder, "backup") if replaces else None
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        yield staging, backup
-        _flush(staging)
-        staging.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
+    with staging(folder) as place:
+        place.mkdir()
+        yield place, backup
+        _flush(place)
         try:
             if backup is not None:
                 os.rename(folder, backup)
-            os.rename(staging, folder)
+            os.rename(place, folder)
         except OSError as error:
             raise UserError(
                 f"{folder}: another process has written to it meanwhile ({error.strerror}); that is kept, and nothing "
                 "of this run; give another folder"
             ) from error
         _flush_entry(folder.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flush(folder: Path) -> None:
@@ -257,7 +246,7 @@ def undo(options: UndoOptions) -> Path | None:
     Raises:
         UserError: there is no backup.
     """
-    folder = place(options.folder)
+    folder = whole_path(options.folder)
     numbers = _numbers(folder, "backup")
     if not numbers:
         raise UserError(
