@@ -159,7 +159,7 @@ def _fixed_weights(active: Sequence[StoredAdapter], linear: str) -> dict[str, to
     if config.router_type != "fixed":
         raise ValueError(
             f"router_type={config.router_type!r} weighs experts differently for each token, so the mixture is no "
-            "single LoRA; give `weights`, one number per expert, to export it under those"
+            "single LoRA; give `weights` (--weights), one number per expert, to export it under those"
         )
     router = owner_of(linear, {name for adapter in active for name in adapter.routers})
     assert router is not None  # every linear has one

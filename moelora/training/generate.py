@@ -96,6 +96,8 @@ def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> Pef
 
 def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions):
     if not options.chat:
+        if not tokenizer(options.prompt)["input_ids"]:
+            raise UserError(f"--prompt = {options.prompt!r}\n    has no token to continue from; give some text")
         return tokenizer(options.prompt, return_tensors="pt")
     if not tokenizer.chat_template:
         raise UserError("--chat: the model has no chat template; leave the flag out")
