@@ -146,6 +146,7 @@ def test_generate_checks_its_options(tmp_path, capsys):
         ("report.md", 2),
         ("experts-import.md", 2),
         ("experts-export.md", 1),
+        ("experts-novelty.md", 1),
         ("experts-prune-merge.md", 2),
         ("experts-distil.md", 1),
     ],

@@ -119,6 +119,14 @@ def test_the_command_tells_new_texts_from_known_ones(folder, capsys):
     assert float(line.replace("│", "|").split("|")[-2]) > 0.9, table
 
 
+def test_too_few_texts_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
+    few, more = (write_jsonl(tmp_path / f"{count}.jsonl", counting(count)) for count in (15, 16))
+    texts = ["--calibration", f"few={few}", "--data", f"more={more}"]
+    assert main(["novelty", str(folder / "out"), *texts]) == 2
+    assert "15 texts of two tokens or more say too little; give 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -19,7 +19,7 @@ from ..training.progress import console
 from ..training.recipe import DomainOptions
 from ..training.record import learned_domains
 from ..training.schema import Problem, UserError
-from .novelty_score import Calibration, Novelty, auc, measure
+from .novelty_score import FEWEST, Calibration, Novelty, auc, measure
 from .operation import read_source
 
 SEED = 0
@@ -37,12 +37,17 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     known, others = _check(options)
     source = read_source(options.adapter, options.base)
     learned = learned_domains(source.folder)
-    console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
     tokenizer = load_tokenizer(source.base)
     read = {
         domain.name: sample(documents_of(domain, learned)[0], tokenizer, options.max_texts, options.length)
         for domain in (*known, *others)
     }
+    if (known_texts := sum(len(read[domain.name]) for domain in known)) < 2 * FEWEST:
+        raise UserError(
+            f"--calibration: {known_texts} texts of two tokens or more say too little; give {2 * FEWEST} or more: half "
+            "of them calibrate, and the other half is what the others are compared with"
+        )
+    console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)
     try:
