@@ -28,7 +28,8 @@ from ..training.progress import console
 from ..training.recipe import DomainOptions, Recipe
 from ..training.record import learned_domains, record_of
 from ..training.schema import Problem, UserError
-from .distil import check_distillable, closed_form, fresh_lora, lora_of
+from .distil import closed_form, fresh_lora, lora_of
+from .exporting import check_only_factors
 from .moments import Batch
 from .operation import Plan, Source, carry_out, check_output, read_source
 from .student import train_student
@@ -45,6 +46,10 @@ def distil_command(options: DistilOptions) -> Path | None:
         problems.append(Problem("--compare-scratch", True, "needs --steps: as many train the LoRA to compare with"))
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
+    try:
+        check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
+    except ValueError as error:
+        raise UserError(f"{source.folder}: {error}") from error
     record = record_of(source.folder)
     learned = learned_domains(source.folder)
     settings = [_as_trained(domain, learned) for domain in domains]
@@ -108,7 +113,6 @@ class _Job:
         console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
         self.options = options
         self.model = source.load()
-        check_distillable(self.model)
         tokenizer = load_tokenizer(source.base)
         recipe = Recipe(
             model=source.base,
