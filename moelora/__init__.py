@@ -1,24 +1,28 @@
 """moelora: mixture-of-LoRA-experts fine-tuning as a PEFT tuner. Importing it registers the method with PEFT."""
 
+import sys
 from importlib import import_module
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from ._peft import register
-from .config import MoELoraConfig
-from .model import MoELoraModel
 from .version import __version__
 
 if TYPE_CHECKING:
     from . import experts
+    from .config import MoELoraConfig
+    from .model import MoELoraModel
     from .report.analysis import analyze
     from .training.callback import MoELoraCallback
 
 __all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze", "experts"]
 
-register(MoELoraConfig, MoELoraModel)
-
-_LAZY = {"MoELoraCallback": ".training.callback", "analyze": ".report.analysis"}
-"""What needs the Trainer's libraries, imported when somebody asks: `import moelora` must stay quick."""
+_LAZY = {
+    "MoELoraCallback": ".training.callback",
+    "MoELoraConfig": ".config",
+    "MoELoraModel": ".model",
+    "analyze": ".report.analysis",
+}
+"""Where the public names are, imported when somebody asks: `import moelora` must stay quick."""
 
 
 def __getattr__(name: str) -> Any:
@@ -27,3 +31,17 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _is_command() -> bool:
+    """Whether this process is the `moelora` command: `.../moelora` or `python -m moelora`."""
+    program = getattr(sys, "argv", None) or [""]
+    if program[0] == "-m":  # what stands there while Python looks for the module
+        return ("-m", "moelora") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return PurePath(program[0]).stem == "moelora"
+
+
+# The command registers when it has something to do (`cli.main`): PEFT and PyTorch take seconds, and `--help` needs
+# neither.
+if not _is_command():
+    import_module(".registration", __name__)

@@ -13,7 +13,6 @@ import copy
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ._peft import hub_arguments
 from .config import MoELoraConfig
 from .router_file import ROUTER_NAME, load_router, save_router
+from .staging import staging
 
 if TYPE_CHECKING:
     from .peft_model import MixturePeftModel
@@ -65,35 +65,33 @@ def save(
     if not is_main_process:  # sharded engines gather the weights on every process
         _state_dicts(model, save_embedding_layers, kwargs.get("state_dict"))
         return
-    with _replacing(Path(save_directory)) as staging:
+    with _replacing(Path(save_directory)) as place:
         if as_peft:
-            arguments = (str(staging), safe_serialization, selected_adapters, save_embedding_layers)
+            arguments = (str(place), safe_serialization, selected_adapters, save_embedding_layers)
             save_as_peft(*arguments, **kwargs)
         else:
-            _save_mixture(model, staging, save_embedding_layers, kwargs.get("state_dict"))
+            _save_mixture(model, place, save_embedding_layers, kwargs.get("state_dict"))
         if model.base_model.routing.attached is not None:
-            save_router(model.base_model.routing.attached, staging / ROUTER_NAME)
+            save_router(model.base_model.routing.attached, place / ROUTER_NAME)
 
 
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
     """A temporary directory whose files replace those in directory once the block has succeeded."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
-    try:
+    with staging(directory) as place:
+        place.mkdir()
         if (directory / "README.md").exists():
-            shutil.copy(directory / "README.md", staging)  # PEFT updates the model card that is there
-        yield staging
-        staged = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+            shutil.copy(directory / "README.md", place)  # PEFT updates the model card that is there
+        yield place
+        staged = [path for path in place.rglob("*") if path.is_file()]
+        staged.sort(key=lambda path: path.name == CONFIG_NAME)  # last: without it there is no adapter yet
         for path in staged:
             _flush(path)
         for path in staged:
-            target = directory / path.relative_to(staging)
+            target = directory / path.relative_to(place)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-        _remove_stale(directory, {path.relative_to(staging) for path in staged})
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_stale(directory, {path.relative_to(place) for path in staged})
 
 
 def _flush(path: Path) -> None:

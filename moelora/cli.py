@@ -1,58 +1,36 @@
-"""The `moelora` command: thin subcommands over `moelora.training` and `moelora.report`."""
+"""The `moelora` command: thin subcommands over `moelora.training`, `moelora.report` and `moelora.experts`.
+
+A command's module is imported once its options are in order: PyTorch, transformers and PEFT take seconds.
+"""
 
 import argparse
+import pkgutil
 import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
 
-from .experts.auto_growth import AutoGrowth
-from .experts.building import BuildOptions, build_command
-from .experts.continual import Growth, load_growing
-from .experts.distil_command import DistilOptions, distil_command
-from .experts.export_command import ExportOptions, export
-from .experts.merge_command import MergeOptions, merge_command
-from .experts.novelty_command import NoveltyOptions, novelty_command
-from .experts.operation import UndoOptions, undo
-from .experts.prune import PruneOptions, prune_command
-from .report.command import ReportOptions, report
-from .report.inspection import InspectOptions, inspect
-from .training import UserError, load_recipe, train
-from .training.generate import GenerateOptions, generate
+from .options import (
+    BuildOptions,
+    DistilOptions,
+    ExportOptions,
+    GenerateOptions,
+    InspectOptions,
+    MergeOptions,
+    NoveltyOptions,
+    PruneOptions,
+    ReportOptions,
+    TrainOptions,
+    UndoOptions,
+    check_options,
+)
 from .training.progress import is_main_process
-from .training.schema import about, is_required, settable_fields, type_hints
-from .training.summary import summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Fine-tune a causal language model with a mixture of LoRA experts, as a recipe says."""
-
-    recipe: str = field(
-        metadata=about("the recipe, a YAML file; docs/training.md lists what it may say", positional=True)
-    )
-    set: list[str] = field(
-        default_factory=list,
-        metadata=about("replace a setting of the recipe, as if written there; may be repeated", metavar="KEY=VALUE"),
-    )
-    resume: bool = field(
-        default=False, metadata=about("continue from the last checkpoint in the recipe's output folder")
-    )
-    overwrite: bool = field(default=False, metadata=about("replace the run that the recipe's output folder holds"))
-    grow: str | None = field(
-        default=None,
-        metadata=about(
-            "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
-            "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts"
-        ),
-    )
-    adapter: str | None = field(default=None, metadata=about("with --grow auto: folder of the trained mixture"))
-    dry_run: bool = field(default=False, metadata=about("with --grow: print what would be done and write nothing"))
+from .training.schema import UserError, is_required, settable_fields, type_hints
 
 
 def train_command(options: TrainOptions) -> None:
@@ -63,6 +41,11 @@ def train_command(options: TrainOptions) -> None:
         raise UserError("--grow auto and --adapter FOLDER belong together; to add experts in any case: --grow FOLDER")
     if options.dry_run and options.grow is None:
         raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
+    from .experts.auto_growth import AutoGrowth
+    from .experts.continual import Growth, load_growing
+    from .training import load_recipe, train
+    from .training.summary import summary
+
     stdout = Console(highlight=False, quiet=not is_main_process)
     resume, overwrite = options.resume, options.overwrite
     if options.grow is None:
@@ -79,60 +62,60 @@ def train_command(options: TrainOptions) -> None:
     stdout.print(f"Adapter and run.json: {recipe.output_dir}", soft_wrap=True)
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], object], str]] = {
+COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (
         TrainOptions,
-        train_command,
+        "moelora.cli:train_command",
         "moelora train examples/quickstart.yaml --set training.max_steps=20",
     ),
     "generate": (
         GenerateOptions,
-        generate,
+        "moelora.training.generate:generate",
         'moelora generate --adapter runs/quickstart/adapter --prompt "def read_lines(path):"',
     ),
-    "inspect": (InspectOptions, inspect, "moelora inspect runs/quickstart/adapter"),
+    "inspect": (InspectOptions, "moelora.report.inspection:inspect", "moelora inspect runs/quickstart/adapter"),
     "report": (
         ReportOptions,
-        report,
+        "moelora.report.command:report",
         "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
     ),
     "build": (
         BuildOptions,
-        build_command,
+        "moelora.experts.building:build_command",
         "moelora build --expert code=loras/code --expert docs=loras/docs --router arrow --out loras/mixture",
     ),
     "export": (
         ExportOptions,
-        export,
+        "moelora.experts.export_command:export",
         "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0",
     ),
     "novelty": (
         NoveltyOptions,
-        novelty_command,
+        "moelora.experts.novelty_command:novelty_command",
         "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl "
         "--data mail=mail.jsonl",
     ),
     "prune": (
         PruneOptions,
-        prune_command,
+        "moelora.experts.prune:prune_command",
         "moelora prune runs/quickstart/adapter --keep 3 --by worth --data code=runs/quickstart/data/code.jsonl "
         "--out runs/quickstart/pruned",
     ),
     "merge": (
         MergeOptions,
-        merge_command,
+        "moelora.experts.merge_command:merge_command",
         "moelora merge runs/quickstart/adapter --experts 0,1 --data code=runs/quickstart/data/code.jsonl "
         "--out runs/quickstart/merged",
     ),
     "distil": (
         DistilOptions,
-        distil_command,
+        "moelora.experts.distil_command:distil_command",
         "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
         "--out runs/quickstart/lora",
     ),
-    "undo": (UndoOptions, undo, "moelora undo runs/quickstart/smaller"),
+    "undo": (UndoOptions, "moelora.experts.operation:undo", "moelora undo runs/quickstart/smaller"),
 }
-"""Subcommand: the dataclass of its options, the function it calls, a call to paste."""
+"""Subcommand: the dataclass of its options, where the function is that it calls, a call to paste."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -189,11 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status is 2 for a mistake that the user can fix, told without a traceback."""
     parsed = vars(build_parser().parse_args(arguments))
     name = parsed.pop("command")
-    options, command, _ = COMMANDS[name]
+    cls, function, _ = COMMANDS[name]
+    options = cls(**parsed)
     # PEFT 0.21 reads a property that transformers 5.23 renamed: nothing that the user of a command could change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
-        command(options(**parsed))
+        if problems := check_options(options):
+            raise UserError("\n".join(map(str, problems)))
+        import_module(".registration", __package__)
+        pkgutil.resolve_name(function)(options)
     except UserError as error:
         print(f"moelora: {error}", file=sys.stderr)
         return 2

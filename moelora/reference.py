@@ -13,15 +13,18 @@ from typing import Any
 from peft import LoraConfig
 
 from .config import MoELoraConfig
-from .experts.building import BuildOptions
-from .experts.distil_command import DistilOptions
-from .experts.export_command import ExportOptions
-from .experts.merge_command import MergeOptions
-from .experts.operation import UndoOptions
-from .experts.prune import PruneOptions
-from .report.command import ReportOptions
-from .report.inspection import InspectOptions
-from .training.generate import GenerateOptions
+from .options import (
+    BuildOptions,
+    DistilOptions,
+    ExportOptions,
+    GenerateOptions,
+    InspectOptions,
+    MergeOptions,
+    NoveltyOptions,
+    PruneOptions,
+    ReportOptions,
+    UndoOptions,
+)
 from .training.recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from .training.schema import describe, is_required, settable_fields, type_hints
 
@@ -41,6 +44,7 @@ def tables() -> dict[str, str]:
         "generate": options_table(GenerateOptions),
         "inspect": options_table(InspectOptions),
         "report": options_table(ReportOptions),
+        "novelty": options_table(NoveltyOptions),
         "prune": options_table(PruneOptions),
         "merge": options_table(MergeOptions),
         "distil": options_table(DistilOptions),

@@ -303,7 +303,19 @@ def test_ratios_are_taken_repeat_by_repeat():
 @pytest.mark.parametrize(
     "name",
     [
-        *("__main__", "layer", "model", "decode", "growth", "crossover", "monitor", "gate", "parallel", "table", "plot"),
+        *(
+            "__main__",
+            "layer",
+            "model",
+            "decode",
+            "growth",
+            "crossover",
+            "monitor",
+            "gate",
+            "parallel",
+            "table",
+            "plot",
+        ),
         *("continual.__main__", "continual.novelty", "quality.__main__"),
     ],
 )

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 from tiny import tiny_recipe, write_recipe
 
+from moelora import options
 from moelora.cli import COMMANDS, build_parser, main
+from moelora.experts.importing import MIXTURES
+from moelora.experts.prune import CRITERIA
 from moelora.reference import render
+
+EXAMPLE = str(Path(__file__).parent.parent / "examples" / "quickstart.yaml")
+SLOW_TO_IMPORT = {"torch", "transformers", "peft", "datasets"}
 
 
 def help_of(capsys, *command):
@@ -17,11 +23,49 @@ def help_of(capsys, *command):
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["train", "--help"], 0), (["prune", "x"], 2), (["distil", "gone", "--out", "x", "--r", "0"], 2)],
+)
+def test_help_and_mistyped_options_are_answered_at_once(arguments, status):
+    command = [sys.executable, "-X", "importtime", "-m", "moelora", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "moelora.cli" in imported and not imported & SLOW_TO_IMPORT
+
+
+def test_a_command_registers_before_it_works(tmp_path):
+    program = """
+import sys
+sys.argv[0] = "/usr/bin/moelora"
+import moelora.cli
+assert "peft" not in sys.modules
+assert moelora.cli.main(["undo", sys.argv[1]]) == 2
+from peft import MoELoraConfig
+assert moelora.MoELoraConfig is MoELoraConfig
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "x"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to undo" in done.stderr
+
+
+def test_the_callback_needs_no_datasets():
+    program = "import sys; sys.modules['datasets'] = None; from moelora import MoELoraCallback; MoELoraCallback()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_options_offer_is_what_there_is():
+    assert tuple(MIXTURES) == options.ROUTERS
+    assert tuple(CRITERIA) == options.CRITERIA
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_every_option_and_a_call_that_parses(capsys, command):
     text = " ".join(help_of(capsys, command).split())
-    options, _, example = COMMANDS[command]
-    for name, field in options.__dataclass_fields__.items():
+    cls, _, example = COMMANDS[command]
+    for name, field in cls.__dataclass_fields__.items():
         assert name.replace("_", "-") in text.lower()
         assert " ".join(field.metadata["help"].split()) in text
     assert example in text
@@ -63,7 +107,7 @@ def test_resume_without_a_run_is_refused(tmp_path, capsys):
 
 
 def test_resume_and_overwrite_exclude_each_other(capsys):
-    assert main(["train", "recipe.yaml", "--resume", "--overwrite"]) == 2
+    assert main(["train", EXAMPLE, "--resume", "--overwrite"]) == 2
     assert "exclude each other" in capsys.readouterr().err
 
 
@@ -71,8 +115,8 @@ def test_interrupting_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moelora.cli.load_recipe", interrupted)
-    assert main(["train", "recipe.yaml"]) == 130
+    monkeypatch.setattr("moelora.training.load.load_recipe", interrupted)
+    assert main(["train", EXAMPLE]) == 130
     assert "--resume" in capsys.readouterr().err
 
 
@@ -102,6 +146,7 @@ def test_generate_checks_its_options(tmp_path, capsys):
         ("report.md", 2),
         ("experts-import.md", 2),
         ("experts-export.md", 1),
+        ("experts-novelty.md", 1),
         ("experts-prune-merge.md", 2),
         ("experts-distil.md", 1),
     ],

@@ -10,11 +10,11 @@ import torch
 from helpers import VOCAB, assert_clean, mixture_of
 from peft import PeftModel
 from test_experts_merging import products
-from tiny import DATA
+from tiny import DATA, save_tiny_adapter
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from moelora.cli import main
-from moelora.experts.distil import base_of, check_distillable, closed_form, fit, fresh_lora, lora_of
+from moelora.experts.distil import base_of, closed_form, fit, fresh_lora, lora_of
 from moelora.experts.low_rank import truncated_product
 from moelora.experts.moments import gather, in_passes, linears_of, readers
 from moelora.experts.student import train_student
@@ -191,12 +191,13 @@ def test_training_brings_the_student_nearer_to_the_teacher(tmp_path):
         assert torch.equal(parameter, weights[name]), name
 
 
-def test_more_than_factors_is_refused():
-    model = mixture_of("llama")
-    check_distillable(model)
-    model.peft_config["default"].modules_to_save = ["lm_head"]
-    with pytest.raises(ValueError, match=r"`modules_to_save` \(\['lm_head'\]\)"):
-        check_distillable(model)
+def test_more_than_factors_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_adapter(tmp_path, modules_to_save=["lm_head"])
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
+    assert main(["distil", "adapter", *DATA, "--out", "lora"]) == 2
+    assert "`modules_to_save` (['lm_head']) of adapter 'default'" in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
 
 
 def test_the_factors_are_a_mixtures_own_where_there_is_one_expert():

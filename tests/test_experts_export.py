@@ -124,6 +124,16 @@ def test_what_is_no_single_lora_is_refused():
         to_lora(mixture_of("llama", use_moe_routing=False), 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"), [({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "bias")]
+)
+def test_what_an_adapter_trained_beside_its_experts_is_not_lost_silently(options, named):
+    model = mixture_of("llama", **options)
+    for export in (lambda: to_lora(model, 0), lambda: to_lora_mixture(model, [0.25] * 4)):
+        with pytest.raises(ValueError, match=f"`{named}` .* is no part of its experts' factors"):
+            export()
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

@@ -300,6 +300,12 @@ def test_plain_lora_made_with_moelora_is_plain_lora(tmp_path):
     assert torch.equal(logits(model), plain_output(tmp_path))
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    save_lora(tmp_path / "lora", **KINDS["plain"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build(llama(), {"a": "~/lora"}).active_adapters == ["a"]
+
+
 def test_other_adapters_are_sent_elsewhere(tmp_path):
     mixture_of("llama").save_pretrained(str(tmp_path / "mixture"))
     with pytest.raises(LoraError, match="a mixture already"):

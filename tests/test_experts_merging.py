@@ -7,9 +7,10 @@ from peft import PeftModel
 from peft.utils.merge_utils import dare_linear, ties
 
 from moelora.experts.low_rank import truncated
-from moelora.experts.merging import METHODS, MergeRecipe, merge_experts
+from moelora.experts.merging import MergeRecipe, merge_experts
 from moelora.experts.parts import names_of, put_together, take_apart
 from moelora.layer import MoELoraLayer
+from moelora.options import METHODS
 
 SHARES = [0.1, 0.3]
 

@@ -1,6 +1,7 @@
 """Whether texts are new to a mixture, and `--grow auto`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from moelora.experts.novelty_score import Calibration, _Domain, auc, measure
 from moelora.gate import Memory
 
 MIDDLE = (24, 34)
+RECIPE = str(Path(__file__).parent.parent / "examples" / "quickstart.yaml")
 
 
 def rows(span, count=24, length=16, seed=3):
@@ -117,14 +119,22 @@ def test_the_command_tells_new_texts_from_known_ones(folder, capsys):
     assert float(line.replace("│", "|").split("|")[-2]) > 0.9, table
 
 
+def test_too_few_texts_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
+    few, more = (write_jsonl(tmp_path / f"{count}.jsonl", counting(count)) for count in (15, 16))
+    texts = ["--calibration", f"few={few}", "--data", f"more={more}"]
+    assert main(["novelty", str(folder / "out"), *texts]) == 2
+    assert "15 texts of two tokens or more say too little; give 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "x.yaml", "--grow", "auto"], "--adapter FOLDER belong together"),
-        (["train", "x.yaml", "--adapter", "y"], "--adapter FOLDER belong together"),
-        (["train", "x.yaml", "--dry-run"], "--dry-run needs --grow"),
+        (["train", RECIPE, "--grow", "auto"], "--adapter FOLDER belong together"),
+        (["train", RECIPE, "--adapter", "."], "--adapter FOLDER belong together"),
+        (["train", RECIPE, "--dry-run"], "--dry-run needs --grow"),
         (["novelty", "nowhere"], "no such folder"),
-        (["novelty", "nowhere"], "--calibration NAME=FILE"),
+        (["novelty", "."], "--calibration NAME=FILE"),
     ],
 )
 def test_calls_that_cannot_work_are_refused(capsys, arguments, expected):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from moelora import MoELoraConfig
 from moelora.cli import main
-from moelora.experts.operation import OperationOptions, Plan, carry_out, check_output, read_source
+from moelora.experts.operation import Plan, carry_out, check_output, read_source
+from moelora.options import OperationOptions
 from moelora.training.generate import find_base
 from moelora.training.recipe import ModelOptions
 from moelora.training.schema import UserError, about, at_least

@@ -258,8 +258,7 @@ def test_help_stands_on_every_field():
     import dataclasses
 
     from moelora import MoELoraConfig
-    from moelora.cli import TrainOptions
-    from moelora.training.generate import GenerateOptions
+    from moelora.options import GenerateOptions, TrainOptions
     from moelora.training.recipe import DomainOptions, ModelOptions
 
     for cls in (Recipe, ModelOptions, DomainOptions, TrainOptions, GenerateOptions, MoELoraConfig):

@@ -189,6 +189,11 @@ def generated(capsys, *arguments):
     return printed.out if status == 0 else printed.err
 
 
+def test_an_empty_prompt_is_refused(adapter, capsys):
+    assert main(["generate", "--adapter", str(adapter), "--prompt", ""]) == 2
+    assert "no token to continue from" in capsys.readouterr().err
+
+
 def test_generate_continues_the_prompt_and_repeats_itself(adapter, capsys):
     first = generated(capsys, "--adapter", adapter)
     assert first.startswith("HELLO")

@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
+from ..options import BuildOptions
 from ..report.command import read_domains
 from ..training.base import check_model, empty_model, load_config, load_model, load_tokenizer
 from ..training.generate import base_options
 from ..training.recipe import DomainOptions, ModelOptions
-from ..training.schema import Problem, UserError, about, at_least, one_of, positive
+from ..training.schema import Problem, UserError
 from ..training.sources import load_documents
 from .importing import MIXTURES, build, check_fits, check_names
 from .lora_file import LoraFile, read_lora
 from .migration import Migration, experts_of
-from .operation import BASE_HELP, OperationOptions, Plan, carry_out, check_output, shown
+from .operation import Plan, carry_out, check_output, shown
 from .router_training import RouterTraining, train_router
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions(OperationOptions):
-    """Make a mixture of plain LoRAs that you have; they stay what they are, bit for bit."""
-
-    expert: list[str] = field(
-        default_factory=list,
-        metadata=about("a plain LoRA, a folder or hub id, by the name it is to have; once each", metavar="NAME=PATH"),
-    )
-    migrate: str | None = field(
-        default=None, metadata=about("X-LoRA or MixLoRA checkpoint whose experts to take in place of --expert")
-    )
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    router: str = field(
-        default="arrow",
-        metadata=about(
-            "who decides: arrow (from the LoRAs' own factors), prototype (from --examples), uniform (equal weights, "
-            "mergeable) or train (on --data, experts frozen)",
-            check=one_of(*MIXTURES),
-        ),
-    )
-    top_k: int | None = field(default=None, metadata=about("experts per token; 2 by default", check=at_least(1)))
-    temperature: float = field(default=1.0, metadata=about("temperature of the routers' softmax", check=positive))
-    examples: list[str] = field(
-        default_factory=list,
-        metadata=about("texts of an expert's kind, for --router prototype; once per expert", metavar="NAME=FILE"),
-    )
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about("texts of a domain to train the router on; once per domain", metavar="DOMAIN=FILE"),
-    )
-    steps: int = field(default=100, metadata=about("steps of router training", check=at_least(1)))
-    learning_rate: float = field(default=1e-3, metadata=about("learning rate of router training", check=positive))
-    seed: int = field(default=42, metadata=about("seed of router training", check=at_least(0)))
 
 
 def build_command(options: BuildOptions) -> Path | None:

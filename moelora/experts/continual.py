@@ -28,7 +28,7 @@ from ..training.run import Start
 from ..training.schema import UserError
 from .growth import free_name, grow
 from .memory import remember
-from .operation import Plan
+from .operation import Plan, shown
 
 BATCH = 8
 
@@ -189,10 +189,10 @@ class Growth(Start):
         new = MoELoraConfig(**recipe.mixture)
         domains = ", ".join(domain.name for domain in recipe.data)
         return Plan(
-            f"Grow {self.folder} by an adapter for {domains}",
+            f"Grow {shown(self.folder)} by an adapter for {domains}",
             ("adapter", "experts", "training", "domain remembered"),
             [*rows, (self.name, str(new.num_experts), f"learns alone, r={new.r}", "after training")],
-            [f"The result goes to {recipe.output_dir}; {self.folder} is only read."],
+            [f"The result goes to {shown(recipe.output_dir)}; {shown(self.folder)} is only read."],
         )
 
 

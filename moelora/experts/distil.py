@@ -80,25 +80,6 @@ def base_of(model: PeftModel) -> nn.Module:
     return copy.deepcopy(model, shared).unload()
 
 
-def check_distillable(model: PeftModel) -> None:
-    """Refuse a mixture that is more than its experts.
-
-    Raises:
-        ValueError: it trained modules of the base model too, or a bias.
-    """
-    for name in model.base_model.routing.active_adapters:
-        config = model.peft_config[name]
-        for field in ("modules_to_save", "trainable_token_indices"):
-            if value := getattr(config, field):
-                raise ValueError(
-                    f"`{field}` ({value!r}) of adapter {name!r} is no part of a LoRA's factors; not distilled"
-                )
-        if config.bias != "none":
-            raise ValueError(
-                f"`bias` ({config.bias!r}) of adapter {name!r} is no part of a LoRA's factors; not distilled"
-            )
-
-
 def fresh_lora(model: PeftModel, rank: int, scaling: float) -> PeftModel:
     """A new plain LoRA of a rank on the linears that the mixture adapts, with a base model from [`base_of`]."""
     config = cast(MoELoraConfig, model.peft_config[model.base_model.routing.active_adapters[0]])

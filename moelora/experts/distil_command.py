@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
+from ..options import DistilOptions
 from ..report.analysis import longest_block
-from ..report.command import DATA_HELP, check_data
+from ..report.command import check_data
 from ..report.stored import scaling_of
 from ..training.base import load_tokenizer
 from ..training.data import DomainBlocks, load_domains, mix
@@ -26,53 +27,12 @@ from ..training.evaluate import evaluate
 from ..training.progress import console
 from ..training.recipe import DomainOptions, Recipe
 from ..training.record import learned_domains, record_of
-from ..training.schema import Problem, UserError, about, at_least, not_negative, one_of, positive
-from .distil import check_distillable, closed_form, fresh_lora, lora_of
+from ..training.schema import Problem, UserError
+from .distil import closed_form, fresh_lora, lora_of
+from .exporting import check_only_factors
 from .moments import Batch
-from .operation import ADAPTER_HELP, BASE_HELP, OperationOptions, Plan, Source, carry_out, check_output, read_source
+from .operation import Plan, Source, carry_out, check_output, read_source
 from .student import train_student
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistilOptions(OperationOptions):
-    """Fit a single plain LoRA, which any LoRA server knows, to a mixture on given data."""
-
-    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
-    to: str = field(default="lora", metadata=about("what to make of the mixture", check=one_of("lora")))
-    r: int = field(default=16, metadata=about("rank of the LoRA", check=at_least(1)))
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. It is fitted on a domain's training documents and measured on those held out: the same ones "
-            "as in training where the adapter was trained on the file, else a tenth",
-            metavar="DOMAIN=FILE",
-        ),
-    )
-    max_tokens: int = field(
-        default=32_768, metadata=about("most tokens that the fit reads, of all domains together", check=at_least(1))
-    )
-    steps: int = field(
-        default=0,
-        metadata=about("training steps towards the mixture's predictions (KL), after the fit", check=not_negative),
-    )
-    learning_rate: float = field(default=1e-4, metadata=about("of these steps", check=positive))
-    batch_size: int = field(default=4, metadata=about("blocks read at once", check=at_least(1)))
-    compare_scratch: bool = field(
-        default=False,
-        metadata=about("also train a LoRA of that rank from scratch, on the same blocks for as many steps, to compare"),
-    )
-    scratch_learning_rate: float = field(default=1e-3, metadata=about("of the LoRA from scratch", check=positive))
-    max_eval_blocks: int = field(default=64, metadata=about("most held-out blocks per domain", check=at_least(1)))
-    ridge: float = field(
-        default=1e-3,
-        metadata=about("weight of the experts' mean, relative to the data, in the fit", check=positive),
-    )
-    memory: float = field(
-        default=4.0,
-        metadata=about("GiB that the fit's sums may take; less makes more passes over the data", check=positive),
-    )
-    seed: int = field(default=42, metadata=about("seed of the order of the blocks", check=at_least(0)))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
 
 
 def distil_command(options: DistilOptions) -> Path | None:
@@ -86,6 +46,10 @@ def distil_command(options: DistilOptions) -> Path | None:
         problems.append(Problem("--compare-scratch", True, "needs --steps: as many train the LoRA to compare with"))
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
+    try:
+        check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
+    except ValueError as error:
+        raise UserError(f"{source.folder}: {error}") from error
     record = record_of(source.folder)
     learned = learned_domains(source.folder)
     settings = [_as_trained(domain, learned) for domain in domains]
@@ -149,7 +113,6 @@ class _Job:
         console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
         self.options = options
         self.model = source.load()
-        check_distillable(self.model)
         tokenizer = load_tokenizer(source.base)
         recipe = Recipe(
             model=source.base,

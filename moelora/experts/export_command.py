@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from ..options import ExportOptions
 from ..report.stored import StoredAdapter, read_mixture
 from ..training.base import load_config, load_model, load_tokenizer
 from ..training.recipe import ModelOptions
 from ..training.record import noted_base
-from ..training.schema import Problem, UserError, about
+from ..training.schema import Problem, UserError
 from .exporting import is_quantised, lora_of_expert, lora_of_mixture, merge, save_lora
 from .lora_file import LoraFile
-from .operation import ADAPTER_HELP, BASE_HELP, OperationOptions, Plan, carry_out, check_output, read_source, shown
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions(OperationOptions):
-    """Write an expert, or the mixture under fixed weights, as a plain PEFT LoRA or merged into the base model."""
-
-    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
-    expert: str | None = field(
-        default=None,
-        metadata=about("the expert to export: its number in the mixture, or the name of an adapter that is one"),
-    )
-    mixture: bool = field(default=False, metadata=about("export all experts as one LoRA of concatenated rank: exact"))
-    weights: str | None = field(
-        default=None,
-        metadata=about(
-            "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is "
-            "fixed"
-        ),
-    )
-    merge: bool = field(default=False, metadata=about("merge it into the base model and write that model"))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
+from .operation import Plan, carry_out, check_output, read_source, shown
 
 
 def export(options: ExportOptions) -> Path | None:

@@ -6,7 +6,7 @@ Shapes: D in, O out, E experts, r rank of one expert.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def to_lora(model: PeftModel, expert: int | str) -> LoraFile:
         expert: its index in the mixture, or the name of an adapter that holds one expert.
 
     Raises:
-        ValueError: there is no such expert.
+        ValueError: there is no such expert, or its adapter is more than experts: it trained biases or modules too.
     """
     return lora_of_expert(stored_adapters(model), expert)
 
@@ -49,7 +49,7 @@ def to_lora_mixture(model: PeftModel, weights: Sequence[float] | None = None) ->
         weights: of the experts, as `routing_weights` would have them; None takes those of router_type="fixed".
 
     Raises:
-        ValueError: they are not E finite numbers, or there are none.
+        ValueError: they are not E finite numbers, there are none, or an adapter trained biases or modules too.
     """
     return lora_of_mixture(stored_adapters(model), weights)
 
@@ -75,6 +75,7 @@ def stored_adapters(model: PeftModel) -> list[StoredAdapter]:
 def lora_of_expert(adapters: Sequence[StoredAdapter], expert: int | str) -> LoraFile:
     """See [`to_lora`]; of adapters as they are stored."""
     adapter, index = locate(adapters, expert)
+    check_only_factors({adapter.name: adapter.config})
     config = adapter.config
     scale = config.routing_scale  # what a router multiplies a lone expert's weight of 1 by
     settings = _plain(config) | {
@@ -83,6 +84,23 @@ def lora_of_expert(adapters: Sequence[StoredAdapter], expert: int | str) -> Lora
     }
     factors = {name: _expert_factors(pool, index) for name, pool in adapter.pools.items()}
     return LoraFile(f"expert {expert}", LoraConfig(**settings), factors)
+
+
+def check_only_factors(configs: Mapping[str, MoELoraConfig]) -> None:
+    """Refuse adapters that are more than their experts, which no LoRA made of experts computes.
+
+    Raises:
+        ValueError: one trained modules of the base model, embeddings of tokens or biases too.
+    """
+    for name, config in configs.items():
+        trained = {field: getattr(config, field) for field in ("modules_to_save", "trainable_token_indices")}
+        trained["bias"] = None if config.bias == "none" else config.bias
+        for field, value in trained.items():
+            if value:
+                raise ValueError(
+                    f"`{field}` ({value!r}) of adapter {name!r} is no part of its experts' factors, so no LoRA made of "
+                    "them computes what the mixture computes"
+                )
 
 
 def locate(adapters: Sequence[StoredAdapter], expert: int | str) -> tuple[StoredAdapter, int]:
@@ -131,6 +149,7 @@ def _scaled(alpha: float, factor: float) -> float:
 def lora_of_mixture(adapters: Sequence[StoredAdapter], weights: Sequence[float] | None = None) -> LoraFile:
     """See [`to_lora_mixture`]; of adapters as they are stored."""
     active = [adapter for adapter in adapters if adapter.position is not None]
+    check_only_factors({adapter.name: adapter.config for adapter in active})
     given = None if weights is None else _split(active, weights)
     factors: Factors = {}
     for name in dict.fromkeys(name for adapter in active for name in adapter.pools):
@@ -159,7 +178,7 @@ def _fixed_weights(active: Sequence[StoredAdapter], linear: str) -> dict[str, to
     if config.router_type != "fixed":
         raise ValueError(
             f"router_type={config.router_type!r} weighs experts differently for each token, so the mixture is no "
-            "single LoRA; give `weights`, one number per expert, to export it under those"
+            "single LoRA; give `weights` (--weights), one number per expert, to export it under those"
         )
     router = owner_of(linear, {name for adapter in active for name in adapter.routers})
     assert router is not None  # every linear has one

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
+from ..options import JudgedOptions
 from ..report.analysis import longest_block
-from ..report.command import DATA_HELP, check_data, read_texts
+from ..report.command import check_data, read_texts
 from ..training.base import load_tokenizer
 from ..training.progress import console
 from ..training.recipe import DomainOptions
 from ..training.record import learned_domains, record_of
-from ..training.schema import Problem, UserError, about, at_least
+from ..training.schema import Problem, UserError
 from .operation import (
-    ADAPTER_HELP,
-    BASE_HELP,
-    OperationOptions,
     Plan,
     Source,
     carry_out,
@@ -28,23 +26,6 @@ from .operation import (
 )
 from .parts import find_experts
 from .reading import Reading, Texts
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgedOptions(OperationOptions):
-    """What an operation that measures the loss before and after lets one choose."""
-
-    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. The loss before and after is measured on them; of a file that the adapter was trained on, "
-            "on the documents held out then",
-            metavar="DOMAIN=FILE",
-        ),
-    )
-    max_tokens: int = field(default=8192, metadata=about("most tokens to read per domain", check=at_least(1)))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
     Raises:
         LoraError: there is none, it is damaged, or a part of it does not carry over into a mixture.
     """
-    source = str(path_or_id)
+    folder = Path(path_or_id).expanduser()
+    source = str(folder if folder.is_dir() else path_or_id)
     settings = read_config(source)
     kind = settings.get("peft_type")
     if kind == "MOELORA" and settings.get("use_moe_routing") is False:  # which is plain LoRA under our name

@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..training.schema import Problem, UserError, about, at_least, one_of
-from .judged import JudgedOptions, loss_notes, loss_record, open_adapter
-from .merging import METHODS, Merged, MergeRecipe, check_mergeable, merge_experts
+from ..options import MergeOptions
+from ..training.schema import Problem, UserError
+from .judged import loss_notes, loss_record, open_adapter
+from .merging import Merged, MergeRecipe, check_mergeable, merge_experts
 from .operation import Plan
 from .parts import names_of, put_together, take_apart
 from .reading import Reading
-
-
-def _share(value: float) -> str | None:
-    return None if 0 < value < 1 else "must be greater than 0 and less than 1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeOptions(JudgedOptions):
-    """Make one expert of several, and say what that costs."""
-
-    experts: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            "experts to merge, by number or by the name of their adapter, joined by commas; the first one's adapter "
-            "takes the result",
-            metavar="EXPERTS",
-        ),
-    )
-    method: str = field(
-        default="svd",
-        metadata=about(
-            "how the products BA are combined: their mean, exactly (average); the mean's best approximation of the "
-            "experts' rank (svd); TIES or DARE, then the same (ties, dare)",
-            check=one_of(*METHODS),
-        ),
-    )
-    rank: int | None = field(
-        default=None,
-        metadata=about(
-            "rank of the merged expert; by default that of the first one (not for average)", check=at_least(1)
-        ),
-    )
-    density: float = field(default=0.5, metadata=about("share of entries that ties and dare keep", check=_share))
-    seed: int = field(default=42, metadata=about("seed of the entries that dare drops", check=at_least(0)))
 
 
 def merge_command(options: MergeOptions) -> Path | None:

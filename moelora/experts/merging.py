@@ -25,7 +25,6 @@ from ..report.stored import scaling_of
 from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 
-METHODS = ("average", "svd", "ties", "dare")
 HIDDEN = "hidden_weight"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 

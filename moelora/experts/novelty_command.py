@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,38 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from ..options import NoveltyOptions, check_options
 from ..report.command import documents_of, read_domains
 from ..report.texts import tokenise
 from ..training.base import load_tokenizer
 from ..training.progress import console
 from ..training.recipe import DomainOptions
 from ..training.record import learned_domains
-from ..training.schema import Problem, UserError, about, at_least, check_values
-from .novelty_score import Calibration, Novelty, auc, measure
-from .operation import ADAPTER_HELP, BASE_HELP, read_source
+from ..training.schema import Problem, UserError
+from .novelty_score import FEWEST, Calibration, Novelty, auc, measure
+from .operation import read_source
 
 SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoveltyOptions:
-    """Say whether texts are new to an adapter: no expert of it knows their kind."""
-
-    adapter: str = field(metadata=about(ADAPTER_HELP, positional=True))
-    calibration: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            "texts of a kind that the adapter knows: a name and a .jsonl file, a text file, a pattern or a folder; of "
-            "a file it was trained on, the documents held out then; may be repeated",
-            metavar="NAME=FILE",
-        ),
-    )
-    data: list[str] = field(
-        default_factory=list, metadata=about("texts to judge, likewise; may be repeated", metavar="NAME=FILE")
-    )
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    max_texts: int = field(default=64, metadata=about("most texts to read of each file", check=at_least(8)))
-    length: int = field(default=256, metadata=about("tokens to read of each text, from its start", check=at_least(2)))
 
 
 def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
@@ -59,12 +37,17 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     known, others = _check(options)
     source = read_source(options.adapter, options.base)
     learned = learned_domains(source.folder)
-    console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
     tokenizer = load_tokenizer(source.base)
     read = {
         domain.name: sample(documents_of(domain, learned)[0], tokenizer, options.max_texts, options.length)
         for domain in (*known, *others)
     }
+    if (known_texts := sum(len(read[domain.name]) for domain in known)) < 2 * FEWEST:
+        raise UserError(
+            f"--calibration: {known_texts} texts of two tokens or more say too little; give {2 * FEWEST} or more: half "
+            "of them calibrate, and the other half is what the others are compared with"
+        )
+    console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)
     try:
@@ -97,12 +80,7 @@ def sample(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, count: 
 
 
 def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOptions]]:
-    problems = [
-        replace(problem, key=f"--{problem.key.replace('_', '-')}")
-        for problem in check_values(NoveltyOptions, vars(options), "")
-    ]
-    if not Path(options.adapter).expanduser().is_dir():
-        problems.append(Problem("ADAPTER", options.adapter, "no such folder; give the `output_dir` of a finished run"))
+    problems = check_options(options)
     found = []
     for flag, given in (("--calibration", options.calibration), ("--data", options.data)):
         domains, bad = read_domains(given, flag)

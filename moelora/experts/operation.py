@@ -1,6 +1,6 @@
 """What every operation on experts does alike: check first, show the plan, write a whole folder or nothing, undo.
 
-An operation is a function of its options (a dataclass derived from [`OperationOptions`]):
+An operation is a function of its options (a dataclass derived from `options.OperationOptions`):
 
 1. `check_output` and `read_source` refuse what cannot work, before anything is loaded.
 2. It describes its outcome as a [`Plan`].
@@ -12,11 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +24,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
+from ..staging import staging
 from ..training.generate import find_base, load_mixture
 from ..training.progress import is_main_process
 from ..training.recipe import ModelOptions
 from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, now, write_json
-from ..training.schema import Problem, UserError, about, check_values
-
-ADAPTER_HELP = "folder that holds the adapter; it is only read"
-BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was made for"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OperationOptions:
-    """What every operation that writes a folder lets one choose."""
-
-    out: str = field(metadata=about("folder to write"))
-    overwrite: bool = field(
-        default=False,
-        metadata=about("replace the folder if it exists; it is kept beside it, and `moelora undo` brings it back"),
-    )
-    dry_run: bool = field(default=False, metadata=about("print what would be done and write nothing"))
-
-    @property
-    def out_folder(self) -> Path:
-        return _place(self.out)
-
-
-def _place(folder: str | Path) -> Path:
-    """A folder by its whole path, without `..`: what is renamed needs a name."""
-    return Path(os.path.abspath(Path(folder).expanduser()))
+from ..training.schema import Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -98,11 +74,7 @@ def check_output(options: OperationOptions, more: Sequence[Problem] = ()) -> Non
     Raises:
         UserError: listing every problem.
     """
-    problems = [
-        replace(problem, key=f"--{problem.key.replace('_', '-')}")
-        for problem in check_values(type(options), vars(options), "")
-    ]
-    problems += [*more, *_check_folder(options.out_folder, options.overwrite)]
+    problems = [*check_options(options), *more, *_check_folder(options.out_folder, options.overwrite)]
     if problems:
         raise UserError("\n".join(map(str, problems)))
 
@@ -178,7 +150,7 @@ def carry_out(
     stdout = Console(highlight=False, quiet=not is_main_process)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
-    if inside := [path for path in inputs if _place(path).is_relative_to(out) and _place(path) != out]:
+    if inside := [path for path in inputs if whole_path(path).is_relative_to(out) and whole_path(path) != out]:
         raise UserError(
             f"--out = {str(out)!r}\n    holds {inside[0]}, which is only read, and would be put aside with all else in "
             "it; give another folder"
@@ -187,9 +159,9 @@ def carry_out(
         stdout.print("Dry run: nothing was written.")
         return None
     record = describe_operation(options, inputs, base)
-    with replacing_folder(out) as (staging, backup):
-        outcome = work(staging)
-        write_json(staging / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
+    with replacing_folder(out, options.overwrite) as (place, backup):
+        outcome = work(place)
+        write_json(place / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
     if backup is not None:
         stdout.print(
             f"Kept what was there in {shown(backup)}; to bring it back: moelora undo {shown(out)}", soft_wrap=True
@@ -228,38 +200,28 @@ def _checksum(path: Path) -> str | None:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[tuple[Path, Path | None]]:
+def replacing_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
     """A temporary folder that becomes `folder` once the block has succeeded, and where the old one will be kept.
 
     Renames only: at every moment there is the old folder or the new one under its name or, between two renames, the old
     one under the name of its backup.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    replaces = folder.is_dir() and any(folder.iterdir())
+    replaces = overwrite and folder.is_dir() and any(folder.iterdir())
     backup = _free_name(folder, "backup") if replaces else None
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        yield staging, backup
-        _flush(staging)
-        staging.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
+    with staging(folder) as place:
+        place.mkdir()
+        yield place, backup
+        _flush(place)
         try:
             if backup is not None:
                 os.rename(folder, backup)
-            os.rename(staging, folder)
+            os.rename(place, folder)
         except OSError as error:
             raise UserError(
                 f"{folder}: another process has written to it meanwhile ({error.strerror}); that is kept, and nothing "
                 "of this run; give another folder"
             ) from error
         _flush_entry(folder.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flush(folder: Path) -> None:
@@ -278,21 +240,13 @@ def _flush_entry(path: Path) -> None:
 # ---- undo ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class UndoOptions:
-    """Bring back the folder that the latest operation with --overwrite replaced."""
-
-    folder: str = field(metadata=about("folder that an operation wrote", positional=True))
-    dry_run: bool = field(default=False, metadata=about("print what would be done and change nothing"))
-
-
 def undo(options: UndoOptions) -> Path | None:
     """Put the newest backup of a folder in its place; what was there is kept as `NAME.undone-N`, nothing is deleted.
 
     Raises:
         UserError: there is no backup.
     """
-    folder = _place(options.folder)
+    folder = whole_path(options.folder)
     numbers = _numbers(folder, "backup")
     if not numbers:
         raise UserError(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from peft import PeftModel
 
+from ..options import PruneOptions
 from ..report.analysis import geometry_of
-from ..training.schema import Problem, UserError, about, at_least, one_of
-from .judged import JudgedOptions, loss_notes, loss_record, open_adapter
+from ..training.schema import Problem, UserError
+from .judged import loss_notes, loss_record, open_adapter
 from .operation import Plan
 from .parts import names_of, put_together, select, take_apart
 from .reading import Reading, Texts
@@ -111,28 +112,6 @@ CRITERIA: dict[str, Criterion] = {"load": _by_load, "worth": _by_worth, "similar
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneOptions(JudgedOptions):
-    """Remove experts from a mixture, and say what that costs."""
-
-    keep: int | None = field(default=None, metadata=about("experts to keep; --by chooses them", check=at_least(1)))
-    by: str = field(
-        default="load",
-        metadata=about(
-            "what goes first: the expert that is used least (load), without which the loss rises least (worth), or of "
-            "the two most alike the one used less (similarity); measured anew after each",
-            check=one_of(*CRITERIA),
-        ),
-    )
-    drop: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            "experts to remove, by number or by the name of their adapter, in place of --keep; may be repeated",
-            metavar="EXPERT",
-        ),
-    )
 
 
 def prune_command(options: PruneOptions) -> Path | None:

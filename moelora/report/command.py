@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..options import ReportOptions, check_options
 from ..training.base import load_tokenizer
 from ..training.data import split_documents
 from ..training.generate import find_base, load_mixture
 from ..training.progress import console
 from ..training.recipe import DomainOptions, plain_name
 from ..training.record import learned_domains, record_of, replacing
-from ..training.schema import Problem, UserError, about, at_least, check_values, not_negative
+from ..training.schema import Problem, UserError
 from ..training.sources import check_domain, load_documents, resolve_path
 from .analysis import longest_block, run
 from .history import read_history
@@ -27,37 +28,6 @@ from .stored import check_fit, read_mixture
 from .texts import Domain, read_domain
 
 PERMUTATIONS = 500
-DATA_HELP = (
-    "texts of a domain: a name of your choice and a .jsonl file, a text file, a pattern or a folder that `datasets` "
-    "reads; once per domain"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """Write one HTML page that shows what the experts of an adapter do with texts."""
-
-    adapter: str = field(metadata=about("folder that holds the trained adapter"))
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then",
-            metavar="DOMAIN=FILE",
-        ),
-    )
-    out: str = field(default="report.html", metadata=about("file to write; replaced as a whole"))
-    base: str | None = field(
-        default=None,
-        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
-    )
-    max_tokens: int = field(default=50_000, metadata=about("most tokens to read per domain", check=at_least(1)))
-    worth_tokens: int = field(
-        default=4096,
-        metadata=about(
-            "tokens per domain on which the loss without each expert is measured, once per expert; 0 leaves it out",
-            check=not_negative,
-        ),
-    )
 
 
 def report(options: ReportOptions) -> Path:
@@ -105,16 +75,9 @@ def _shown(path: Path) -> str:
 
 def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
     """The domains asked for, once all options are in order; every problem is told at once."""
-    problems = [
-        replace(problem, key=f"--{problem.key.replace('_', '-')}")
-        for problem in check_values(ReportOptions, vars(options), "")
-    ]
-    problems += _check_out(out)
+    problems = check_options(options) + _check_out(out)
     domains, found = check_data(options.data)
     problems += found
-    if not (Path(options.adapter).expanduser()).is_dir():
-        fix = "no such folder; give the `output_dir` of a finished run"
-        problems.append(Problem("--adapter", options.adapter, fix))
     if problems:
         raise UserError("\n".join(map(str, problems)))
     return domains

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,13 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import track
 from rich.table import Table
 
+from ..options import InspectOptions
 from ..routing import Router
 from ..training.progress import console
-from ..training.schema import about
 from .geometry import Geometry, geometry, group_modules, sharpness
 from .stored import StoredAdapter, read_mixture, stacked
 
 WIDEST_MATRIX = 16  # experts: more columns than that fit no terminal
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """Show what an adapter holds: experts, their sizes and likeness, routers. Needs no base model."""
-
-    adapter: str = field(metadata=about("folder that holds the adapter", positional=True))
-    json: bool = field(default=False, metadata=about("print everything as JSON in place of tables"))
 
 
 @dataclass(frozen=True)

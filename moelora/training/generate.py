@@ -1,38 +1,18 @@
 """Continue a prompt with a trained adapter."""
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-import moelora  # noqa: F401 - registers MOELORA, without which PEFT cannot read the adapter
-
+from ..options import GenerateOptions, check_options
 from .base import check_model, load_model, load_tokenizer
 from .progress import console
 from .recipe import ModelOptions
 from .record import noted_base
-from .schema import UserError, about, at_least, check_values, not_negative
+from .schema import UserError
 from .sources import resolve_path
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """Continue a prompt with a trained adapter."""
-
-    adapter: str = field(metadata=about("folder that holds the trained adapter"))
-    prompt: str = field(metadata=about("text to continue"))
-    base: str | None = field(
-        default=None,
-        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
-    )
-    max_new_tokens: int = field(default=64, metadata=about("most tokens to add", check=at_least(1)))
-    temperature: float = field(
-        default=0.0, metadata=about("0 takes the likeliest token; higher is more random", check=not_negative)
-    )
-    seed: int = field(default=42, metadata=about("seed of the random choices", check=at_least(0)))
-    chat: bool = field(default=False, metadata=about("ask the prompt as a user's turn in the model's chat template"))
 
 
 def generate(options: GenerateOptions) -> str:
@@ -41,10 +21,8 @@ def generate(options: GenerateOptions) -> str:
     Raises:
         UserError: an option is out of range, there is no adapter, no base model, or the two do not fit each other.
     """
-    problems = check_values(GenerateOptions, vars(options), "")
-    if problems:
-        flags = (replace(problem, key=f"--{problem.key.replace('_', '-')}") for problem in problems)
-        raise UserError("\n".join(map(str, flags)))
+    if problems := check_options(options):
+        raise UserError("\n".join(map(str, problems)))
     adapter = Path(options.adapter).expanduser()
     base = find_base(adapter, options.base)
     console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
@@ -118,6 +96,8 @@ def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> Pef
 
 def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions):
     if not options.chat:
+        if not tokenizer(options.prompt)["input_ids"]:
+            raise UserError(f"--prompt = {options.prompt!r}\n    has no token to continue from; give some text")
         return tokenizer(options.prompt, return_tensors="pt")
     if not tokenizer.chat_template:
         raise UserError("--chat: the model has no chat template; leave the flag out")

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..staging import staging
 from .recipe import Recipe
 from .schema import Problem
 
@@ -28,7 +29,6 @@ PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate"
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a crash leaves the old file or the new one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as stream:
         json.dump(content, stream, indent=2, ensure_ascii=False, default=str)
         stream.write("\n")
@@ -37,16 +37,12 @@ def write_json(path: Path, content: Any) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """A stream to a temporary file that takes the place of path once the block has succeeded, and not before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with staging(path) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_record(output_dir: Path) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from transformers import (
 )
 
 from ..config import MoELoraConfig
+from ..staging import only_process_in
 from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
 from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, evaluate
 from .progress import console, is_main_process
 from .recipe import Recipe
-from .record import RUN_FILE, clear_output, environment, last_checkpoint, now, read_record, write_json
-from .schema import UserError
+from .record import RUN_FILE, check_output_dir, clear_output, environment, last_checkpoint, now, read_record, write_json
+from .schema import Problem, UserError
 
 
 class Start:
@@ -67,13 +68,28 @@ def train(
         The content of run.json.
 
     Raises:
-        UserError: the data is too small, or is not the data that a resumed run began with.
+        UserError: the data is too small, is not the data that a resumed run began with, or another process trains into
+            the same folder.
     """
     seconds: dict[str, float] = {}
-    run_file = recipe.output_dir / RUN_FILE
     start = start or Start()
     with _timed(seconds, "load"):
         trainer, domains = _prepare(recipe, start)
+    with _alone_in_output_dir(recipe, resume=resume, overwrite=overwrite):
+        return _train(recipe, trainer, domains, start, seconds, resume, overwrite)
+
+
+def _train(
+    recipe: Recipe,
+    trainer: Trainer,
+    domains: Sequence[DomainBlocks],
+    start: Start,
+    seconds: dict[str, float],
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Steps 2 to 4 of [`train`]."""
+    run_file = recipe.output_dir / RUN_FILE
     if resume:
         record, checkpoint = _resumed_record(recipe, domains), last_checkpoint(recipe.output_dir)
     else:
@@ -103,6 +119,21 @@ def train(
     }
     _write(run_file, record)
     return record
+
+
+@contextmanager
+def _alone_in_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keep other processes out of the output folder, which one may have written to since the recipe was checked."""
+    with ExitStack() as stack:
+        if is_main_process:
+            try:
+                stack.enter_context(only_process_in(recipe.output_dir))
+            except BlockingIOError:
+                fix = "another process is training into it; wait for it, or give another folder"
+                raise UserError(str(Problem("training.output_dir", str(recipe.output_dir), fix))) from None
+            if problems := check_output_dir(recipe, resume=resume, overwrite=overwrite):
+                raise UserError("\n".join(map(str, problems)))
+        yield
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

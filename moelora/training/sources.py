@@ -89,7 +89,7 @@ def _check_path(domain: DomainOptions, path: str, split: str, key: str) -> list[
     files = _files(path)
     if not files:
         missing = "no file matches the pattern" if glob.has_magic(path) else "no such file"
-        return [Problem(key, path, f"{missing}; relative paths start at the recipe's folder")]
+        return [Problem(key, path, missing)]
     return [problem for file in files for problem in _check_file(domain, file, key)]
 
 
