@@ -129,8 +129,8 @@ class ForwardHook:
             return None
         self.state.context = None
         self.state.prefilled = True
-        if context.inputs.get("past_key_values") is None:
-            context.said.keep_on(getattr(output, "past_key_values", None))  # the model made its cache by itself
+        given = context.inputs.get("past_key_values")
+        context.said.keep_on(getattr(output, "past_key_values", None) if given is None else given)
         return None if output is None else finish_forward(context, module, output)
 
 
