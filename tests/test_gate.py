@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from moelora.experts import forget, grow, put_together, remember, select, take_apart
 from moelora.gate import WINDOW, InputSketch, Memory, combined, discriminants, gated_logits, over_context
+from moelora.ops.norm_linear import norm_linear
 from moelora.routing import rms_norm
 
 LOW, HIGH = (2, 10), (VOCAB - 8, VOCAB)  # two domains: spans of token ids
@@ -84,6 +85,34 @@ def test_discriminants_are_log_densities_up_to_a_term_they_share():
     )
     ours = x @ weights.t() + biases
     torch.testing.assert_close(ours - ours[:, :1], exact - exact[:, :1], rtol=1e-3, atol=1e-3)
+
+
+def test_single_precision_decides_as_double_does():
+    """At the width and the magnitudes of a 7B model: a few huge dimensions, domains little apart, 4,096 tokens."""
+    H, generator = 4096, torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    common, loud = normal(H) * 0.5, normal(64, H) * torch.logspace(0.5, -1.5, 64)[:, None] / 4
+    common[[7, 99]] = torch.tensor([120.0, -60.0])
+    domains = common + 0.005 * normal(3, H)
+    hidden = {d: domains[d] + normal(1024, 64) @ loud + 0.3 * normal(1024, H) for d in range(3)}
+    scale = common.square().mean().sqrt()
+    memories = [
+        Memory(rms_norm(hidden[d]).mean(0), loud / scale, torch.full((H,), 0.09) / scale.square()) for d in range(3)
+    ]
+    weights, biases = discriminants(memories)
+    text = torch.cat([hidden[0], hidden[1], hidden[2], hidden[0]])
+    found = over_context((norm_linear(text, weights) + biases)[None])[0]
+    exact = F.rms_norm(text.double(), (H,), eps=1e-6) @ weights.double().t() + biases.double()
+    exact = exact.unfold(0, WINDOW, 1).sum(-1)  # from the first token that a whole window ends at
+    found = found[WINDOW - 1 :]
+    best, second = exact.topk(2).values.unbind(-1)
+    is_clear = best - second > 0.01  # nats
+    assert is_clear.double().mean() > 0.99 and set(exact.argmax(-1).tolist()) == {0, 1, 2}
+    assert torch.equal(found.argmax(-1)[is_clear], exact.argmax(-1)[is_clear])
+    torch.testing.assert_close(found.softmax(-1).double(), exact.softmax(-1), rtol=0, atol=1e-3)
 
 
 def test_padding_and_old_tokens_add_nothing():
