@@ -237,6 +237,23 @@ def test_what_cannot_be_remembered_is_refused(name, options, batches, message):
         remember(mixture_of("llama", **options), name, batches)
 
 
+def test_padding_is_not_remembered():
+    model, inputs = mixture_of("llama"), texts(LOW)
+    assert remember(model, "default", [inputs]) == 8 * 24
+    expected = {name: router["default"].memory for name, router in routers_of(model).items()}
+    assert remember(model, "default", [{name: F.pad(ids, (0, 6)) for name, ids in inputs.items()}]) == 8 * 24
+    for name, router in routers_of(model).items():
+        memory = router["default"].memory
+        torch.testing.assert_close(memory.mean, expected[name].mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(memory.covariance(), expected[name].covariance(), rtol=1e-3, atol=1e-4)
+
+
+def test_no_more_is_read_than_was_asked_for():
+    model, batches = mixture_of("llama"), iter([texts(LOW, seed=seed) for seed in range(9)])
+    assert remember(model, "default", batches, max_tokens=500) == 3 * 8 * 24
+    assert len(list(batches)) == 6
+
+
 def test_taken_apart_and_put_together_it_gates_alike():
     model, inputs = gated_mixture(), texts(HIGH, seed=7)
     with torch.no_grad():
