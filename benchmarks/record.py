@@ -104,7 +104,8 @@ def environment(device: str, command: str, commit: str | None = None) -> list[st
         "nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit", "--format=csv,noheader"
     )
     if device == "cuda" and clocks:
-        lines.append(f"clocks at the start (SM, SM at most, memory, power limit): {clocks}")
+        by_gpu = "; ".join(clocks.splitlines())  # of several GPUs, one line each
+        lines.append(f"clocks at the start (SM, SM at most, memory, power limit): {by_gpu}")
     return [*lines, f"command: {command}"]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +219,15 @@ class BlockHook:
             self.routing.shared_input.close()
         self.routing = None
 
+    @property
+    def has_to_wait(self) -> bool:
+        """Whether it cannot decide yet: its router is a shard until FSDP2's hooks on the block have run."""
+        state = self.state
+        is_given = state.routing_weights is not None or state.attached is not None
+        if self.router is None or self.scope != "block" or is_given or not state.enabled:
+            return False
+        return any(hasattr(parameter, "full_tensor") for parameter in self.router.parameters())  # a DTensor
+
     def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
         if self.state.routing_weights is not None:
             return context.user_weights(hidden.shape[:-1], self.is_encoder_decoder)
@@ -275,6 +285,9 @@ class RoutedCheckpoint:
 
     An argument, because a tensor captured by a closure gets no gradient in reentrant checkpoints, and one kept on the
     side is gone, or another forward's, when the region runs again.
+
+    Transformers before 5.23 checkpoint around the block's hooks, so that nothing is routed yet. It is done here then;
+    but under FSDP2 hooks make the router whole, so that it can only be done within.
     """
 
     def __init__(self, function: Callable, hook: BlockHook) -> None:
@@ -282,7 +295,9 @@ class RoutedCheckpoint:
         self.hook = hook
 
     def __call__(self, region: Callable, *args: Any, **kwargs: Any) -> Any:
-        is_early = self.hook.routing is None  # early versions of transformers 5 checkpoint around the block's hooks
+        is_early = self.hook.routing is None
+        if is_early and self.hook.has_to_wait:
+            return self.function(_DecidingRegion(region, self.hook), *args, **kwargs)
         if is_early:
             self.hook.decide(args, getattr(region, "keywords", {}))
         routing = self.hook.routing
@@ -295,38 +310,78 @@ class RoutedCheckpoint:
                 self.hook.routing = None
 
 
-class _RoutedRegion:
-    """Runs a checkpointed region, the first time and again in backward, under the routing of its own forward."""
+class _Region:
+    """Runs a checkpointed region, the first time and again in backward, in the context of its own forward."""
 
-    def __init__(self, region: Callable, hook: BlockHook, routing: BlockRouting) -> None:
+    def __init__(self, region: Callable, hook: BlockHook, context: ForwardContext) -> None:
         self.region = region
         self.hook = hook
-        self.routing = routing
+        self.context = context
+        self.mixture = hook.state.pool
         self.has_run = False
 
-    def __call__(self, weights: Tensor | None, *args: Any) -> Any:
-        context, outer = self.routing.context, self.hook.routing
-        if self.hook.state.pool != self.routing.mixture:
-            then, now = [name for name, _ in self.routing.mixture], self.hook.state.active_adapters
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        if self.hook.state.pool != self.mixture:
+            then, now = [name for name, _ in self.mixture], self.hook.state.active_adapters
             raise RuntimeError(
                 f"the mixture changed between forward and backward: block `{self.hook.name}` ran with adapters {then} "
                 f"and is recomputed with {now}; call backward before changing adapters"
             )
-        encoder_hidden = self.routing.encoder_hidden
+        self.context.in_checkpoint, self.context.recomputing = True, self.has_run
+        self.has_run = True
+        try:
+            yield
+        finally:
+            self.context.in_checkpoint = self.context.recomputing = False
+
+
+class _RoutedRegion(_Region):
+    """Runs it under the routing decided before."""
+
+    def __init__(self, region: Callable, hook: BlockHook, routing: BlockRouting) -> None:
+        super().__init__(region, hook, routing.context)
+        self.routing = routing
+
+    def __call__(self, weights: Tensor | None, *args: Any) -> Any:
+        outer, encoder_hidden = self.hook.routing, self.routing.encoder_hidden
         position = self.hook.encoder_position
         if position is not None and len(args) > position and encoder_hidden is not None:
             encoder_hidden = args[position]
-        self.hook.routing = dataclasses.replace(
-            self.routing,
-            weights=weights,
-            encoder_hidden=encoder_hidden,
-            shared_input=SharedInput(),
-            encoder_weights=None,
-        )
-        context.in_checkpoint, context.recomputing = True, self.has_run
-        self.has_run = self.hook.in_region = True
-        try:
-            return self.region(*args)
-        finally:
-            self.hook.in_region = context.in_checkpoint = context.recomputing = False
-            self.hook.routing = outer
+        with self._running():
+            self.hook.routing = dataclasses.replace(
+                self.routing,
+                weights=weights,
+                encoder_hidden=encoder_hidden,
+                shared_input=SharedInput(),
+                encoder_weights=None,
+            )
+            self.hook.in_region = True
+            try:
+                return self.region(*args)
+            finally:
+                self.hook.in_region, self.hook.routing = False, outer
+
+
+class _DecidingRegion(_Region):
+    """Runs it so that the block's hook decides the routing within, as the routers of "module" scope do."""
+
+    def __init__(self, region: Callable, hook: BlockHook) -> None:
+        super().__init__(region, hook, hook.state.current_context())
+
+    def __call__(self, *args: Any) -> Any:
+        if self.context.grad_enabled and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"block `{self.hook.name}` cannot be routed: this version of transformers runs FSDP2's hooks, before "
+                "which the router is a shard, inside the checkpoint, and a reentrant one gives routing there no "
+                'gradient. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="model", or '
+                "install transformers>=5.23"
+            )
+        state = self.hook.state
+        outer = state.context
+        with self._running():
+            state.context = self.context
+            try:
+                return self.region(*args)
+            finally:
+                state.context = outer

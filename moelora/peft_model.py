@@ -15,6 +15,9 @@ from .config import MoELoraConfig
 if TYPE_CHECKING:
     from .model import MoELoraModel
 
+# By name, not through super(): torch before 2.13 cannot trace a property of super().
+_has_active_enabled_adapter = PeftModel.has_active_enabled_adapter.fget
+
 
 class MixturePeftModel(PeftModel):
     """Mixed into the PeftModel that wraps a mixture; see [`adopt_peft_model`]."""
@@ -73,7 +76,7 @@ class MixturePeftModel(PeftModel):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """See PEFT; False when every adapter has been deleted."""
-        return self.active_adapter in self.peft_config and super().has_active_enabled_adapter
+        return self.active_adapter in self.peft_config and _has_active_enabled_adapter(self)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """See PEFT; writes everything to a temporary directory first and moves it into place when complete.

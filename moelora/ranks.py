@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_ROUNDS = ((20, 11), (10, 10), (0, 10))  # (lowest bit, bits) of each digit: 31 bits of a float that is not negative
+# (lowest bit, bits) of each digit of the 30 bits of a float from 0 to 1. At every sum over ranks all wait for each
+# other, so there are few, and small ones: for 8 experts 64 KiB, 128 KiB and 4 KiB for each rank, which neither NVLink
+# nor a slow network notices much beside its latency. The last digit is the shortest, because it is counted for each
+# rank; with two digits of 15 bits there would be one sum fewer, but 1 MiB each, the second for each rank.
+ROUNDS = ((19, 11), (7, 12), (0, 7))
 
 
 def num_ranks() -> int:
@@ -22,8 +26,9 @@ def fits_over_ranks(priority_ET: Tensor, capacity_factor: float) -> Tensor:
 
     An expert keeps ``ceil(capacity_factor * assignments / E)``; of equally probable ones the first, by rank and then by
     token. Bits of floats from 0 to 1 are in the order of the floats, so the least probability that fits is found digit
-    by digit: three sums of [E, 2048] counts and one exchange of [N, E] counts, however many tokens there are. Ranks may
-    hold different numbers of tokens, and no process waits for its device.
+    by digit: three sums of counts over ranks, however many tokens there are. Counts of the last digit stay apart by
+    rank, which tells what ties on lower ranks. Ranks may hold different numbers of tokens, and no process waits for its
+    device. The Triton router (ops/triton/capacity_kernels.py) sums the same counts, so ranks may run either form.
 
     Args:
         priority_ET: [E, T] the probability of an assignment; negative where there is none.
@@ -31,34 +36,36 @@ def fits_over_ranks(priority_ET: Tensor, capacity_factor: float) -> Tensor:
     num_experts = priority_ET.shape[0]
     key_ET = priority_ET.detach().float().contiguous().view(torch.int32)  # negative floats are negative here too
     least_E = room_E = key_ET.new_zeros(num_experts)
-    for low, bits in _ROUNDS:
-        counts = _counts_of_digit(key_ET, least_E, low, bits)
-        dist.all_reduce(counts)
-        if low == _ROUNDS[0][0]:
-            share = counts.sum().double() * (capacity_factor / num_experts)
+    for low, bits in ROUNDS:
+        counts_NF = _counts_of_digit(key_ET, least_E, low, bits)
+        dist.all_reduce(counts_NF)
+        if low == ROUNDS[0][0]:
+            share = counts_NF[0, -1].double() * (capacity_factor / num_experts)
             room_E = (share * (1 - 1e-6)).ceil().int().expand(num_experts)  # as within_capacity rounds
-        from_top = counts.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # assignments with this digit or a higher one
-        digit = ((from_top >= room_E[:, None]).sum(-1) - 1).clamp(min=0)
-        above = torch.cat([from_top, torch.zeros_like(from_top[:, :1])], dim=-1).gather(1, digit[:, None] + 1)
-        room_E = room_E - above[:, 0]
-        least_E = (least_E << bits) | digit.int()
+        counts_NED = counts_NF[:, :-1].unflatten(1, (num_experts, 1 << bits))
+        counts_ED = counts_NED.sum(0, dtype=torch.int32)
+        from_top = counts_ED.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # with this digit or a higher one
+        digit_E1 = ((from_top >= room_E[:, None]).sum(-1, keepdim=True) - 1).clamp(min=0)
+        room_E = room_E - (from_top - counts_ED).gather(1, digit_E1)[:, 0]
+        least_E = (least_E << bits) | digit_E1[:, 0].int()
+    on_lower_ranks_E1 = counts_NED[: dist.get_rank()].sum(0, dtype=torch.int32).gather(1, digit_E1)
     tied_ET = key_ET == least_E[:, None]
-    place_ET = tied_ET.cumsum(-1, dtype=torch.int32) + _on_lower_ranks(tied_ET.sum(-1, dtype=torch.int32))[:, None]
+    place_ET = tied_ET.cumsum(-1, dtype=torch.int32) + on_lower_ranks_E1
     return (key_ET > least_E[:, None]) | (tied_ET & (place_ET <= room_E[:, None]))
 
 
+def count_rows(low: int) -> int:
+    """Rows of the counts of the digit at bit `low`: one that all ranks add to; for the last digit one for each rank."""
+    return 1 if low > 0 else num_ranks()
+
+
 def _counts_of_digit(key_ET: Tensor, prefix_E: Tensor, low: int, bits: int) -> Tensor:
-    """[E, 2^bits]: assignments whose higher bits are prefix_E, by their next `bits` bits."""
+    """[count_rows, E * 2^bits + 1]: assignments whose higher bits are prefix_E, by their next bits; last, all."""
     is_candidate = (key_ET >= 0) & ((key_ET >> (low + bits)) == prefix_E[:, None])
     digits = (key_ET >> low) & ((1 << bits) - 1)
     rows = torch.arange(key_ET.shape[0], device=key_ET.device)[:, None] << bits
-    counts = key_ET.new_zeros(key_ET.shape[0] << bits)  # flat: in one dimension CUDA has a deterministic scatter_add
-    return counts.scatter_add_(0, (rows + digits).flatten(), is_candidate.int().flatten()).view(-1, 1 << bits)
-
-
-def _on_lower_ranks(count_E: Tensor) -> Tensor:
-    """[E]: the sum of count_E over the ranks before this one."""
-    counts_NE = count_E.new_zeros(num_ranks(), count_E.shape[0])
-    counts_NE[dist.get_rank()] = count_E
-    dist.all_reduce(counts_NE)
-    return counts_NE[: dist.get_rank()].sum(0, dtype=torch.int32)
+    counts_NF = key_ET.new_zeros(count_rows(low), (key_ET.shape[0] << bits) + 1)
+    mine = counts_NF[dist.get_rank() % len(counts_NF)]  # flat: in one dimension CUDA has a deterministic scatter_add
+    mine.scatter_add_(0, (rows + digits).flatten(), is_candidate.int().flatten())
+    mine[-1] = is_candidate.sum()
+    return counts_NF

@@ -275,6 +275,15 @@ def test_results_add_up_over_runs_and_files(tmp_path):
     assert [row.case for row in rows] == ["a", "a", "b", "b"]
 
 
+def test_the_clocks_of_two_gpus_are_one_comment(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.record._hardware", lambda device: "NVIDIA H100")
+    monkeypatch.setattr("benchmarks.record._output", lambda *command: "1980 MHz, 700.00 W\n1965 MHz, 700.00 W")
+    Recorder(tmp_path, "cuda", "x", commit="abc").add(ROW, arm="frozen", value=1.0)
+    comments, (row,) = read([tmp_path / "results.csv"])
+    assert len(comments) == 3 and comments[1].endswith(": 1980 MHz, 700.00 W; 1965 MHz, 700.00 W")
+    assert row.arm == "frozen"
+
+
 def test_ratios_are_taken_repeat_by_repeat():
     times = {"frozen": [1.0, 2.0, 1.0], "ours": [1.1, 2.4, 1.3], "lora": [2.0, 2.0, 2.0]}
     rows = [
@@ -292,14 +301,30 @@ def test_ratios_are_taken_repeat_by_repeat():
 
 
 @pytest.mark.parametrize(
-    "name", ["__main__", "layer", "model", "decode", "growth", "crossover", "monitor", "gate", "table", "plot"]
+    "name",
+    [
+        *(
+            "__main__",
+            "layer",
+            "model",
+            "decode",
+            "growth",
+            "crossover",
+            "monitor",
+            "gate",
+            "parallel",
+            "table",
+            "plot",
+        ),
+        *("continual.__main__", "continual.novelty", "quality.__main__"),
+    ],
 )
 def test_help_shows_real_calls(name, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit):
         module.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert f"python -m benchmarks{'' if name == '__main__' else f'.{name}'}" in text
+    assert f"-m {module.__name__.removesuffix('.__main__')}" in text
     for example in getattr(module, "EXAMPLES", ()):
         assert " ".join(example.split()) in text
 

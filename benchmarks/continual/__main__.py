@@ -42,7 +42,7 @@ def parser_of(module: str, description: str | None, examples: Sequence[str]) -> 
     add = parser.add_argument
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--quick", action="store_true", help="a tiny random model on made-up data, in seconds: whether the code works")
-    legend = "; ".join(f"{name}: {about}" for name, (about, _) in LEARNERS.items())
+    legend = "; ".join(f"{name}: {about}" for name, (about, _) in LEARNERS.items()).replace("%", "%%")
     add("--methods", nargs="+", choices=list(LEARNERS), metavar="NAME", help=f"{legend} (default: {' '.join(MAIN)})")
     add("--data", type=Path, default=Path("build/quality/data"), help="folder that benchmarks.quality.data wrote")
     add(

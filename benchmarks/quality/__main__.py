@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from ..options import make_parser
 from ..record import RESULTS, command_line, environment
@@ -46,11 +49,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="seeds for the chosen learning rate (default: 3)")
     add("--no-test", action="store_true", help="leave test data alone: to choose between settings")
     add("--budget", type=float, default=float("inf"), help="seconds after which no run is started that may not end")
-    add("--workers", type=int, default=1, help="processes that share the GPU and the methods (default: 1)")
+    add("--workers", type=int, help="processes that share the methods, each with a GPU (default: one a GPU)")
     add("--retry", action="store_true", help="run again what failed before")
     add("--commit", help="commit to name in environment.txt, where there is no git checkout")
     add("--shard", type=int, help=argparse.SUPPRESS)  # which of the workers this process is
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.workers = args.workers or max(1, torch.cuda.device_count())
+    return args
 
 
 def make_bench(args: argparse.Namespace) -> Bench:
@@ -113,9 +118,22 @@ def supervise(args: argparse.Namespace, arguments: list[str], started: float) ->
                 continue
             left = args.budget - (time.monotonic() - started)
             options = [*(arguments if process is None else again), "--shard", str(shard), "--budget", str(left)]
-            running[shard] = subprocess.Popen([sys.executable, "-m", MODULE, *options])
+            command = [sys.executable, "-m", MODULE, *options, "--workers", str(args.workers)]
+            running[shard] = subprocess.Popen(command, env=os.environ | gpu_of(shard, os.environ))
         time.sleep(0.2)
     return worst
+
+
+def gpu_of(shard: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What shows one worker one GPU, in turn; nothing where there is at most one.
+
+    Example:
+        >>> gpu_of(2, {"CUDA_VISIBLE_DEVICES": "4,5"})
+        {'CUDA_VISIBLE_DEVICES': '4'}
+    """
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [str(n) for n in range(torch.cuda.device_count())] if shown is None else shown.split(",")
+    return {"CUDA_VISIBLE_DEVICES": names[shard % len(names)]} if len(names) > 1 else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

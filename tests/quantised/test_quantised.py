@@ -24,9 +24,11 @@ LAYERS = {
     "torchao-int4": "MoELoraTorchaoLoraLinear",
 }
 ON_GPU_ONLY = {"torchao-int4"}
-# Against the same mixture on plain linears with the dequantised weights, in float32. int8 quantises activations too;
-# torchao's int4 computes in bfloat16, with 8 bits.
-TOLERANCE = dict.fromkeys(LAYERS, 1e-4) | {"bnb-int8": 2e-2, "torchao-int4": 2e-2}
+# Against the same mixture on plain linears with the dequantised weights, in float32. bitsandbytes' int8 rounds
+# activations too and torchao's int4 computes in bfloat16: there the bare base's own error is the yardstick, times two,
+# because the experts' products round once more.
+ROUNDS = {"bnb-int8", "torchao-int4"}
+WITHOUT_BACKWARD = {"torchao-int4"}  # torchao's own, whatever adapter is on it
 
 pytestmark = pytest.mark.engines
 
@@ -63,8 +65,13 @@ def check(kind, folder, device):
     result = json.loads(process.stdout.splitlines()[-1])
     assert result["layers"] == [LAYERS[kind]]
     assert result["fresh"] == 0, "a fresh adapter changed the base model's output"
-    assert result["names"] and result["logits"] < TOLERANCE[kind] and result["gradients"] < TOLERANCE[kind]
-    assert result["losses"][-1] < 0.5 * result["losses"][0]
+    tolerance = 2 * result["base_error"] if kind in ROUNDS else 1e-4
+    assert 0 <= result["base_error"] < 0.05
+    assert result["logits"] < tolerance
     assert result["generated"] == [2, 9]
     assert result["reloaded"] == 0
+    if kind in WITHOUT_BACKWARD:
+        return
+    assert result["names"] and result["gradients"] < tolerance
+    assert result["losses"][-1] < 0.5 * result["losses"][0]
     assert 0 < min(result["maturity"]) <= max(result["maturity"]) < 1

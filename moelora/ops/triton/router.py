@@ -1,7 +1,8 @@
 """Triton form of a one-layer router: norm_linear, `moelora.routing.route` and `moelora.stats.RoutingSums.of` at once.
 
 Forward:  one program scores and routes a block of tokens, and leaves its share of every sum. With a capacity, a second
-          kernel, one program per expert, finds the least priority that still fits and takes the excess back.
+          kernel, one program per expert, finds the least priority that still fits and takes the excess back. Where
+          ranks share the capacity, it is found between three sums over ranks: six launches besides them.
 Backward: one program routes its tokens again from the saved logits, gets dz, and walks over the columns of h and W.
 Letters: T tokens, H width, E experts.
 """
@@ -12,17 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...ranks import fits_over_ranks
+from ...ranks import ROUNDS, count_rows, num_ranks
 from ..norm_linear import EPS, _exact_product
-from .router_kernels import backward_kernel, capacity_kernel, forward_kernel
+from .capacity_kernels import capacity_kernel, capacity_over_ranks_kernel, count_kernel
+from .router_kernels import backward_kernel, forward_kernel
 
 MAX_EXPERTS = 128  # a block holds all experts
 MAX_PARTIAL_BYTES = 32 * 2**20  # of dW, above which one product of all tokens is made instead
 MAX_CAPACITY_TOKENS = 32768  # one program holds an expert's column in registers
+COUNTED_TOKENS = 1024  # whose assignments to one expert a program counts
 MAX_SINGLE_TOKENS = 64  # up to which each token gets a program of its own, without tensor cores: decoding
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
@@ -111,8 +115,7 @@ def _forward(hidden: Tensor, weight: Tensor, decision: Decision, keep: bool) -> 
             **blocks.options(H, E),
         )  # fmt: skip
         sums = partial[0] if programs == 1 else partial.sum(0)
-        limit = _limit_over_ranks if decision.over_ranks else _limit
-        dropped = None if priority is None else limit(priority, weights, sums, decision)
+        dropped = None if priority is None else _limit(priority, weights, sums, decision)
     return Result(weights, sums, z, rstd, dropped)
 
 
@@ -121,27 +124,34 @@ def _limit(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) 
     assert decision.capacity_factor is not None
     E, T = priority.shape
     dropped, counts = torch.empty_like(weights, dtype=torch.uint8), sums.new_empty(E)
-    block = max(16, triton.next_power_of_2(T))
-    capacity_kernel[(E,)](
-        priority, decision.maturity_E, decision.mask_T, weights, dropped, counts, sums[2 + 2 * E :], T,
-        decision.capacity_factor * decision.top_k / E, decision.scale, E=E, BT=block,
-        num_warps=min(32, max(4, block // 512)),
-    )  # fmt: skip
+    block, share = max(16, triton.next_power_of_2(T)), decision.capacity_factor / E
+    written = (decision.maturity_E, decision.mask_T, weights, dropped, counts, sums[2 + 2 * E :], T, decision.scale)
+    options = {"E": E, "BT": block, "num_warps": min(32, max(4, block // 512))}
+    if decision.over_ranks:
+        of_digits = _counts_over_ranks(priority, share)
+        capacity_over_ranks_kernel[(E,)](
+            priority, *of_digits, *written, dist.get_rank(), SHARE=share, N=num_ranks(), **options
+        )
+    else:
+        capacity_kernel[(E,)](priority, *written, share * decision.top_k, **options)
     torch.sum(counts, dim=0, out=sums[1 + 2 * E])
     return dropped
 
 
-def _limit_over_ranks(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) -> Tensor:
-    """_limit, with a capacity that data-parallel ranks share."""
-    assert decision.capacity_factor is not None
-    E = priority.shape[0]
-    dropped = ((priority >= 0) & ~fits_over_ranks(priority, decision.capacity_factor)).t()
-    outside = 0.0 if decision.maturity_E is None else 1.0 - decision.maturity_E
-    weights.mul_(torch.where(dropped, outside, 1.0))
-    counted = weights if decision.mask_T is None else weights.where(decision.mask_T[:, None] != 0, 0.0)
-    torch.sum(counted / decision.scale, dim=0, out=sums[2 + 2 * E : 2 + 3 * E])
-    torch.sum(dropped.float(), dim=(0, 1), out=sums[1 + 2 * E])
-    return dropped.to(torch.uint8).contiguous()
+def _counts_over_ranks(priority: Tensor, share: float) -> list[Tensor]:
+    """The counts of each digit, as ranks.fits_over_ranks sums them over ranks; one launch a digit."""
+    E, T = priority.shape
+    sizes = [count_rows(low) * ((E << bits) + 1) for low, bits in ROUNDS]
+    counts = priority.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)
+    for index, (low, bits) in enumerate(ROUNDS):
+        first, second = (*counts[:index], None, None)[:2]
+        by_rank = counts[index].view(count_rows(low), -1)
+        count_kernel[(E, triton.cdiv(T, COUNTED_TOKENS))](
+            priority, first, second, by_rank[dist.get_rank() % len(by_rank)], T, SHARE=share, E=E, LOW=low, BITS=bits,
+            BT=COUNTED_TOKENS,
+        )  # fmt: skip
+        dist.all_reduce(counts[index])
+    return list(counts)
 
 
 class _RouteFused(torch.autograd.Function):
@@ -184,9 +194,10 @@ class _RouteFused(torch.autograd.Function):
 
 
 def serves(hidden_TH: Tensor, weight_EH: Tensor, capacity_factor: float | None) -> bool:
-    """Whether the kernels can take these; float64 is the references' business."""
+    """Whether the kernels can take these: no float64, which is the references' business, and no shard of a DTensor."""
     is_small = capacity_factor is None or hidden_TH.shape[0] <= MAX_CAPACITY_TOKENS
-    return is_small and {hidden_TH.dtype, weight_EH.dtype} <= DTYPES and weight_EH.shape[0] <= MAX_EXPERTS
+    is_plain = {type(hidden_TH), type(weight_EH)} <= {Tensor, nn.Parameter}
+    return is_small and is_plain and {hidden_TH.dtype, weight_EH.dtype} <= DTYPES and weight_EH.shape[0] <= MAX_EXPERTS
 
 
 def route_fused(

@@ -1,5 +1,6 @@
-"""The kernels of router.py. No atomics: programs write partial sums, which torch adds up in a fixed order.
+"""The kernels of router.py, but for capacity: capacity_kernels.py.
 
+No atomics: programs write partial sums, which torch adds up in a fixed order.
 Products of a bfloat16 h take W as three bfloat16 terms, as in norm_linear.py; others are float32 throughout.
 Shapes: T tokens, H width, E experts, K top-k, BT x BE x BH a block of tokens, all experts padded, a block of columns.
 """
@@ -78,7 +79,7 @@ def _shares(selected, maturity_ptr, e, E: tl.constexpr):
 
 
 @triton.jit
-def _counted(mask_ptr, t, T):
+def counted_tokens(mask_ptr, t, T):
     """[BT, 1] bool: tokens that are there and no padding."""
     counted = t < T
     if mask_ptr is not None:
@@ -117,7 +118,7 @@ def forward_kernel(
     weights = shares / tl.sum(shares, axis=1, keep_dims=True)
     tl.store(weights_ptr + t * E + e, weights * scale, (t < T) & (e < E))
 
-    counted = _counted(mask_ptr, t, T)
+    counted = counted_tokens(mask_ptr, t, T)
     if priority_ptr is not None:  # [E, T]
         tl.store(priority_ptr + e * T + t, tl.where(counted & selected, p, -1.0), (t < T) & (e < E))
 
@@ -138,39 +139,6 @@ def forward_kernel(
     tl.store(sums_ptr + 4 + 4 * E, tl.sum(tl.where(counted, lse * lse, 0.0)))
 
 
-@triton.jit(do_not_specialize=["T"])  # every length of a prompt would compile anew
-def capacity_kernel(
-    priority_ptr, maturity_ptr, mask_ptr, weights_ptr, dropped_ptr, counts_ptr, mass_ptr, T, share, scale,
-    E: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """One expert keeps its assignments of highest priority, of equal ones the first; see routing.within_capacity."""
-    e = tl.program_id(0)
-    t = tl.arange(0, BT)
-    counted = _counted(mask_ptr, t, T)
-    # The bits of floats of 0 to 1 are in the order of the floats, so the least that fits is found bit by bit.
-    priority = tl.load(priority_ptr + e.to(tl.int64) * T + t, t < T, -1.0).to(tl.int32, bitcast=True)
-    fair_share = tl.sum(tl.where(counted, 1.0, 0.0)) * share
-    capacity = tl.ceil(fair_share * (1 - 1e-6)).to(tl.int32)
-    least = 0
-    for step in range(30):
-        candidate = least | (1 << (29 - step))
-        least = tl.where(tl.sum((priority >= candidate).to(tl.int32)) >= capacity, candidate, least)
-    tied = (priority == least).to(tl.int32)
-    room = capacity - tl.sum((priority > least).to(tl.int32))
-    dropped = (priority >= 0) & (priority <= least) & ((tied == 0) | (tl.cumsum(tied, 0) > room))
-
-    at = t.to(tl.int64) * E + e
-    weights = tl.load(weights_ptr + at, t < T, 0.0)
-    outside = 0.0
-    if maturity_ptr is not None:
-        outside = 1.0 - tl.load(maturity_ptr + e)
-    weights = tl.where(dropped, weights * outside, weights)
-    tl.store(weights_ptr + at, weights, dropped)
-    tl.store(dropped_ptr + at, dropped.to(tl.uint8), t < T)
-    tl.store(counts_ptr + e, tl.sum(tl.where(dropped, 1.0, 0.0)))
-    tl.store(mass_ptr + e, tl.sum(tl.where(counted, weights, 0.0)) / scale)
-
-
 @triton.jit
 def _dz(
     z_ptr, dropped_ptr, maturity_ptr, mask_ptr, dweights_ptr, dprobs_ptr, dlse_ptr, t, e, T, temperature, scale,
@@ -178,7 +146,7 @@ def _dz(
 ):  # fmt: skip
     """z and d loss / d z, [BT, BE], zero where there is no token or expert."""
     exists = (t < T) & (e < E)
-    counted = _counted(mask_ptr, t, T)
+    counted = counted_tokens(mask_ptr, t, T)
     z = tl.load(z_ptr + t * E + e, exists, 0.0)
     p, _ = _softmax(z / temperature, e < E)
     dp = tl.zeros_like(p)
