@@ -175,6 +175,8 @@ class MoELoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOELORA
+        if self.adapters:
+            check_entries(self.adapters)
         for rule in _RULES:
             value = getattr(self, rule.name)
             if not rule.valid(value):
@@ -225,6 +227,25 @@ class MoELoraConfig(LoraConfig):
 MIXTURE_FIELDS = frozenset(f.name for f in dataclasses.fields(MoELoraConfig)) - frozenset(
     f.name for f in dataclasses.fields(LoraConfig)
 )
+
+
+def check_entries(adapters: Any) -> None:
+    """Refuse a list of `adapters` that does not say what a saved mixture holds.
+
+    Raises:
+        ValueError: naming the first entry that is not in order.
+    """
+    kinds = {"name": str, "active": int | None, "config": dict}
+    for number, entry in enumerate(adapters if isinstance(adapters, list) else [adapters]):
+        given = entry if isinstance(entry, dict) else {}
+        wrong = [key for key, kind in kinds.items() if key not in given or not isinstance(given[key], kind)]
+        if wrong:
+            raise ValueError(
+                f"entry {number} of `adapters` ({entry!r}) has no usable `{wrong[0]}`; restore adapter_config.json "
+                "from a copy or save the mixture again"
+            )
+    if not any(entry["active"] is not None for entry in adapters):
+        raise ValueError("`adapters` lists no active adapter; restore adapter_config.json from a copy")
 
 
 def count_experts(adapter_name: str, config: MoELoraConfig) -> int:

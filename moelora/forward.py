@@ -10,13 +10,14 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .balance import finish_forward
+from .routing import sole_expert
 from .shared_input import SharedInput
 from .state import ForwardContext, RoutingState, call_attached_router
 
@@ -39,6 +40,7 @@ class BlockRouting:
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
     shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
     encoder_weights: Tensor | None = None
+    _sole: dict[bool, int | None] = field(default_factory=dict, init=False)  # of the encoder's tokens, of the block's
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
         """[..., E] for a linear's input x [..., D].
@@ -58,6 +60,14 @@ class BlockRouting:
                 f'{list(self.lead)} entering its block; use router_scope="module" or exclude it from `target_modules`'
             )
         return fitted
+
+    def sole_expert(self, x: Tensor) -> int | None:
+        """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""
+        is_encoder = self._is_encoder(x)
+        if is_encoder not in self._sole:
+            weights = self.encoder_weights if is_encoder else self.weights
+            self._sole[is_encoder] = None if weights is None else sole_expert(weights)
+        return self._sole[is_encoder]
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The padding mask of a linear's input x [..., D] in "module" scope; None where none fits."""
@@ -130,8 +140,8 @@ class ForwardHook:
             return None
         self.state.context = None
         self.state.prefilled = True
-        if context.inputs.get("past_key_values") is None:
-            context.said.keep_on(getattr(output, "past_key_values", None))  # the model made its cache by itself
+        given = context.inputs.get("past_key_values")
+        context.said.keep_on(getattr(output, "past_key_values", None) if given is None else given)
         return None if output is None else finish_forward(context, module, output)
 
 

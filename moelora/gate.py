@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,9 +33,32 @@ class Memory:
     directions: Tensor  # [K, H]
     variance: Tensor  # [H], what the directions leave out
 
+    @classmethod
+    def of(cls, mean: Tensor, rows_NH: Tensor, diagonal_H: Tensor, rank: int) -> Memory:
+        """With the `rank` largest directions of rows^T rows, and the covariance's diagonal [H] as given; float64."""
+        _, singular, right = torch.linalg.svd(rows_NH, full_matrices=False)
+        directions = rows_NH.new_zeros(rank, len(diagonal_H))
+        found = (singular[:, None] * right)[:rank]
+        directions[: len(found)] = found
+        variance = (diagonal_H - directions.square().sum(0)).clamp(min=0)
+        return cls(mean.float(), directions.float(), variance.float())
+
     def covariance(self) -> Tensor:
         """[H, H]."""
         return self.directions.t() @ self.directions + self.variance.diag()
+
+    def equals(self, other: Memory) -> bool:
+        """Whether both are of one domain, to the last bit."""
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in vars(self))
+
+
+def distinct(memories: Sequence[Memory]) -> list[Memory]:
+    """Without those that equal an earlier one."""
+    found: list[Memory] = []
+    for memory in memories:
+        if not any(memory.equals(other) for other in found):
+            found.append(memory)
+    return found
 
 
 class InputSketch:
@@ -90,19 +114,34 @@ class InputSketch:
         values, vectors = torch.linalg.eigh((core + core.t()) / 2)
         kept = values > 1e-6 * values[-1]  # below lies rounding
         basis = product @ (vectors[:, kept] * values[kept].rsqrt())
-        left, singular, _ = torch.linalg.svd(basis, full_matrices=False)
-        directions = torch.zeros(self.rank, len(diagonal), dtype=torch.float64)
-        found = (left * singular).t()[: self.rank]
-        directions[: len(found)] = found
-        variance = (diagonal - directions.square().sum(0)).clamp(min=0)
-        return Memory(self.origin_H.cpu() + moved.float(), directions.float(), variance.float())
+        return Memory.of(self.origin_H.cpu() + moved, basis.t(), diagonal, self.rank)
+
+
+def combined(memories: Sequence[Memory], rank: int) -> Memory:
+    """One memory of several domains, which count alike: mean and covariance are those of the mixture of Gaussians.
+
+    ``mu = mean_a mu_a`` and ``S = mean_a (S_a + (mu_a - mu)(mu_a - mu)^T)``, of which `rank` directions are kept, and
+    of the others the diagonal.
+
+    Example:
+        >>> near, far = (Memory(torch.full((1,), mean), torch.zeros(1, 1), torch.ones(1)) for mean in (0.0, 2.0))
+        >>> both = combined([near, far], 1)
+        >>> both.mean.item(), round(both.covariance().item(), 4)
+        (1.0, 2.0)
+    """
+    means = torch.stack([memory.mean for memory in memories]).double()
+    rows = torch.cat([*(memory.directions.double() for memory in memories), means - means.mean(0)])
+    rows = rows * len(memories) ** -0.5
+    left_out = torch.stack([memory.variance for memory in memories]).double().mean(0)
+    return Memory.of(means.mean(0), rows, left_out + rows.square().sum(0), rank)
 
 
 def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
     """Weights [A, H] and biases [A] of every domain's log density: ``weight @ n + bias`` for a normalised input n.
 
     With the domains' mean covariance S (plus a ridge) and their mean m: ``(mu_a - m)^T S^-1 (n - (mu_a + m) / 2)``,
-    which is ``log N(n; mu_a, S) - log N(n; m, S)``.
+    which is ``log N(n; mu_a, S) - log N(n; m, S)``. S is U^T U + D for few directions U and a diagonal D, so Woodbury's
+    identity solves for it without forming it.
 
     Example:
         >>> near, far = (Memory(torch.full((1,), mean), torch.zeros(1, 1), torch.ones(1)) for mean in (0.0, 2.0))
@@ -111,10 +150,13 @@ def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
         [-1.5, 0.5]
     """
     means = torch.stack([memory.mean for memory in memories]).double()
-    shared = torch.stack([memory.covariance() for memory in memories]).double().mean(0)
-    shared += RIDGE * shared.diagonal().mean() * torch.eye(shared.shape[0], dtype=shared.dtype)
+    rows = torch.cat([memory.directions for memory in memories]).double() * len(memories) ** -0.5
+    diagonal = torch.stack([memory.variance for memory in memories]).double().mean(0)
+    diagonal += RIDGE * (diagonal + rows.square().sum(0)).mean()
     middle = means.mean(0)
-    weights = torch.linalg.solve(shared, (means - middle).t()).t()
+    scaled, apart = rows / diagonal, (means - middle) / diagonal
+    core = torch.linalg.cholesky(torch.eye(len(rows), dtype=rows.dtype) + scaled @ rows.t())
+    weights = apart - torch.cholesky_solve(rows @ apart.t(), core).t() @ scaled
     biases = -(weights * (means + middle) / 2).sum(-1)
     return weights.float(), biases.float()
 
@@ -122,8 +164,8 @@ def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
 class Said:
     """What the tokens in a KV cache said to each router, so that text read piece by piece is gated as in one forward.
 
-    Beams of one prompt may exchange what they said. Tokens that are taken back (assisted generation crops the cache)
-    are forgotten, up to WINDOW of them.
+    It follows its sequences where the cache reorders, repeats or selects them, as beam search does. Tokens that are
+    taken back (assisted generation crops the cache) are forgotten, up to WINDOW of them.
     """
 
     def __init__(self) -> None:
@@ -131,14 +173,25 @@ class Said:
 
     @classmethod
     def on(cls, cache: Any) -> Said:
-        """Of a KV cache, which keeps it; of none, a new one."""
-        return getattr(cache, _ATTRIBUTE, None) or cls().keep_on(cache)
+        """What a KV cache keeps; nothing yet where it keeps none, or there is no cache."""
+        return getattr(cache, _ATTRIBUTE, None) or cls()
 
-    def keep_on(self, cache: Any) -> Said:
-        """Keep it on a KV cache, if there is one."""
-        if hasattr(cache, "get_seq_length"):
+    def keep_on(self, cache: Any) -> None:
+        """Keep it on a KV cache, if there is one and anything was said."""
+        if self.densities and hasattr(cache, "get_seq_length"):
             setattr(cache, _ATTRIBUTE, self)
-        return self
+            if not torch.compiler.is_compiling() and not isinstance(cache, _FollowedCache):
+                cache.__class__ = _followed(cache.__class__)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these of the sequences, in this order."""
+        for key, (densities_BSA, end) in self.densities.items():
+            self.densities[key] = densities_BSA[rows.to(densities_BSA.device)], end
+
+    def repeat(self, repeats: int) -> None:
+        """Go on with each of the sequences so many times, one beside the other."""
+        for key, (densities_BSA, end) in self.densities.items():
+            self.densities[key] = densities_BSA.repeat_interleave(repeats, dim=0), end
 
     def continued(self, key: str, densities_BSA: Tensor, past_length: int | Tensor) -> Tensor:
         """[B, P + S, A]: those of the tokens before these [B, S, A] first; past_length tokens are in the cache."""
@@ -151,6 +204,45 @@ class Said:
         kept = 2 * WINDOW if is_number else WINDOW - 1  # only where tokens can be taken back are more of use
         self.densities[key] = together[:, -kept:].detach(), past_length + densities_BSA.shape[1]
         return together
+
+
+_CacheBase: Any = object  # of which classes `_followed` makes a mixture with transformers' own
+
+
+class _FollowedCache(_CacheBase):
+    """Mixed into the class of a KV cache: what is done to its sequences is done to what they said.
+
+    A class, and no function set on the cache, which would refer back to it and keep its memory until the next garbage
+    collection.
+    """
+
+    plain: type
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See transformers."""
+        super().reorder_cache(beam_idx)
+        getattr(self, _ATTRIBUTE).select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See transformers."""
+        super().batch_select_indices(indices)
+        getattr(self, _ATTRIBUTE).select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See transformers."""
+        super().batch_repeat_interleave(repeats)
+        getattr(self, _ATTRIBUTE).repeat(repeats)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Copies and pickles are of the plain class, which can be imported; the next forward sees to them.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return object.__new__, (self.plain,), *state
+
+
+@cache
+def _followed(cls: type) -> type:
+    """A KV cache class with [`_FollowedCache`] mixed in."""
+    return type(f"Followed{cls.__name__}", (_FollowedCache, cls), {"plain": cls})
 
 
 def over_context(
@@ -177,19 +269,27 @@ def over_context(
     return (total - F.pad(total, (0, 0, WINDOW, 0))[:, : total.shape[1]])[:, -length:]
 
 
-def gated_logits(logits: Sequence[Tensor], densities_TA: Tensor, temperature: float) -> Tensor:
-    """[T, E] logits under which an adapter's experts together get its domain's share of the probability.
+def gated_logits(
+    logits: Sequence[Tensor], densities_TA: Tensor, temperature: float, same_AA: Tensor | None = None
+) -> Tensor:
+    """[T, E] logits under which the experts of a domain together get its share of the probability.
 
-    ``p_e = softmax_a(densities)_a * softmax(logits_a / temperature)_e`` for expert e of adapter a: scores of one
-    adapter cannot take from another, whatever they have learned.
+    ``p_e = softmax_d(densities)_d * softmax_{e in d}(logits / temperature)_e`` for expert e of domain d: scores of one
+    domain cannot take from another, whatever they have learned.
 
     Args:
         logits: each adapter's own, [T, E_a]; -inf is an expert that is left out.
+        densities_TA: of each adapter's domain.
+        same_AA: bool, whether two adapters are of one domain, as the parts of an adapter that was split; each is of a
+            domain of its own by default.
     """
-    shares_TA = densities_TA.log_softmax(-1)
-    pieces = []
-    for piece, share_T1 in zip(logits, shares_TA.split(1, dim=-1), strict=True):
-        own = piece / temperature
-        total = own.logsumexp(-1, keepdim=True)
-        pieces.append((own - total.where(total.isfinite(), 0.0) + share_T1) * temperature)
-    return torch.cat(pieces, dim=-1)
+    if same_AA is None:
+        same_AA = torch.eye(len(logits), dtype=torch.bool, device=densities_TA.device)
+    own = [piece / temperature for piece in logits]
+    totals_TA = torch.stack([piece.logsumexp(-1) for piece in own], dim=-1)
+    of_domain_TA = (totals_TA[:, None] + same_AA.float().log()).logsumexp(-1)
+    # Each domain counts once, however many adapters it has.
+    shares_TA = densities_TA - (densities_TA - same_AA.sum(-1).log()).logsumexp(-1, keepdim=True)
+    offsets_TA = shares_TA - of_domain_TA.where(of_domain_TA.isfinite(), 0.0)
+    pieces = zip(own, offsets_TA.split(1, dim=-1), strict=True)
+    return torch.cat([(piece + offset_T1) * temperature for piece, offset_T1 in pieces], dim=-1)

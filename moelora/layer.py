@@ -17,6 +17,7 @@ from .config import MoELoraConfig, count_experts
 from .forward import BlockHook
 from .ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from .router import MoELoraRouter, Pool
+from .routing import sole_expert
 from .shared_input import SharedInput
 from .state import RoutingState
 
@@ -62,25 +63,41 @@ class MoELoraLayer(_LayerBase):
         pools = self.expert_pools()
         if not pools:
             return super().forward(x, *args, **kwargs)
-        if self._may_be_plain_lora():
-            return mixture_by_expert(x, Reader(self.base_layer, pools), self.weights_for(x), *args, **kwargs)
         inputs = None if args or kwargs else self._shared_input()
         if inputs is not None and (ready := inputs.take(self, x)) is not None:
             return ready
-        reader, weights = Reader(self.base_layer, pools), self.weights_for(x)
+        weights, pool = self._weights_of_pool(x)
+        if self._may_be_plain_lora() and (sole := self._sole_expert(x, weights, pool)) is not None:
+            return self._as_plain_lora(x, *sole, *args, **kwargs)
+        reader, weights = Reader(self.base_layer, pools), self._own_columns(weights, pool).to(x.device)
         if inputs is None:
             return mixture_linear(x, reader, weights, *args, **kwargs)
         return inputs.run(x, self, reader, weights)
 
     def _may_be_plain_lora(self) -> bool:
-        """Whether some token may have to come out as a plain LoRA that was imported makes it, to the last bit.
+        """Whether the tokens may have to come out as a plain LoRA that was imported makes them, to the last bit.
 
         Not in training, where dropout, and soon the expert itself, are other than they were.
         """
         state = self.link.state
         if self.training or not state.may_single_out:
             return False
-        return any(state.configs[name].single_expert for name in self._routed_adapters())
+        return any(state.configs[name].single_expert for name in state.active_adapters)
+
+    def _sole_expert(self, x: Tensor, weights: Tensor, pool: Pool) -> tuple[str, Tensor] | None:
+        """The imported LoRA that has all tokens to itself, with its weights [..., 1]; None if there is none."""
+        routing = self.link.hook.routing if self.link.hook else None
+        column = sole_expert(weights) if routing is None or routing.weights is None else routing.sole_expert(x)
+        if column is None:
+            return None
+        name = [name for name, count in pool for _ in range(count)][column]
+        return (name, weights[..., column : column + 1]) if self.link.state.configs[name].single_expert else None
+
+    def _as_plain_lora(self, x: Tensor, adapter_name: str, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if adapter_name not in self.lora_A:
+            return self.base_layer(x, *args, **kwargs)
+        reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
+        return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
 
     def _shared_input(self) -> SharedInput | None:
         """Where linears of the block leave each other results; None where each has weights of its own."""
@@ -108,8 +125,15 @@ class MoELoraLayer(_LayerBase):
 
     def weights_for(self, x: Tensor) -> Tensor:
         """Routing weights [..., E] for x [..., D], E being the experts of this layer's routed adapters."""
-        weights, pool = self._weights_of_pool(x)
-        return _columns(weights, pool, self._routed_adapters()).to(x.device)
+        return self._own_columns(*self._weights_of_pool(x)).to(x.device)
+
+    def _own_columns(self, weights: Tensor, pool: Pool) -> Tensor:
+        """The columns of weights [..., E], whose experts are those of pool, of this layer's routed adapters."""
+        names = self._routed_adapters()
+        if [name for name, _ in pool] == names:
+            return weights
+        pieces = dict(zip((name for name, _ in pool), weights.split([count for _, count in pool], dim=-1), strict=True))
+        return torch.cat([pieces[name] for name in names], dim=-1)
 
     def _weights_of_pool(self, x: Tensor) -> tuple[Tensor, Pool]:
         link = self.link
@@ -182,14 +206,6 @@ class MoELoraLayer(_LayerBase):
         hook = self.link.hook
         router = hook.router if hook is not None else None
         return router or next(iter(self.link.state.routers.values()))
-
-
-def _columns(weights: Tensor, pool: Pool, names: list[str]) -> Tensor:
-    """The columns of weights [..., E], whose experts are those of pool, that belong to the adapters in names."""
-    if [name for name, _ in pool] == names:
-        return weights
-    pieces = dict(zip((name for name, _ in pool), weights.split([count for _, count in pool], dim=-1), strict=True))
-    return torch.cat([pieces[name] for name in names], dim=-1)
 
 
 _CLASS_PREFIX = "MoELora"

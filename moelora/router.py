@@ -175,7 +175,10 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         if not self.is_gated:
             return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
         biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
-        return gated_logits(logits, gating(densities_TA + biases_A), self.state.config.router_temperature)
+        gates_AH = weight_NH[sum(sizes) :]
+        same_AA = (gates_AH[:, None] == gates_AH).all(-1)  # memories are, to the last bit
+        temperature = self.state.config.router_temperature
+        return gated_logits(logits, gating(densities_TA + biases_A), temperature, same_AA)
 
     def _gating(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _Gating:
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""

@@ -159,6 +159,21 @@ class Routing:
     kept: Tensor  # [T, E] bool: assignments within capacity
 
 
+def sole_expert(weights: Tensor) -> int | None:
+    """The one expert that has any weight in weights [..., E]; None where several have, or none.
+
+    The host waits for the answer, so there is none, None, while a graph is compiled or captured.
+
+    Example:
+        >>> sole_expert(torch.tensor([[0.0, 1.0], [0.0, 0.5]])), sole_expert(torch.eye(2))
+        (1, None)
+    """
+    if torch.compiler.is_compiling() or (weights.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    used = weights.flatten(0, -2).any(0).nonzero().flatten().tolist()
+    return used[0] if len(used) == 1 else None
+
+
 def top_k_mask(probs_TE: Tensor, top_k: int) -> Tensor:
     """[T, E] bool, True at each token's top_k experts.
 

@@ -64,7 +64,7 @@ class RoutingState:
 
     @property
     def may_single_out(self) -> bool:
-        """Whether a token can be one expert's alone: by weights given by hand or by a fixed router, or by top-1."""
+        """Whether tokens can be one expert's alone: by weights given by hand or by a fixed router, or by top-1."""
         is_given = self.routing_weights is not None or self.attached is not None
         return is_given or self.config.router_type == "fixed" or min(self.config.top_k_experts, self.num_experts) == 1
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import assert_same_grads, mixture_of, train_step
+from test_gate import gated_mixture
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # Tracing is the same for every backend; "aot_eager" skips only inductor's code generation, which takes a minute here.
@@ -81,11 +82,14 @@ def test_evaluation_is_one_graph(device, backend, scope):
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNS)
-def test_generation_with_a_static_cache(device, backend):
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("build", [lambda: mixture_of("llama"), gated_mixture], ids=["mixture", "gated"])
+def test_generation_with_a_static_cache(device, backend, build, num_beams):
     """What `generate` compiles by itself where the cache is static."""
-    plain = mixture_of("llama").to(device)
+    plain = build().to(device)
     twin = copy.deepcopy(plain)
     twin.base_model.model.forward = torch.compile(twin.base_model.model.forward, fullgraph=True, backend=backend)
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    options["num_beams"] = num_beams
     prompt = IDS[:, :5].to(device)
     assert torch.equal(twin.generate(input_ids=prompt, **options), plain.generate(input_ids=prompt, **options))

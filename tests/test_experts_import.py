@@ -13,6 +13,7 @@ from peft.tuners.lora.config import ArrowConfig
 from safetensors.torch import load_file, save_file
 from tiny import counting, shouting, tiny_tokenizer
 
+import moelora.layer
 from moelora.experts import LoraError, build, from_lora
 from moelora.experts.scoring import score_by_prototype, top_right_singular_vector
 
@@ -50,17 +51,52 @@ def test_an_expert_alone_is_the_plain_lora_bit_for_bit(tmp_path, router):
     assert torch.equal(logits(model), together)
 
 
-def test_tokens_of_one_batch_each_get_their_own_expert_bit_for_bit(tmp_path):
+def by_expert(monkeypatch):
+    """The linears that run expert by expert, noted as they do."""
+    noted = []
+    original = moelora.layer.mixture_by_expert
+    monkeypatch.setattr(
+        moelora.layer, "mixture_by_expert", lambda x, *args: noted.append(len(args[0].pools)) or original(x, *args)
+    )
+    return noted
+
+
+def test_tokens_of_several_experts_run_in_the_fast_form(tmp_path, monkeypatch):
+    """To agree to the last bit they would run expert by expert, every token through every expert."""
     folders = save_kinds(tmp_path, ["plain", "rslora", "patterns"])
-    model = build(llama(), folders, "train")
+    model, noted = build(llama(), folders, "train"), by_expert(monkeypatch)
     outputs = {name: plain_output(folder) for name, folder in folders.items()}
-    weights = torch.eye(3)  # sequence i of the batch belongs to expert i
-    found = logits(model, routing_weights=weights)
+    found = logits(model, routing_weights=torch.eye(3))  # sequence i of the batch belongs to expert i
+    assert not noted
     for row, name in enumerate(folders):
-        assert torch.equal(found[row], outputs[name][row]), name
+        torch.testing.assert_close(found[row], outputs[name][row], rtol=1e-4, atol=1e-5)
+    logits(model, routing_weights=one_hot(model, "rslora"))
+    assert noted and set(noted) == {1}, "one expert is run, not all of them"
 
 
-def test_top_1_routing_gives_a_token_to_one_expert_bit_for_bit(tmp_path):
+@pytest.mark.parametrize(("router", "top_k"), [("uniform", None), ("arrow", 1), ("train", 1)])
+def test_mixtures_of_imports_run_in_the_fast_form(tmp_path, monkeypatch, router, top_k):
+    options = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "down_proj"]}
+    folders = {name: save_lora(tmp_path / name, seed=seed, **options) for seed, name in enumerate("xyz")}
+    model, noted = build(llama(), folders, router, top_k=top_k), by_expert(monkeypatch)
+    for key, parameter in model.named_parameters():
+        if "lora_router" in key:
+            torch.nn.init.normal_(parameter)
+    for name in folders:
+        model.set_expert_maturity(name, 1.0)
+    logits(model)
+    assert not noted
+
+
+def test_an_expert_that_was_trained_here_runs_in_the_fast_form(tmp_path, monkeypatch):
+    model, noted = mixture_of("llama", router_type="learned"), by_expert(monkeypatch)
+    from_lora(model, save_lora(tmp_path / "new", **KINDS["plain"]), "new")
+    logits(model, routing_weights=torch.eye(5)[[0, 0, 0]])
+    assert not noted
+    assert torch.equal(logits(model, routing_weights=torch.eye(5)[[4, 4, 4]]), plain_output(tmp_path / "new"))
+
+
+def test_top_1_routing_gives_all_tokens_to_one_expert_bit_for_bit(tmp_path):
     folders = save_kinds(tmp_path, ["plain", "rslora"])
     model = build(llama(), folders, "train", top_k=1)  # equal scores: top-1 takes the same expert for every token
     for name in folders:

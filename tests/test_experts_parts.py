@@ -87,6 +87,14 @@ def test_all_experts_rebuild_the_mixture_exactly():
     torch.testing.assert_close(again.expert_maturity, maturity, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_what_is_rebuilt_is_as_trainable_as_it_was(tmp_path, is_trainable):
+    mixture_of("llama", experts=True).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path, is_trainable=is_trainable)
+    smaller = put_together(model, select(take_apart(model), [0, 2]))
+    assert {p.requires_grad for name, p in smaller.named_parameters() if "lora_" in name} == {is_trainable}
+
+
 def test_modules_that_were_trained_too_are_carried_along():
     model = mixture_of("llama", modules_to_save=["lm_head"])
     with torch.no_grad():

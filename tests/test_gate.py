@@ -1,13 +1,21 @@
 """What adapters remember of their domains, and the gate between adapters that follows."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
+from transformers import DynamicCache
 
-from moelora.experts import forget, grow, put_together, remember, take_apart
-from moelora.gate import WINDOW, InputSketch, Memory, discriminants, gated_logits, over_context
+from moelora.experts import forget, grow, put_together, remember, select, take_apart
+from moelora.gate import WINDOW, InputSketch, Memory, combined, discriminants, gated_logits, over_context
+from moelora.ops.norm_linear import norm_linear
+from moelora.routing import rms_norm
 
 LOW, HIGH = (2, 10), (VOCAB - 8, VOCAB)  # two domains: spans of token ids
 
@@ -35,6 +43,12 @@ def inputs_like(mean, scale, tokens, seed=0):
     return torch.randn(tokens, len(mean), generator=generator) * scale + mean
 
 
+def sketched(x, rank):
+    sketch = InputSketch(x.shape[1], rank)
+    sketch.add(x)
+    return sketch.finish()
+
+
 def test_a_sketch_of_full_width_is_the_covariance():
     x = inputs_like(torch.arange(6.0), torch.linspace(0.1, 3, 6), 500)
     sketch = InputSketch(6, rank=6)
@@ -48,9 +62,7 @@ def test_a_sketch_of_full_width_is_the_covariance():
 def test_a_narrow_sketch_finds_the_largest_directions_and_keeps_the_variance_of_all():
     scale = torch.tensor([9.0, 7.0, *[0.1] * 30])
     x = inputs_like(torch.zeros(32), scale, 4000)
-    sketch = InputSketch(32, rank=4)
-    sketch.add(x)
-    memory = sketch.finish()
+    memory = sketched(x, 4)
     exact = x.t().cov(correction=0)
     assert memory.directions.shape == (4, 32)
     torch.testing.assert_close(memory.covariance().diagonal(), exact.diagonal(), rtol=1e-4, atol=1e-6)
@@ -73,6 +85,34 @@ def test_discriminants_are_log_densities_up_to_a_term_they_share():
     )
     ours = x @ weights.t() + biases
     torch.testing.assert_close(ours - ours[:, :1], exact - exact[:, :1], rtol=1e-3, atol=1e-3)
+
+
+def test_single_precision_decides_as_double_does():
+    """At the width and the magnitudes of a 7B model: a few huge dimensions, domains little apart, 4,096 tokens."""
+    H, generator = 4096, torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    common, loud = normal(H) * 0.5, normal(64, H) * torch.logspace(0.5, -1.5, 64)[:, None] / 4
+    common[[7, 99]] = torch.tensor([120.0, -60.0])
+    domains = common + 0.005 * normal(3, H)
+    hidden = {d: domains[d] + normal(1024, 64) @ loud + 0.3 * normal(1024, H) for d in range(3)}
+    scale = common.square().mean().sqrt()
+    memories = [
+        Memory(rms_norm(hidden[d]).mean(0), loud / scale, torch.full((H,), 0.09) / scale.square()) for d in range(3)
+    ]
+    weights, biases = discriminants(memories)
+    text = torch.cat([hidden[0], hidden[1], hidden[2], hidden[0]])
+    found = over_context((norm_linear(text, weights) + biases)[None])[0]
+    exact = F.rms_norm(text.double(), (H,), eps=1e-6) @ weights.double().t() + biases.double()
+    exact = exact.unfold(0, WINDOW, 1).sum(-1)  # from the first token that a whole window ends at
+    found = found[WINDOW - 1 :]
+    best, second = exact.topk(2).values.unbind(-1)
+    is_clear = best - second > 0.01  # nats
+    assert is_clear.double().mean() > 0.99 and set(exact.argmax(-1).tolist()) == {0, 1, 2}
+    assert torch.equal(found.argmax(-1)[is_clear], exact.argmax(-1)[is_clear])
+    torch.testing.assert_close(found.softmax(-1).double(), exact.softmax(-1), rtol=0, atol=1e-3)
 
 
 def test_padding_and_old_tokens_add_nothing():
@@ -197,9 +237,175 @@ def test_what_cannot_be_remembered_is_refused(name, options, batches, message):
         remember(mixture_of("llama", **options), name, batches)
 
 
+def test_padding_is_not_remembered():
+    model, inputs = mixture_of("llama"), texts(LOW)
+    assert remember(model, "default", [inputs]) == 8 * 24
+    expected = {name: router["default"].memory for name, router in routers_of(model).items()}
+    assert remember(model, "default", [{name: F.pad(ids, (0, 6)) for name, ids in inputs.items()}]) == 8 * 24
+    for name, router in routers_of(model).items():
+        memory = router["default"].memory
+        torch.testing.assert_close(memory.mean, expected[name].mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(memory.covariance(), expected[name].covariance(), rtol=1e-3, atol=1e-4)
+
+
+def test_no_more_is_read_than_was_asked_for():
+    model, batches = mixture_of("llama"), iter([texts(LOW, seed=seed) for seed in range(9)])
+    assert remember(model, "default", batches, max_tokens=500) == 3 * 8 * 24
+    assert len(list(batches)) == 6
+
+
 def test_taken_apart_and_put_together_it_gates_alike():
     model, inputs = gated_mixture(), texts(HIGH, seed=7)
     with torch.no_grad():
         before = model(**inputs).logits
         again = put_together(model, take_apart(model)).eval()
         assert torch.equal(again(**inputs).logits, before)
+
+
+# ---- beams -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices"])
+def test_what_was_said_follows_its_sequence_when_a_cache_is_reordered(how):
+    model, rows = gated_mixture(), torch.tensor([2, 0, 0, 3])
+    ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]])
+    more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = copy.deepcopy(cache) if how == "batch_select_indices" else cache
+        first = model(input_ids=more[:, :1], past_key_values=cache, use_cache=True)
+        getattr(cache, how)(rows)
+        rest = model(input_ids=more[:, 1:], past_key_values=cache, use_cache=True).logits
+        whole = model(input_ids=torch.cat([ids[rows], more[rows, :1], more[:, 1:]], dim=1)).logits
+    torch.testing.assert_close(rest, whole[:, -2:], rtol=1e-3, atol=1e-4)
+    assert isinstance(cache, type(DynamicCache())) and first.past_key_values is cache
+
+
+def test_what_was_said_follows_its_sequence_when_a_cache_is_repeated():
+    model = gated_mixture()
+    ids = torch.cat([texts(LOW, rows=1)["input_ids"], texts(HIGH, rows=1)["input_ids"]])
+    more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        rest = model(input_ids=more, past_key_values=cache, use_cache=True).logits
+        whole = model(input_ids=torch.cat([ids.repeat_interleave(2, dim=0), more], dim=1)).logits
+    torch.testing.assert_close(rest, whole[:, -3:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_beam_search_with_a_cache_finds_what_it_finds_without(cache):
+    """The prompt is of both domains, so that beams turn to one or the other and change places."""
+    model = gated_mixture()
+    prompts = torch.cat([texts(LOW, rows=6, length=3)["input_ids"], texts(HIGH, rows=6, length=3)["input_ids"]], dim=1)
+    options = {"num_beams": 4, "max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True}
+    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+    found = model.generate(**inputs, **options, cache_implementation=cache)
+    exact = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(found.sequences, exact.sequences)
+    torch.testing.assert_close(found.sequences_scores, exact.sequences_scores, rtol=1e-4, atol=1e-5)
+    assert any(len(set(rows.tolist())) > 1 for rows in found.beam_indices), "no beam changed its place"
+
+
+def test_a_cache_that_was_gated_is_copied_pickled_and_freed_at_once():
+    model = gated_mixture()
+    with torch.no_grad():
+        cache = model(**texts(LOW), use_cache=True).past_key_values
+    for again in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert type(again) is DynamicCache and torch.equal(again.layers[0].keys, cache.layers[0].keys)
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache, again
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_the_cache_of_a_mixture_without_a_gate_is_left_alone():
+    with torch.no_grad():
+        cache = mixture_of("llama")(**texts(LOW), use_cache=True).past_key_values
+    assert type(cache) is DynamicCache
+
+
+# ---- one domain of several adapters ----------------------------------------------------------------------------------
+
+
+def test_adapters_of_one_domain_share_its_probability_by_their_scores():
+    logits = [torch.randn(5, 2), torch.randn(5, 3), torch.randn(5, 1)]
+    densities = torch.randn(5, 2)[:, [0, 1, 0]]
+    same = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
+    probs = F.softmax(gated_logits(logits, densities, 2.0, same) / 2.0, dim=-1)
+    first = torch.cat([probs[:, :2], probs[:, 5:]], dim=-1)
+    torch.testing.assert_close(first.sum(-1), densities[:, :2].softmax(-1)[:, 0])
+    torch.testing.assert_close(
+        first / first.sum(-1, keepdim=True), (torch.cat([logits[0], logits[2]], dim=-1) / 2.0).softmax(-1)
+    )
+
+
+def scored(model, hidden):
+    """By router, each adapter's scores [T, E_a] and the densities [T, A] of hidden states [B, S, H]."""
+    found = {}
+    for name, router in routers_of(model).items():
+        own, normed = router.active_routers(), rms_norm(hidden)
+        densities = torch.cat([F.linear(normed, one.gate_weight, one.gate_bias) for one in own], dim=-1)
+        found[name] = [one(normed).flatten(0, 1) for one in own], over_context(densities).flatten(0, 1)
+    return found
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_split_is_one_domain_still():
+    """Pruned to fewer experts than top-k, it becomes single adapters."""
+    model = gated_mixture(top_k_experts=3)
+    hidden = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(3))
+    expected = {
+        name: gated_logits([known[:, :2], grown], densities, 2.0).softmax(-1)
+        for name, ((known, grown), densities) in scored(model, hidden).items()
+    }
+    split = put_together(model, select(take_apart(model), [0, 1, 4, 5, 6]))
+    assert split.active_adapters == ["expert_0", "expert_1", "grown_1"]
+    split.set_adapter(["expert_1", "grown_1", "expert_0"])  # parts of one domain need not be neighbours
+    for name, router in routers_of(split).items():
+        assert router.is_gated
+        found = router.logits(hidden).softmax(-1)[:, [4, 0, 1, 2, 3]]
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
+    remember(split, "grown_1", [texts(HIGH, rows=64)])  # solves anew, with each domain once
+    for name, router in routers_of(split).items():
+        found = router.logits(hidden).softmax(-1)[:, [4, 0, 1, 2, 3]]
+        torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_without_a_domain_the_gate_is_solved_anew():
+    model = gated_mixture()
+    grow(model, 2)
+    remember(model, "grown_2", [texts((20, 30), rows=64)])
+    smaller = put_together(model, select(take_apart(model), [0, 1, 2, 3, 7, 8]))
+    assert smaller.active_adapters == ["default", "grown_2"]
+    for router in routers_of(smaller).values():
+        own = router.active_routers()
+        weights, biases = discriminants([one.memory for one in own])
+        torch.testing.assert_close(torch.cat([one.gate_weight for one in own]), weights, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.cat([one.gate_bias for one in own]), biases, rtol=1e-5, atol=1e-6)
+
+
+def test_combined_memories_are_that_of_all_inputs_together():
+    parts = [
+        inputs_like(torch.arange(6.0) * sign, torch.linspace(0.1, 3, 6), 500, seed)
+        for seed, sign in enumerate((1, -0.5))
+    ]
+    memories = [sketched(part, 6) for part in parts]
+    both = combined(memories, 6)
+    together = torch.cat(parts)
+    torch.testing.assert_close(both.mean, together.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both.covariance(), together.t().cov(correction=0), rtol=1e-4, atol=1e-4)
+
+
+def test_combined_memories_keep_the_largest_directions_and_the_variance_of_all():
+    apart = torch.zeros(32).index_fill(0, torch.tensor(5), 20.0)
+    parts = [inputs_like(apart * sign, torch.ones(32), 4000, seed) for seed, sign in enumerate((1, -1))]
+    both = combined([sketched(part, 4) for part in parts], 4)
+    exact = torch.cat(parts).t().cov(correction=0)
+    assert both.directions.shape == (4, 32)
+    torch.testing.assert_close(both.covariance().diagonal(), exact.diagonal(), rtol=1e-3, atol=1e-3)
+    assert both.directions[0].abs().argmax() == 5  # between the domains lies most of the variance

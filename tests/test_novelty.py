@@ -110,6 +110,22 @@ def test_auto_adds_experts_only_for_what_is_new(folder, capsys, name, grown):
     assert names == (["default", "grown_1"] if grown else ["default"])
 
 
+@pytest.mark.parametrize(("kept", "expected"), [(5, "fewer than 8 do not tell"), (0, "cannot be read")])
+def test_auto_looks_at_the_known_texts_before_it_loads_anything(folder, capsys, monkeypatch, kept, expected):
+    monkeypatch.setattr("moelora.cli.train", lambda *_, **__: pytest.fail("loaded"))
+    counting_file = folder / "counting.jsonl"
+    lines = counting_file.read_text().splitlines(keepends=True)
+    counting_file.unlink()
+    if kept:
+        counting_file.write_text("".join(lines[:kept]))
+    try:
+        arguments = ["train", str(folder / "shouting.yaml"), "--grow", "auto", "--adapter", str(folder / "out")]
+        assert main([*arguments, "--set", "training.output_dir=early"]) == 2
+    finally:
+        counting_file.write_text("".join(lines))
+    assert expected in capsys.readouterr().err
+
+
 def test_the_command_tells_new_texts_from_known_ones(folder, capsys):
     arguments = ["novelty", str(folder / "out"), "--calibration", f"counting={folder / 'counting.jsonl'}"]
     arguments += ["--data", f"shouting={folder / 'shouting.jsonl'}"]

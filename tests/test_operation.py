@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from helpers import mixture_of
 from peft import PeftModel, get_peft_model
-from tiny import save_tiny_model
+from tiny import save_tiny_model, tiny_recipe, write_recipe
 from transformers import AutoModelForCausalLM
 
 from moelora import MoELoraConfig
@@ -120,6 +122,55 @@ def test_every_problem_is_told_before_any_work(tmp_path):
         (tmp_path / "out").chmod(0o500)
         with pytest.raises(UserError, match="may be written"):
             check_output(HalveOptions(out=str(tmp_path / "out" / "below")))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make another")
+def test_a_folder_that_cannot_be_made_is_refused_though_permissions_allow_it(tmp_path, capsys):
+    with pytest.raises(UserError, match="/proc is no folder that may be written"):
+        check_output(HalveOptions(out="/proc/x/y"))
+    recipe = tiny_recipe(tmp_path)
+    recipe["training"]["output_dir"] = "/proc/x"
+    assert main(["train", str(write_recipe(tmp_path, recipe))]) == 2
+    assert "may not be written to" in capsys.readouterr().err
+
+
+ENTRY = {"name": "default", "active": 0, "config": {"peft_type": "MOELORA", "num_experts": 2}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([{"name": "default", "active": 0}], "entry 0 of `adapters`"),
+        ([ENTRY, ENTRY | {"config": None}], "entry 1 of `adapters`"),
+        ([ENTRY, {"active": None, "config": {}}], "no usable `name`"),
+        (["default"], "no usable `name`"),
+        ([ENTRY | {"active": None}], "no active adapter"),
+        ([ENTRY | {"config": {"num_experts": 1}}], "`num_experts` (1) is not valid"),
+    ],
+)
+def test_a_damaged_list_of_adapters_is_refused(tmp_path, capsys, entries, expected):
+    base = save_tiny_model(tmp_path / "base")
+    config = MoELoraConfig(r=2, num_experts=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.add_adapter("more", config)
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": entries}))
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    for command in (["inspect"], ["generate", "--prompt", "a", "--adapter"]):
+        assert main([*command, str(tmp_path / "adapter")]) == 2, command
+        assert expected in capsys.readouterr().err
+
+
+def test_a_folder_without_an_adapter_is_named_without_a_flag_that_is_none(tmp_path, capsys):
+    data = ["--data", f"a={tmp_path / 'a.txt'}", "--out", str(tmp_path / "out")]
+    (tmp_path / "a.txt").write_text("Some text.")
+    for place, expected in (("gone", "no such folder"), ("", "no adapter_config.json")):
+        for command in (["inspect"], ["prune", *data, "--keep", "1"], ["distil", *data, "--r", "2"]):
+            assert main([*command, str(tmp_path / place)]) == 2
+            error = capsys.readouterr().err
+            assert f"the adapter {tmp_path / place}: {expected}" in error and "--adapter" not in error, command
 
 
 def test_a_source_is_checked_against_its_base_without_loading_it(tmp_path):

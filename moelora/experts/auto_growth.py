@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,16 +16,18 @@ from ..training.progress import console
 from ..training.recipe import DomainOptions, Recipe
 from ..training.record import learned_domains
 from ..training.schema import UserError
+from ..training.sources import check_domain
 from .continual import Growth
 from .memory import alone
 from .novelty_command import sample
-from .novelty_score import Novelty, measure, novelty
+from .novelty_score import FEWEST, Novelty, measure, novelty
 from .operation import Plan
 
 TEXTS = 32
 """So many of every domain, known or in the recipe, are looked at."""
 FIRES_AT = 0.5
 """Share of a recipe's texts that have to be new for it to be a new domain; of known texts one in twenty is."""
+_IN_ANY_CASE = "give its folder to --grow to add experts in any case"
 
 
 @dataclass
@@ -34,17 +37,30 @@ class AutoGrowth(Growth):
     learns: str = field(default="", init=False)  # the adapter that learns
     verdict: dict[str, Any] = field(default_factory=dict, init=False)
 
+    def check(self) -> None:
+        """See [`Growth`]; the documents that were held out of what the mixture knows have to be there, and enough.
+
+        Raises:
+            UserError: they cannot be read, or are too few to tell what is new.
+        """
+        domains = known_domains(self.folder)
+        if problems := [problem for domain in domains for problem in check_domain(domain, domain.name)]:
+            cannot = f"--grow auto: the texts that {self.folder} was trained on cannot be read; {_IN_ANY_CASE}"
+            raise UserError("\n  ".join([cannot, *map(str, problems)]))
+        count = sum(min(len(documents), TEXTS) for documents in held_out(self.folder))
+        if count < FEWEST:
+            raise UserError(
+                f"--grow auto: of the texts that {self.folder} was trained on {count} were held out, and fewer than "
+                f"{FEWEST} do not tell what is new; {_IN_ANY_CASE}"
+            )
+
     def build(
         self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
     ) -> PeftModel:
         """The mixture with the adapter that learns alone active: a new one, or the one that knows these texts best."""
         model = self.load(base, recipe, tokenizer)
         new = [text for d in recipe.data for text in _texts(split_documents(d)[0], recipe, tokenizer)]
-        known = [
-            text
-            for domain in known_domains(self.folder)
-            for text in _texts(split_documents(domain)[1], recipe, tokenizer)
-        ]
+        known = [text for documents in held_out(self.folder) for text in _texts(documents, recipe, tokenizer)]
         pad = int(tokenizer.pad_token_id or 0)
         try:
             judged = novelty(model, known, new, pad=pad)
@@ -94,10 +110,15 @@ def known_domains(folder: Path) -> list[DomainOptions]:
     learned = learned_domains(folder)
     if not learned:
         raise UserError(
-            f"--grow auto: no run.json or operation.json in {folder} tells which texts the mixture knows; give its "
-            "folder to --grow to add experts in any case"
+            f"--grow auto: no run.json or operation.json in {folder} tells which texts the mixture knows; "
+            f"{_IN_ANY_CASE}"
         )
     return [DomainOptions(**domain) for domain in learned]
+
+
+def held_out(folder: Path) -> list[datasets.Dataset]:
+    """The documents that were held out of each of the domains that a mixture was trained on."""
+    return [split_documents(domain)[1] for domain in known_domains(folder)]
 
 
 def _texts(documents: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -97,7 +97,9 @@ def load_growing(
         raise UserError(f"training.output_dir = {str(folder)!r}\n    is the adapter that grows; give another folder")
     check_fit(stored, recipe.model, folder)
     names = [adapter.name for adapter in read_mixture(folder)]
-    return (kind or Growth)(folder, free_name(names), stored), recipe
+    growth = (kind or Growth)(folder, free_name(names), stored)
+    growth.check()
+    return growth, recipe
 
 
 @dataclass
@@ -115,6 +117,9 @@ class Growth(Start):
     stored: list[StoredAdapter]
     tokens: dict[str, int] = field(default_factory=dict)  # that adapters have just learned to remember by
     _texts: DataLoader | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot work, as far as files tell; nothing more than [`load_growing`] does by itself."""
 
     @property
     def old(self) -> list[str]:

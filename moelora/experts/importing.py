@@ -93,9 +93,10 @@ def from_lora(
 ) -> None:
     """Add a plain LoRA to a mixture as one expert, active beside the others.
 
-    Routed to alone (`model.set_adapter(name)`, a routing weight of 1 by hand, or top-1), it makes in evaluation mode
-    what PEFT makes of the LoRA, bit for bit. Rank, alpha, `use_rslora`, patterns and targets may differ from the other
-    experts'. Its maturity is 0: with `router_type="learned_with_maturity"` every token hears it at first.
+    Where all tokens are routed to it alone (`model.set_adapter(name)`, a routing weight of 1 by hand, or top-1), it
+    makes in evaluation mode what PEFT makes of the LoRA, bit for bit. Rank, alpha, `use_rslora`, patterns and targets
+    may differ from the other experts'. Its maturity is 0: with `router_type="learned_with_maturity"` every token hears
+    it at first.
 
     Args:
         model: a mixture, as `get_peft_model` or `PeftModel.from_pretrained` made it.

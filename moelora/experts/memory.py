@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..gate import InputSketch, Memory, discriminants
+from ..gate import InputSketch, Memory, discriminants, distinct
 from ..report.observe import count_anew, undisturbed
 from ..router import MoELoraRouter
 from ..routing import Router, rms_norm
@@ -81,13 +81,19 @@ def remembers(model: PeftModel, adapter_name: str) -> bool:
 
 
 def refresh_gate(model: PeftModel) -> None:
-    """Solve for the gate anew; needed only after loading adapters that remember into a mixture they did not grow in."""
+    """Solve for the gate anew; needed only after loading adapters that remember into a mixture they did not grow in.
+
+    Adapters with equal memories, as the parts of one that was split, stand for one domain.
+    """
     for router in model.base_model.routing.routers.values():
         remembering = [r for r in router.lora_router.values() if isinstance(r, Router) and r.remembers]
-        if len(remembering) < 2:
+        domains = distinct([expert_router.memory for expert_router in remembering])
+        if len(domains) < 2:
             continue
-        weights, biases = discriminants([expert_router.memory for expert_router in remembering])
-        for expert_router, weight, bias in zip(remembering, weights, biases, strict=True):
+        solved = list(zip(*discriminants(domains), strict=True))
+        for expert_router in remembering:
+            memory = expert_router.memory
+            weight, bias = next(pair for pair, domain in zip(solved, domains, strict=True) if domain.equals(memory))
             expert_router.gate_weight.copy_(weight[None])
             expert_router.gate_bias.copy_(bias[None])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..options import MergeOptions
 from ..training.schema import Problem, UserError
 from .judged import loss_notes, loss_record, open_adapter
-from .merging import Merged, MergeRecipe, check_mergeable, merge_experts
+from .merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
 from .operation import Plan
 from .parts import names_of, put_together, take_apart
 from .reading import Reading
@@ -30,16 +30,18 @@ def merge_command(options: MergeOptions) -> Path | None:
         raise UserError(str(Problem("--experts", options.experts, "name two experts or more, such as 0,1")))
     model, texts = opened.load()
     try:
-        check_mergeable(take_apart(model), numbers, recipe)
+        adapters = take_apart(model)
+        check_mergeable(adapters, numbers, recipe)
         before = texts.read(model)
         shares = [float(before.share[number]) for number in numbers]
-        merged = merge_experts(take_apart(model), numbers, shares, recipe)
+        merged = merge_experts(adapters, numbers, shares, recipe)
     except ValueError as error:
         raise UserError(str(error)) from error
     model = put_together(model, merged.adapters)
     after = texts.read(model)
     outcome = {"becomes": merged.becomes, "domains": loss_record(texts, before, after)}
-    plan = _plan(options, opened.experts, numbers, merged, loss_notes(texts, before, after), before)
+    notes = [*memory_notes(adapters, numbers), *loss_notes(texts, before, after)]
+    plan = _plan(options, opened.experts, numbers, merged, notes, before)
     return opened.write(model, plan, outcome)
 
 

@@ -13,19 +13,24 @@ Shapes: E experts, n those to merge, O out, D in, r rank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
 from ..checkpoint import copy_config
+from ..gate import Memory, combined, distinct
 from ..report.stored import scaling_of
 from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 
 HIDDEN = "hidden_weight"
+_FIELDS = tuple(field.name for field in fields(Memory))  # the mean first
+_MEAN = f".memory_{_FIELDS[0]}"
+_MEMORY = re.compile(rf"\.(memory_({'|'.join(_FIELDS)})|gate_(weight|bias))$")
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -75,7 +80,8 @@ def merge_experts(
 
     The merged expert's row of every router is Σ π_e row_e, so its probability is the geometric mean of theirs, not
     their sum, which no row of a router without biases could score; fixed weights add up. Where the merged rank is that
-    of the first expert's adapter it stays there; else it becomes an adapter `expert_<i>`.
+    of the first expert's adapter it stays there; else it becomes an adapter `expert_<i>`. The adapter that takes it
+    remembers the domains of all the experts' adapters ([`moelora.gate.combined`]), if each remembers its own.
 
     Args:
         numbers: two experts or more of the mixture.
@@ -100,9 +106,11 @@ def merge_experts(
     rest = []
     for adapter in adapters:
         stays = [expert for expert in adapter.experts if id(expert) not in gone or (expert is first and rank is None)]
-        rest.append(replace(adapter, experts=[merged if expert is first else expert for expert in stays]))
+        left = replace(adapter, experts=[merged if expert is first else expert for expert in stays])
+        rest.append(_remembering_all(left, chosen) if adapter is home and rank is None else left)
         if adapter is home and rank is not None:
-            rest.append(_adapter_of_its_own(home, merged, {each.name for each in adapters}))
+            own = _adapter_of_its_own(home, merged, {each.name for each in adapters})
+            rest.append(_remembering_all(own, chosen))
     settled = settle(rest)
     place = {id(expert): number for number, (_, expert) in enumerate(_owners(settled))}
     becomes = [place[id(merged if id(expert) in gone else expert)] for _, expert in _owners(adapters)]
@@ -160,6 +168,46 @@ def _with_hidden_units(adapter: AdapterParts, hidden: Tensors, chosen: Sequence[
     config = copy_config(adapter.config)
     config.router_hidden_size = sum(one.adapter.config.router_hidden_size or 0 for one in chosen)
     return replace(adapter, config=config, shared=adapter.shared | hidden)
+
+
+def memory_notes(adapters: Sequence[AdapterParts], numbers: Sequence[int]) -> list[str]:
+    """What merging the experts of these numbers does to what adapters remember of their domains, for a plan."""
+    owners = _adapters_of(_choose(adapters, numbers, [1.0] * len(numbers)))
+    forgetful = [owner.name for owner in owners if not owner.config.router_memory]
+    if len(owners) < 2 or len(forgetful) == len(owners):
+        return []
+    if forgetful:
+        return [
+            f"{forgetful[0]} does not remember its domain, so the adapter of the merged expert remembers none, and no "
+            "gate decides between adapters; moelora.experts.remember gives it a memory"
+        ]
+    names = ", ".join(owner.name for owner in owners)
+    return [f"The adapter of the merged expert remembers the domains of {names}, which count alike"]
+
+
+def _adapters_of(chosen: Sequence[_Chosen]) -> list[AdapterParts]:
+    return list({one.adapter.name: one.adapter for one in chosen}.values())
+
+
+def _remembering_all(adapter: AdapterParts, chosen: Sequence[_Chosen]) -> AdapterParts:
+    """The adapter that takes the merged expert, remembering the domains of all that went into it; no domain where one
+    of them does not remember its own."""
+    owners = _adapters_of(chosen)
+    if not all(owner.config.router_memory for owner in owners):
+        config = copy_config(adapter.config)
+        config.router_memory = 0
+        kept = {key: tensor for key, tensor in adapter.shared.items() if not _MEMORY.search(key)}
+        return replace(adapter, config=config, shared=kept)
+    shared = dict(adapter.shared)
+    for key in (key for key in adapter.shared if key.endswith(_MEAN)):
+        parts = [f"{key.removesuffix(_FIELDS[0])}{name}" for name in _FIELDS]
+        memories = distinct(
+            [Memory(*(owner.shared[part] for part in parts)) for owner in owners if key in owner.shared]
+        )
+        if len(memories) > 1:
+            memory = combined(memories, len(memories[0].directions))
+            shared |= {part: getattr(memory, name) for part, name in zip(parts, _FIELDS, strict=True)}
+    return replace(adapter, shared=shared)
 
 
 def _owners(adapters: Sequence[AdapterParts]) -> list[tuple[AdapterParts, Tensors]]:

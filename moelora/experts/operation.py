@@ -30,7 +30,7 @@ from ..staging import staging
 from ..training.generate import find_base, load_mixture
 from ..training.progress import is_main_process
 from ..training.recipe import ModelOptions
-from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, now, write_json
+from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, may_write, now, write_json
 from ..training.schema import Problem, UserError
 
 
@@ -84,8 +84,8 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
         folder.exists()
     except OSError as error:  # a name that is too long
         return [Problem("--out", str(folder), f"{error.strerror}; give another place")]
-    parent = next(parent for parent in folder.parents if parent.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
+    if not may_write(folder.parent):
+        parent = next(parent for parent in folder.parents if parent.exists())
         return [Problem("--out", str(folder), f"{parent} is no folder that may be written to; give another place")]
     if folder.exists() and not folder.is_dir():
         return [Problem("--out", str(folder), "is a file; give a folder")]

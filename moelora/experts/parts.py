@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checkpoint import copy_config
 from ..config import MoELoraConfig, count_experts
 from ..peft_model import MixturePeftModel
+from .memory import refresh_gate
 
 Tensors = dict[str, Tensor]
 
@@ -98,7 +99,10 @@ def take_apart(model: PeftModel) -> list[AdapterParts]:
 
 
 def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftModel:
-    """A mixture of these adapters on the base of model, which loses its own and is of no use afterwards."""
+    """A mixture of these adapters on the base of model, which loses its own and is of no use afterwards.
+
+    Where adapters remember their domains, the gate between those that there are now is solved for anew.
+    """
     base = model.unload()
     vars(base).pop("peft_config", None)  # or PEFT warns of a second adapter
     first, *others = adapters
@@ -108,6 +112,7 @@ def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftMode
     for adapter in adapters:
         set_peft_model_state_dict(mixture, adapter.tensors(), adapter_name=adapter.name)
     mixture.set_adapter([each.name for each in adapters if each.is_active], inference_mode=first.config.inference_mode)
+    refresh_gate(cast(PeftModel, mixture))
     return cast(PeftModel, mixture).train(model.training)
 
 

@@ -69,8 +69,8 @@ def mixture_linear(x: Tensor, reader: Reader, weights: Tensor, *args: Any, **kwa
 def mixture_by_expert(x: Tensor, reader: Reader, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """[`mixture_linear`] expert by expert, each in the very operations, in their order, of PEFT's plain LoRA.
 
-    A token that one expert has to itself (weight 1, the others 0) comes out as that LoRA by itself makes it, bit for
-    bit: in products over all ranks at once the sums would be rounded in another order.
+    With one expert of weight 1 it is that LoRA, bit for bit: in products over all ranks at once the sums would be
+    rounded in another order.
     """
     return _base_plus_mixture(x, reader, weights, "reference", args, kwargs)
 

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .gate import weighted, weighted_backward
 from .pool import ExpertPool
 from .triton import kernels_for
+from .weighted import weighted, weighted_backward
 
 FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
 

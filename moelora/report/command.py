@@ -18,7 +18,7 @@ from ..training.data import split_documents
 from ..training.generate import find_base, load_mixture
 from ..training.progress import console
 from ..training.recipe import DomainOptions, plain_name
-from ..training.record import learned_domains, record_of, replacing
+from ..training.record import learned_domains, may_write, record_of, replacing
 from ..training.schema import Problem, UserError
 from ..training.sources import check_domain, load_documents, resolve_path
 from .analysis import longest_block, run
@@ -88,7 +88,7 @@ def _check_out(out: Path) -> list[Problem]:
         return [Problem("--out", str(out), "is a folder; give a file, such as report.html")]
     if not out.parent.is_dir():
         return [Problem("--out", str(out), f"the folder {out.parent} does not exist; make it first")]
-    if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
+    if not may_write(out.parent) or (out.exists() and not os.access(out, os.W_OK)):
         return [Problem("--out", str(out), "may not be written to; give another place")]
     return []
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config import MoELoraConfig
+from ..config import MoELoraConfig, check_entries
 from ..ops.pool import ExpertPool
 from ..routing import Router
 from ..training.base import empty_model, load_config
@@ -93,6 +93,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: `peft_type` is {kind!r}, not 'MOELORA'; give an adapter that moelora trained")
     if config.get("use_moe_routing") is False:
         raise UserError(f"{path}: `use_moe_routing` is false: this is plain LoRA, which has no experts to look at")
+    try:
+        if config.get("adapters"):
+            check_entries(config["adapters"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
@@ -109,7 +114,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _adapter(
     folder: Path, name: str, config: Mapping[str, Any], position: int | None, weights: Mapping[str, Tensor]
 ) -> StoredAdapter:
-    settings = MoELoraConfig.from_peft_type(**config)
+    try:
+        settings = MoELoraConfig.from_peft_type(**config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG_FILE}: adapter {name!r}: {error}") from None
     factors: dict[str, dict[str, Tensor]] = {}
     routers: dict[str, dict[str, Tensor]] = {}
     num_parameters = 0

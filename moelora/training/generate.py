@@ -47,7 +47,7 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
     """The base model of an adapter: the one asked for, else the one its run used, else the one PEFT noted.
 
     Raises:
-        UserError: there is no adapter in the folder, or no usable base model.
+        UserError: there is no adapter in the folder, its configuration is damaged, or it has no usable base model.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(missing_adapter(adapter))
@@ -55,7 +55,10 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
         model = base_options(base)
     else:
         noted = noted_base(adapter)
-        name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        try:
+            name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{adapter / 'adapter_config.json'}: {error}") from error
         model = ModelOptions(**noted) if noted else ModelOptions(name=name or "")
     problems = check_model(model, None, None)
     if problems:
@@ -75,10 +78,10 @@ def base_options(base: str) -> ModelOptions:
 def missing_adapter(adapter: Path) -> str:
     """What to say of a folder without an adapter."""
     if not adapter.is_dir():
-        return f"--adapter {adapter}: no such folder; give the `output_dir` of a finished run"
+        return f"the adapter {adapter}: no such folder; give the `output_dir` of a finished run"
     inside = sorted(path.parent for path in adapter.glob("*/adapter_config.json"))
     hint = f"try {inside[-1]}" if inside else "give the `output_dir` of a finished run"
-    return f"--adapter {adapter}: no adapter_config.json in this folder; {hint}"
+    return f"the adapter {adapter}: no adapter_config.json in this folder; {hint}"
 
 
 def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> PeftModel:

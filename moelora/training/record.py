@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
@@ -43,6 +44,17 @@ def replacing(path: Path) -> Iterator[TextIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+
+
+def may_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made first where it is not there: found out by trying, for
+    permissions say neither that /proc takes no files nor that a disk is mounted to be read only."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".moelora.", dir=nearest):
+            return True
+    except OSError:
+        return False
 
 
 def read_record(output_dir: Path) -> dict[str, Any] | None:
@@ -117,6 +129,8 @@ def check_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[P
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         return [_folder_problem(folder, "is a file; give a folder")]
+    if not may_write(folder):
+        return [_folder_problem(folder, "may not be written to; give another place")]
     record, checkpoint = read_record(folder), last_checkpoint(folder)
     if resume:
         return _check_resume(recipe, record, checkpoint)

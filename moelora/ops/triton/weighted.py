@@ -1,4 +1,4 @@
-"""Triton form of gate.py: one pass over h instead of three.
+"""Triton form of weighted.py: one pass over h instead of three.
 
 Shapes: T tokens, G linears, E experts, r rank, N = G * E * r.
 """
@@ -66,7 +66,7 @@ def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], 
 
 
 def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float) -> Tensor:
-    """See gate.py. h_TN is contiguous."""
+    """See weighted.py. h_TN is contiguous."""
     grid, options = _launch(h_TN, weights_TE, rank)
     hw = torch.empty_like(h_TN)
     with torch.cuda.device_of(h_TN):  # a launch goes to the current device, which need not be the tensor's
@@ -77,7 +77,7 @@ def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float) -> Tenso
 def weighted_backward(
     g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See gate.py. g_TN and h_TN are contiguous."""
+    """See weighted.py. g_TN and h_TN are contiguous."""
     grid, options = _launch(h_TN, weights_TE, rank)
     hw, dh, dw = torch.empty_like(h_TN), torch.empty_like(h_TN), weights_TE.new_empty(weights_TE.shape)
     with torch.cuda.device_of(h_TN):

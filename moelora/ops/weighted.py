@@ -13,7 +13,7 @@ from .triton import kernels_for
 def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float) -> Tensor:
     """[T, N] in the dtype of h: each expert's rank block, in every linear, times the expert's weight times scale."""
     if kernels_for(h_TN):
-        from .triton.gate import weighted as kernel
+        from .triton.weighted import weighted as kernel
 
         return kernel(h_TN, weights_TE, rank, scale)
     return _times(h_TN, weights_TE * scale, rank)
@@ -24,7 +24,7 @@ def weighted_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For g = d loss / d weighted: weighted(h) made again, d loss / d h (both [T, N]) and d loss / d weights [T, E]."""
     if kernels_for(h_TN):
-        from .triton.gate import weighted_backward as kernel
+        from .triton.weighted import weighted_backward as kernel
 
         return kernel(g_TN, h_TN, weights_TE, rank, scale)
     products = (g_TN * h_TN).unflatten(-1, (-1, weights_TE.shape[-1], rank))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moelora.ops import ExpertPool, Reader, mixture_fused
-from moelora.ops.gate import weighted, weighted_backward
+from moelora.ops.weighted import weighted, weighted_backward
 
 SHAPES = [(1, 1, 2, 1), (5, 3, 8, 16), (63, 2, 7, 3), (64, 1, 1, 20), (130, 1, 17, 5)]  # T, G, E, r
 shape_id = "{0[0]} tokens, {0[1]} linears, {0[2]} experts, rank {0[3]}".format
@@ -29,7 +29,7 @@ def tensors(shape, dtype, device):
 def test_weighting(kernel_device, shape, dtype, monkeypatch):
     g, h, weights = tensors(shape, dtype, kernel_device)
     actual = (weighted(h, weights, shape[3], 0.75), *weighted_backward(g, h, weights, shape[3], 0.75))
-    monkeypatch.setattr("moelora.ops.gate.kernels_for", lambda _: False)
+    monkeypatch.setattr("moelora.ops.weighted.kernels_for", lambda _: False)
     exact = [t.double() for t in (g, h, weights)]
     expected = (weighted(*exact[1:], shape[3], 0.75), *weighted_backward(*exact, shape[3], 0.75))
     for mine, its in zip(actual[:3], expected[:3], strict=True):
