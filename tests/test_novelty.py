@@ -112,7 +112,7 @@ def test_auto_adds_experts_only_for_what_is_new(folder, capsys, name, grown):
 
 @pytest.mark.parametrize(("kept", "expected"), [(5, "fewer than 8 do not tell"), (0, "cannot be read")])
 def test_auto_looks_at_the_known_texts_before_it_loads_anything(folder, capsys, monkeypatch, kept, expected):
-    monkeypatch.setattr("moelora.cli.train", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
     counting_file = folder / "counting.jsonl"
     lines = counting_file.read_text().splitlines(keepends=True)
     counting_file.unlink()
