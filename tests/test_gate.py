@@ -1,16 +1,10 @@
 """What adapters remember of their domains, and the gate between adapters that follows."""
 
-import copy
-import gc
-import pickle
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
-from transformers import DynamicCache
 
 from moelora.experts import forget, grow, put_together, remember, select, take_apart
 from moelora.gate import WINDOW, InputSketch, Memory, combined, discriminants, gated_logits, over_context
@@ -260,72 +254,6 @@ def test_taken_apart_and_put_together_it_gates_alike():
         before = model(**inputs).logits
         again = put_together(model, take_apart(model)).eval()
         assert torch.equal(again(**inputs).logits, before)
-
-
-# ---- beams -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices"])
-def test_what_was_said_follows_its_sequence_when_a_cache_is_reordered(how):
-    model, rows = gated_mixture(), torch.tensor([2, 0, 0, 3])
-    ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]])
-    more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
-    with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-        cache = copy.deepcopy(cache) if how == "batch_select_indices" else cache
-        first = model(input_ids=more[:, :1], past_key_values=cache, use_cache=True)
-        getattr(cache, how)(rows)
-        rest = model(input_ids=more[:, 1:], past_key_values=cache, use_cache=True).logits
-        whole = model(input_ids=torch.cat([ids[rows], more[rows, :1], more[:, 1:]], dim=1)).logits
-    torch.testing.assert_close(rest, whole[:, -2:], rtol=1e-3, atol=1e-4)
-    assert isinstance(cache, type(DynamicCache())) and first.past_key_values is cache
-
-
-def test_what_was_said_follows_its_sequence_when_a_cache_is_repeated():
-    model = gated_mixture()
-    ids = torch.cat([texts(LOW, rows=1)["input_ids"], texts(HIGH, rows=1)["input_ids"]])
-    more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
-    with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(2)
-        rest = model(input_ids=more, past_key_values=cache, use_cache=True).logits
-        whole = model(input_ids=torch.cat([ids.repeat_interleave(2, dim=0), more], dim=1)).logits
-    torch.testing.assert_close(rest, whole[:, -3:], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_beam_search_with_a_cache_finds_what_it_finds_without(cache):
-    """The prompt is of both domains, so that beams turn to one or the other and change places."""
-    model = gated_mixture()
-    prompts = torch.cat([texts(LOW, rows=6, length=3)["input_ids"], texts(HIGH, rows=6, length=3)["input_ids"]], dim=1)
-    options = {"num_beams": 4, "max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True}
-    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-    found = model.generate(**inputs, **options, cache_implementation=cache)
-    exact = model.generate(**inputs, **options, use_cache=False)
-    assert torch.equal(found.sequences, exact.sequences)
-    torch.testing.assert_close(found.sequences_scores, exact.sequences_scores, rtol=1e-4, atol=1e-5)
-    assert any(len(set(rows.tolist())) > 1 for rows in found.beam_indices), "no beam changed its place"
-
-
-def test_a_cache_that_was_gated_is_copied_pickled_and_freed_at_once():
-    model = gated_mixture()
-    with torch.no_grad():
-        cache = model(**texts(LOW), use_cache=True).past_key_values
-    for again in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        assert type(again) is DynamicCache and torch.equal(again.layers[0].keys, cache.layers[0].keys)
-    alive = weakref.ref(cache)
-    gc.disable()
-    try:
-        del cache, again
-        assert alive() is None
-    finally:
-        gc.enable()
-
-
-def test_the_cache_of_a_mixture_without_a_gate_is_left_alone():
-    with torch.no_grad():
-        cache = mixture_of("llama")(**texts(LOW), use_cache=True).past_key_values
-    assert type(cache) is DynamicCache
 
 
 # ---- one domain of several adapters ----------------------------------------------------------------------------------
