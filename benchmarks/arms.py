@@ -25,6 +25,7 @@ ARMS = {
     "lora-default": "the same with PEFT's default, adapters in float32",
     "lora-equal": "PEFT LoRA of the mixture's total rank E*r, adapters in the model's dtype",
     "ours": "moelora, adapters in the model's dtype",
+    "ours-dropless": "the same without a capacity limit",
     "ours-default": "moelora with PEFT's default, adapters in float32",
     "ours-fixed": "moelora with constant routing weights",
     "ours-e1": "moelora's kernels with one expert of rank k*r and no router: what LoRA would cost in them",
@@ -112,6 +113,7 @@ def _adapt_as_ours(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
         target_modules=_present(model, ATTENTION + FEED_FORWARD),
         num_experts=max(mixture.experts, 2),
         top_k_experts=mixture.top_k,
+        expert_capacity_factor=None if arm == "ours-dropless" else 1.25,
         router_type="fixed" if arm in ("ours-fixed", "ours-e1") else "learned_with_maturity",
     )
     name = "expert_0" if is_single else "default"  # an adapter of that name holds one expert

@@ -23,13 +23,19 @@ ARM_NAMES = (
 EXAMPLES = (
     "--device cuda",
     "--device cuda --layers 8 --checkpointing off --arms frozen lora ours mixlora loramoe",
+    "--device cuda --batch 1 --length 32768 --answer 1024 --checkpointing on --arms lora ours",
     "--preset quickstart --device cpu",
     "--preset tiny --device cpu --repeats 2",
 )
 
 
 class TrainingStep:
-    """One optimizer step of one arm; `frozen` has nothing to optimise."""
+    """One optimizer step of one arm; `frozen` has nothing to optimise.
+
+    Args:
+        embeddings: [B, S, H], of all tokens.
+        labels: [B, at most S], of the last tokens.
+    """
 
     def __init__(self, model: nn.Module, embeddings: Tensor, labels: Tensor) -> None:
         self.model = model
@@ -46,7 +52,8 @@ class TrainingStep:
 
     def __call__(self) -> None:
         self.clear()
-        self.model(inputs_embeds=self.embeddings, labels=self.labels, use_cache=False).loss.backward()
+        inputs = {"inputs_embeds": self.embeddings, "labels": self.labels, "logits_to_keep": self.labels.shape[1]}
+        self.model(**inputs, use_cache=False).loss.backward()
         if self.optimizer:
             self.optimizer.step()
 
@@ -77,7 +84,7 @@ def make_steps(base: nn.Module, args: argparse.Namespace) -> dict[str, tuple[Tra
     for arm in args.arms:
         print(f"adapting: {arm}", flush=True)
         model = adapt(base, "ours" if arm == "loop" else arm, mixture_of(args)).train()
-        step = TrainingStep(model, embeddings, ids)
+        step = TrainingStep(model, embeddings, ids[:, -args.answer :])
         steps[arm] = (step, with_loop(step) if arm == "loop" else step)
     return steps
 
@@ -106,6 +113,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_options(parser)
     parser.add_argument("--batch", type=int, help="sequences (default: the preset's)")
     parser.add_argument("--length", type=int, help="tokens of a sequence (default: the preset's)")
+    parser.add_argument("--answer", type=int, default=0, help="only so many last tokens have labels (default: all)")
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
     return parse_with_preset(parser, argv, "training")
 
@@ -121,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if setting == "on":
             for step, _ in steps.values():
                 checkpoint(step.model)
-        case = case_name(args, base, f"{args.batch} x {args.length}", f"gradient checkpointing {setting}")
+        tokens = f"{args.batch} x {args.length}" + (f", labels on the last {args.answer}" if args.answer else "")
+        case = case_name(args, base, tokens, f"gradient checkpointing {setting}")
         measure(steps, row_of(args, "model", case, args.batch * args.length), args, recorder)
 
 

@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = make_parser(MODULE, __doc__, EXAMPLES)
     parser.epilog = (parser.epilog or "").replace("python -m", "torchrun --nproc-per-node 2 -m")
-    add_options(parser, ("lora", "lora-equal", "ours"))
+    add_options(parser, ("lora", "lora-equal", "ours", "ours-dropless"), optional=["ours-dropless"])
     add_model_options(parser)
     parser.add_argument("--engine", required=True, choices=ENGINES)
     parser.add_argument("--batch", type=int, help="sequences of one process (default: the preset's)")

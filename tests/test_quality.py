@@ -16,7 +16,7 @@ from benchmarks.quality.__main__ import main, share_of
 from benchmarks.quality.batches import make_batches
 from benchmarks.quality.data import IGNORED, Examples, build_task, build_text, load_suite, split_of
 from benchmarks.quality.experiment import Bench, Plan, state_of
-from benchmarks.quality.methods import METHODS, Size, groups_by_name, num_trainable
+from benchmarks.quality.methods import METHODS, Size, groups_by_name, method_of, num_trainable
 from benchmarks.quality.questions import Question
 from benchmarks.quality.quick import quick_base, quick_data
 from benchmarks.quality.rivals import SoftMixtureLinear, TopKFeedForward
@@ -24,6 +24,8 @@ from benchmarks.quality.scoring import score
 from benchmarks.quality.sweep import Rows, Sweep
 from benchmarks.quality.texts import without_repeats
 from benchmarks.quality.trainer import Training
+from benchmarks.quality.variants import variant_of
+from moelora.router import MoELoraRouter
 
 SIZE = Size(experts=4, rank=2, top_k=2)
 
@@ -250,6 +252,45 @@ def test_the_sweep_goes_on_beyond_its_ends_fails_by_row_and_resumes(tmp_path, mo
         Sweep(bench, again, seeds=2, test=True, deadline=math.inf).run(name)
     assert len(calls) == done
     assert not any("error" in row for row in Rows(tmp_path / "rows.jsonl", plan(), retry=True).found.values())
+
+
+def test_given_rates_are_the_only_ones(tmp_path, monkeypatch):
+    bench = Bench(quick_base(), quick_data("lm"), plan())
+    calls = []
+    train = bench.train
+    monkeypatch.setattr(bench, "train", lambda *call: (calls.append(call), train(*call))[1])
+    sweep = Sweep(bench, Rows(tmp_path / "rows.jsonl", plan()), 1, False, math.inf, rates=(4e-3,))
+    for name in ("frozen", "scale-2+plus-4"):
+        sweep.run(name)
+    assert calls == [("frozen", 0.0, 0), ("scale-2+plus-4", 4e-3, 0)]
+
+
+def test_joined_variants_are_both():
+    both = variant_of("sparse+router-raw+top-1+plus-4")
+    assert both.options["router_type"] == "learned" and both.options["top_k_experts"] == 1
+    assert both.rates == {"lora_B": 4.0} and both.router is not None
+    with pytest.raises(SystemExit):
+        main(["--quick", "--device", "cpu", "--methods", "sparse+plus-5"])
+
+
+def test_a_router_without_normalisation_sees_how_large_its_input_is():
+    base = quick_base().requires_grad_(False)
+    hidden = torch.randn(2, 5, base.config.hidden_size)
+    for name, is_blind in (("dense-8", True), ("dense-8+router-raw", False)):
+        torch.manual_seed(0)
+        model = method_of(name).build(base, Size(experts=8, rank=2, top_k=2))
+        router = next(module for module in model.modules() if isinstance(module, MoELoraRouter))
+        weights = [router.logits(hidden * size) for size in (1, 3)]
+        assert torch.allclose(*weights, atol=1e-4) == is_blind, name
+
+
+def test_a_method_without_a_lora_of_as_many_steps_meets_the_one_of_nearest_time():
+    def entry(method, steps, seconds):
+        row = {"split": "test", "lr": 1e-3, "seed": 0, "loss": 2.0, "seconds": seconds}
+        return table.Entry(method, steps, [row, row | {"split": "validation"}], "test")
+
+    done = [entry("lora", 6, 10.0), entry("lora", 12, 20.0), entry("ours", 6, 8.0), entry("ours", 14, 19.0)]
+    assert [table.baseline_of(each, done) for each in done] == [None, None, done[0], done[1]]
 
 
 def test_methods_over_the_oracle_stay_in_its_process():

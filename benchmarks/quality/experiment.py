@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..arms import shared_copy
 from .batches import Batches, make_batches
 from .data import Suite
-from .methods import METHODS, Method, Size, num_trainable
+from .methods import METHODS, Method, Size, method_of, num_trainable
 from .scoring import Score, score
 from .trainer import Run, Training
 
@@ -95,7 +95,7 @@ class Bench:
         gc.collect()
         if self.plan.device == "cuda":
             torch.cuda.empty_cache()
-        method = METHODS[name]
+        method = method_of(name)
         if method.kind == "xlora":
             return self._xlora(learning_rate, seed)
         if method.kind == "arrow":

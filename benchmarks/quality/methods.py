@@ -14,12 +14,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moelora import MoELoraConfig
+from moelora.router import MoELoraRouter
 
 from ..arms import ATTENTION, FEED_FORWARD, shared_copy
 from ..peers import SCALING
 from . import rivals
 from .trainer import Group
-from .variants import VARIANTS, Variant
+from .variants import VARIANTS, Variant, variant_of
 
 LINEARS = ATTENTION + FEED_FORWARD
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -129,6 +130,10 @@ def _mixture(base: nn.Module, size: Size, variant: Variant) -> nn.Module:
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 variant.initialise(parameter.data.view(options["num_experts"], rank, -1))
+    if variant.router is not None:
+        for router in model.modules():
+            if isinstance(router, MoELoraRouter):
+                variant.router(router)
     return model
 
 
@@ -181,3 +186,16 @@ MAIN = (
     *("frozen", "lora-active", "lora", "rslora", "dora", "lora-plus", "oracle", "xlora", "arrow"),
     *("mixlora", "loramoe", "hydralora", "ours", "scale-4", "dense-8"),
 )
+
+
+def method_of(name: str) -> Method:
+    """A method by its name, or variants of ours joined by "+".
+
+    Raises:
+        KeyError: there is none of that name.
+
+    Example:
+        >>> method_of("dense-8+plus-4").about
+        'ours: dense, weights sum to E; LoRA+: B at 4 times the rate of A'
+    """
+    return METHODS[name] if name in METHODS else _ours(variant_of(name))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .experiment import Bench, Plan, Trained
-from .methods import METHODS
+from .methods import method_of
 from .scoring import Score
 
 MAX_EXTENSIONS = 4
@@ -105,6 +105,7 @@ class Sweep:
         seeds: how many, from 0.
         test: whether test data are looked at.
         deadline: in the time of time.monotonic().
+        rates: the only learning rates to try; None: each method's own, and beyond.
         worst: seconds that the longest run so far took.
     """
 
@@ -113,6 +114,7 @@ class Sweep:
     seeds: int
     test: bool
     deadline: float
+    rates: Sequence[float] | None = None
     worst: float = 0.0
 
     def run(self, name: str) -> None:
@@ -122,7 +124,7 @@ class Sweep:
             OutOfBudgetError: no time is left.
             DeviceLostError: this process can compute no more; what is missing has to be run in another.
         """
-        if METHODS[name].kind in ("xlora", "arrow"):
+        if method_of(name).kind in ("xlora", "arrow"):
             self.bench.oracle_rate = self.rows.best_rate("oracle")
             if self.bench.oracle_rate is None:
                 print(f"{name} stands on the oracle's experts: run the method `oracle` first", flush=True)
@@ -131,7 +133,7 @@ class Sweep:
         rate = self.rows.best_rate(name)
         if rate is None:
             return
-        for seed in range(1 if METHODS[name].kind == "frozen" else self.seeds):
+        for seed in range(1 if method_of(name).kind == "frozen" else self.seeds):
             trained = best[1] if best is not None and (rate, seed) == (best[0], 0) else None
             if self.rows.get(name, "validation", rate, seed) is None:
                 trained = self._measure(name, rate, seed)
@@ -140,7 +142,9 @@ class Sweep:
 
     def _sweep(self, name: str) -> tuple[float, Trained] | None:
         """The best rate and its model, if it was trained here."""
-        rates = sorted(METHODS[name].rates)
+        method = method_of(name)
+        is_fixed = self.rates is not None or len(method.rates) == 1
+        rates = sorted(method.rates if self.rates is None or len(method.rates) == 1 else self.rates)
         best: tuple[float, Trained] | None = None
         todo = list(rates)
         extensions = 0
@@ -150,7 +154,7 @@ class Sweep:
                 trained = self._measure(name, lr, 0)
                 if trained is not None and lr == self.rows.best_rate(name):
                     best = (lr, trained)
-            if todo or len(rates) == 1 or extensions == MAX_EXTENSIONS:
+            if todo or is_fixed or extensions == MAX_EXTENSIONS:
                 continue
             end = self.rows.best_rate(name)
             if end in (rates[0], rates[-1]):

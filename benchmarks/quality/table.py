@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import make_parser
-from .methods import METHODS
+from .methods import METHODS, method_of
 from .sweep import Row, loss_of, read_rows
 
 MODULE = "benchmarks.quality.table"
@@ -98,10 +98,9 @@ def markdown(found: Sequence[Entry], suite: str, split: str) -> str:
     done = [entry for entry in found if entry.runs]
     if not done:
         return ""
-    by_key = {(entry.method, entry.steps): entry for entry in done}
     lines = [f"## {suite}, {split} data", ""]
     head = ["method", "steps", "lr", "seeds", "mean loss", f"minus {BASELINE}", "parameters", "seconds", "peak MiB"]
-    lines += _table(head, [_summary(entry, by_key.get((BASELINE, entry.steps))) for entry in done])
+    lines += _table(head, [_summary(entry, baseline_of(entry, done)) for entry in done])
     domains = list(done[0].first["scores"])
     lines += ["Loss by domain:", "", *_by_domain(done, domains, "loss")]
     if "accuracy" in done[0].first["scores"][domains[0]]:
@@ -113,26 +112,41 @@ def markdown(found: Sequence[Entry], suite: str, split: str) -> str:
     return "\n".join([*lines, *(["Failures:", "", *failures, ""] if failures else [])])
 
 
+def baseline_of(entry: Entry, done: Sequence[Entry]) -> Entry | None:
+    """The LoRA of equal total parameters trained for as many steps; where there is none, for the nearest time."""
+    baselines = [other for other in done if other.method == BASELINE]
+    if entry in baselines:
+        return None
+    same = [other for other in baselines if other.steps == entry.steps]
+    return min(same or baselines, key=lambda other: abs(other.seconds() - entry.seconds()), default=None)
+
+
 def _name(entry: Entry) -> str:
     return f"{entry.method} ({entry.steps} steps)"
 
 
 def _summary(entry: Entry, baseline: Entry | None) -> list[str]:
-    difference = entry.difference(baseline) if baseline is not None and baseline is not entry else None
-    about = METHODS[entry.method].about if entry.method in METHODS else ""
     row = entry.first
     eager = "" if row["captured"] or not row["seconds"] else " (eager)"
     return [
-        f"**{entry.method}**: {about}",
+        f"**{entry.method}**: {method_of(entry.method).about}",
         str(entry.steps),
         f"{entry.lr:g}",
         str(len(entry.runs)),
         str(entry.loss()),
-        "" if difference is None else f"{'+' if difference.mean > 0 else ''}{difference}",
+        _minus(entry, baseline),
         f"{row['parameters']:,}",
         f"{entry.seconds():.1f}{eager}",
         f"{row['peak_mib']:,}",
     ]
+
+
+def _minus(entry: Entry, baseline: Entry | None) -> str:
+    difference = None if baseline is None else entry.difference(baseline)
+    if baseline is None or difference is None:
+        return ""
+    at = "" if baseline.steps == entry.steps else f" (its {baseline.steps} steps)"
+    return f"{'+' if difference.mean > 0 else ''}{difference}{at}"
 
 
 def _by_domain(done: Sequence[Entry], domains: Sequence[str], metric: str) -> list[str]:
@@ -173,7 +187,7 @@ def draw(found: Sequence[Entry], suite: str, split: str, path: Path) -> None:
     """Mean loss with its interval, best at the top; the frozen model, far away, is left out."""
     from matplotlib.figure import Figure
 
-    done = [entry for entry in found if entry.runs and METHODS[entry.method].kind != "frozen"]
+    done = [entry for entry in found if entry.runs and method_of(entry.method).kind != "frozen"]
     done.sort(key=lambda entry: -entry.loss().mean)
     if not done:
         return
@@ -181,7 +195,7 @@ def draw(found: Sequence[Entry], suite: str, split: str, path: Path) -> None:
     panel: Any = figure.subplots()
     for height, entry in enumerate(done):
         interval = entry.loss()
-        is_ours = METHODS[entry.method].about.startswith("ours")
+        is_ours = method_of(entry.method).about.startswith("ours")
         half = 0 if math.isnan(interval.half) else interval.half
         face = "black" if is_ours else "white"
         style = {"color": "black", "marker": "o", "markerfacecolor": face, "markersize": 5, "linestyle": ""}
