@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ._peft import MOELORA
+from .presets import PRESETS
 
 ROUTER_TYPES = ("learned", "learned_with_maturity", "fixed")
 ROUTER_SCOPES = ("block", "model", "module")
@@ -186,6 +187,27 @@ class MoELoraConfig(LoraConfig):
             self._check_lora_options()
         else:
             self._warn_unused_mixture_fields()
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> MoELoraConfig:
+        """The settings measured best for a purpose, with others added or put in their place.
+
+        Args:
+            name: "multi-domain": several domains at once (docs/quality.md). "continual": one domain after another,
+                each with experts of its own (docs/experts-grow.md).
+            options: fields of this class. `lora_alpha` does not follow `r`: set both.
+
+        Raises:
+            ValueError: there is no such preset, or a field is out of range.
+
+        Example:
+            >>> config = MoELoraConfig.preset("multi-domain", target_modules="all-linear")
+            >>> config.num_experts, config.r, config.routing_scale
+            (16, 4, 16.0)
+        """
+        if name not in PRESETS:
+            raise ValueError(f"`preset` ({name!r}) is not known; choose one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name] | options)
 
     def _check_experts(self) -> None:
         if not _is_int(self.num_experts) or self.num_experts < 2:

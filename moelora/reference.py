@@ -25,6 +25,7 @@ from .options import (
     ReportOptions,
     UndoOptions,
 )
+from .presets import PRESETS
 from .training.recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from .training.schema import describe, is_required, settable_fields, type_hints
 
@@ -52,6 +53,7 @@ def tables() -> dict[str, str]:
         "export": options_table(ExportOptions),
         "undo": options_table(UndoOptions),
         "defaults": defaults_table(),
+        "presets": presets_table(),
     }
 
 
@@ -72,6 +74,15 @@ def defaults_table() -> str:
         (f"`{section}.{name}`", f"`{value}`") for section, values in sections.items() for name, value in values.items()
     ]
     return _table(("key", "default"), rows)
+
+
+def presets_table() -> str:
+    """What each preset sets."""
+    rows = [
+        (f"`{name}`", ", ".join(f"`{field}={value!r}`" for field, value in options.items()))
+        for name, options in PRESETS.items()
+    ]
+    return _table(("preset", "sets"), rows)
 
 
 def render(page: str) -> str:

@@ -142,7 +142,7 @@ def test_generate_checks_its_options(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "tables"),
     [
-        ("training.md", 6),
+        ("training.md", 7),
         ("report.md", 2),
         ("experts-import.md", 2),
         ("experts-export.md", 1),

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 
 from moelora import MoELoraConfig
 from moelora.config import MIXTURE_FIELDS, count_experts, storage_config
+from moelora.presets import PRESETS
 
 DEFAULTS = {
     "use_moe_routing": True,
@@ -28,6 +29,18 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(("field", "value"), DEFAULTS.items())
 def test_defaults(field, value):
     assert getattr(MoELoraConfig(), field) == value
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_what_they_say_and_give_way(name):
+    config = MoELoraConfig.preset(name, target_modules="all-linear")
+    assert PRESETS[name].items() <= vars(config).items() and config.target_modules == "all-linear"
+    assert MoELoraConfig.preset(name, r=3).r == 3 != PRESETS[name]["r"]
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(ValueError, match=r"`preset` \('multi'\) is not known; choose one of multi-domain, continual"):
+        MoELoraConfig.preset("multi")
 
 
 def test_identity():

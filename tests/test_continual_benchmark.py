@@ -4,8 +4,16 @@ import json
 
 from benchmarks.continual import novelty
 from benchmarks.continual.__main__ import main
-from benchmarks.continual.learners import LEARNERS
+from benchmarks.continual.learners import LEARNERS, Grown, Plan, Setting
 from benchmarks.continual.table import chosen_runs, forgetting
+from benchmarks.quality.quick import quick_base
+from moelora.presets import PRESETS
+
+
+def test_the_preset_is_what_was_measured():
+    setting = Setting(quick_base(), {}, Plan(("a",), 1, 1, "cpu"), 0, 1e-3)
+    measured = setting.mixture_config(routing_scale=Grown(setting).scale)
+    assert PRESETS["continual"].items() <= vars(measured).items()
 
 
 def test_every_method_runs_and_what_is_there_is_not_run_again(tmp_path, capsys):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import peers
+from benchmarks.peers import SCALING
 from benchmarks.quality import data as data_module
 from benchmarks.quality import table
 from benchmarks.quality.__main__ import main, share_of
@@ -25,6 +26,7 @@ from benchmarks.quality.sweep import Rows, Sweep
 from benchmarks.quality.texts import without_repeats
 from benchmarks.quality.trainer import Training
 from benchmarks.quality.variants import variant_of
+from moelora.presets import PRESETS
 from moelora.router import MoELoraRouter
 
 SIZE = Size(experts=4, rank=2, top_k=2)
@@ -271,6 +273,13 @@ def test_joined_variants_are_both():
     assert both.rates == {"lora_B": 4.0} and both.router is not None
     with pytest.raises(SystemExit):
         main(["--quick", "--device", "cpu", "--methods", "sparse+plus-5"])
+
+
+def test_the_preset_is_what_was_measured():
+    size = Size()
+    options = variant_of("dense-16+temperature-1").options
+    rank = size.experts * size.rank // options["num_experts"]
+    assert PRESETS["multi-domain"] == {"r": rank, "lora_alpha": SCALING * rank} | options
 
 
 def test_a_router_without_normalisation_sees_how_large_its_input_is():

@@ -8,8 +8,9 @@ import yaml
 from safetensors.torch import save_file
 from tiny import save_tiny_model, tiny_recipe, write_jsonl, write_recipe
 
+from moelora.presets import PRESETS
 from moelora.training import RecipeError, load_recipe
-from moelora.training.recipe import Recipe
+from moelora.training.recipe import MIXTURE_DEFAULTS, Recipe
 from moelora.training.record import write_json
 
 
@@ -46,6 +47,12 @@ def test_a_valid_recipe_resolves_paths_and_defaults(folder, recipe):
     assert loaded.mixture["target_modules"] == "all-linear"
     assert loaded.training["seed"] == loaded.seed == 42
     assert json.loads(json.dumps(loaded.as_dict()))["block_size"] == 32
+
+
+def test_a_preset_stands_for_its_fields_below_those_given(folder, recipe):
+    recipe["mixture"] = {"preset": "multi-domain", "r": 2}
+    mixture = load_recipe(write_recipe(folder, recipe)).mixture
+    assert mixture == MIXTURE_DEFAULTS | PRESETS["multi-domain"] | {"r": 2}
 
 
 def test_every_mistake_is_reported_at_once(folder, recipe):
@@ -93,6 +100,8 @@ MISTAKES = [
     ("mixture.router_scope", "layer", "block, model, module"),
     ("mixture.use_dora", True, "use_dora"),
     ("mixture.inference_mode", True, "drop it"),
+    ("mixture.preset", "multi-domian", "must be one of multi-domain, continual; did you mean `multi-domain`?"),
+    ("mixture.preset", ["continual"], "must be one of"),
     ("mixture.num_experts", 2.5, "must be a whole number, not a number"),
     ("training.seed", 3, "set `seed` at the top"),
     ("training.resume_from_checkpoint", "x", "--resume"),

@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig
+from ..presets import PRESETS
 from .base import check_model
 from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from .record import check_output_dir
@@ -23,6 +24,7 @@ from .schema import (
     check_values,
     culprit,
     not_negative,
+    one_of,
     positive,
     settable_fields,
 )
@@ -213,7 +215,8 @@ def _build_domain(raw: Mapping[str, Any], index: int, folder: Path, problems: li
 def _build_mixture(
     raw: Mapping[str, Any], problems: list[Problem], inherited: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    found = _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture")
+    raw, found = _with_preset(raw)
+    found += _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture")
     values = {**(MIXTURE_DEFAULTS if inherited is None else inherited), **raw}
     for name, shared in inherited.items() if inherited else ():
         if name in SHARED_FIELDS and raw.get(name, shared) != shared:
@@ -224,6 +227,17 @@ def _build_mixture(
     found += construct(MoELoraConfig, _without(values, "mixture", found), "mixture")
     problems += found
     return None if found else values
+
+
+def _with_preset(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The fields that `preset` stands for, under those that are given."""
+    given = {name: value for name, value in raw.items() if name != "preset"}
+    if "preset" not in raw:
+        return given, []
+    name = raw["preset"]
+    if fix := one_of(*PRESETS)(name):
+        return given, [Problem("mixture.preset", name, fix)]
+    return PRESETS[name] | given, []
 
 
 def _build_training(
