@@ -201,7 +201,7 @@ def draw(found: Sequence[Entry], suite: str, split: str, path: Path) -> None:
         style = {"color": "black", "marker": "o", "markerfacecolor": face, "markersize": 5, "linestyle": ""}
         panel.errorbar(interval.mean, height, xerr=half, capsize=2, **style)
     panel.set_yticks(range(len(done)), [_name(entry) for entry in done], fontsize="small")
-    panel.set_xlabel(f"mean {split} loss over the domains of {suite}, 95% interval over seeds (filled: ours)")
+    panel.set_xlabel(f"mean {split} loss over the domains of {suite},\n95% interval over seeds (filled: ours)")
     panel.grid(axis="x", color="0.9")
     figure.savefig(path, dpi=160)
 
