@@ -82,8 +82,11 @@ def test_evaluation_is_one_graph(device, backend, scope):
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNS)
-@pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("build", [lambda: mixture_of("llama"), gated_mixture], ids=["mixture", "gated"])
+@pytest.mark.parametrize(
+    ("build", "num_beams"),
+    [(lambda: mixture_of("llama"), 1), (lambda: mixture_of("llama"), 3), (gated_mixture, 3)],
+    ids=["mixture", "beams", "gated beams"],
+)
 def test_generation_with_a_static_cache(device, backend, build, num_beams):
     """What `generate` compiles by itself where the cache is static."""
     plain = build().to(device)
