@@ -95,6 +95,18 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
     return []
 
 
+def check_not_inside(options: OperationOptions, inputs: Sequence[str | Path]) -> None:
+    """Refuse a folder that holds what is read, which would be put aside with it.
+
+    Raises:
+        UserError: naming the first such input.
+    """
+    out = options.out_folder
+    if inside := [path for path in inputs if out in whole_path(path).parents]:
+        fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
+        raise UserError(str(Problem("--out", str(out), fix)))
+
+
 @dataclass(frozen=True)
 class Source:
     """An adapter on disk that an operation starts from, and the base model that it fits."""
@@ -148,13 +160,9 @@ def carry_out(
         UserError: the folder holds an adapter that was read, or somebody else has written to it meanwhile.
     """
     stdout = Console(highlight=False, quiet=not is_main_process)
+    check_not_inside(options, inputs)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
-    if inside := [path for path in inputs if whole_path(path).is_relative_to(out) and whole_path(path) != out]:
-        raise UserError(
-            f"--out = {str(out)!r}\n    holds {inside[0]}, which is only read, and would be put aside with all else in "
-            "it; give another folder"
-        )
     if options.dry_run:
         stdout.print(nothing_written(out), soft_wrap=True)
         return None
