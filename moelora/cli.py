@@ -43,6 +43,7 @@ def train_command(options: TrainOptions) -> None:
         raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
     from .experts.auto_growth import AutoGrowth
     from .experts.continual import Growth, load_growing
+    from .experts.operation import nothing_written
     from .training import load_recipe, train
     from .training.summary import summary
 
@@ -55,7 +56,7 @@ def train_command(options: TrainOptions) -> None:
         start, recipe = load_growing(options.recipe, folder, options.set, resume=resume, overwrite=overwrite, kind=kind)
         stdout.print(start.plan(recipe), soft_wrap=True)
     if options.dry_run:
-        stdout.print("Dry run: nothing was written.")
+        stdout.print(nothing_written(recipe.output_dir), soft_wrap=True)
         return
     record = train(recipe, resume=resume, overwrite=overwrite, start=start)
     stdout.print(summary(record))

@@ -65,7 +65,12 @@ class TrainOptions:
     resume: bool = field(
         default=False, metadata=about("continue from the last checkpoint in the recipe's output folder")
     )
-    overwrite: bool = field(default=False, metadata=about("replace the run that the recipe's output folder holds"))
+    overwrite: bool = field(
+        default=False,
+        metadata=about(
+            "replace the recipe's output folder; the old one is kept beside it, and `moelora undo` brings it back"
+        ),
+    )
     grow: str | None = field(
         default=None,
         metadata=about(

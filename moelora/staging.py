@@ -1,7 +1,8 @@
-"""Places where files are written out of sight before they are renamed; what a killed process left there goes.
+"""Where files are written out of sight before they are renamed, and where what they replace is kept.
 
 Whoever makes such a place holds a lock on it, which the system takes back when the process ends, however it ends. So a
-place that nobody holds is abandoned, and whoever writes to the same target next removes it.
+place that nobody holds is abandoned, and whoever writes to the same target next removes it. What a folder held that is
+replaced lies beside it as `NAME.backup-N`, from where `moelora undo` brings it back.
 """
 
 from __future__ import annotations
@@ -51,6 +52,28 @@ def only_process_in(folder: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def kept_place(folder: Path, kind: str, number: int) -> Path:
+    """Where a folder is kept that had this one's name; kind is "backup", or "undone"."""
+    return folder.with_name(f"{folder.name}.{kind}-{number}")
+
+
+def kept_numbers(folder: Path, kind: str) -> list[int]:
+    """The numbers of the folders of a kind that are kept beside a folder."""
+    prefix = f"{folder.name}.{kind}-"
+    names = [path.name.removeprefix(prefix) for path in folder.parent.glob("*") if path.name.startswith(prefix)]
+    return [int(name) for name in names if name.isdigit()]
+
+
+def next_kept_place(folder: Path, kind: str) -> Path:
+    """Where to keep a folder next."""
+    return kept_place(folder, kind, max(kept_numbers(folder, kind), default=0) + 1)
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether a folder is there and is not empty, so that replacing it would lose something."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _make(target: Path) -> tuple[Path, int | None]:

@@ -78,6 +78,19 @@ def test_a_dry_run_says_what_stays_and_writes_nothing(folder, capsys):
     assert not (folder / "nowhere").exists()
 
 
+def test_overwriting_a_grown_mixture_keeps_it(folder, grown, capsys):
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--overwrite"]
+    arguments += ["--set", "training.max_steps=1", "--set", "training.output_dir=again"]
+    shutil.copytree(grown, folder / "again")
+    assert main([*arguments, "--dry-run"]) == 0
+    assert f"what it holds would be kept in {folder / 'again.backup-1'}" in capsys.readouterr().out
+    assert main(arguments) == 0
+    old, kept = (load_file(place / "adapter_model.safetensors") for place in (grown, folder / "again.backup-1"))
+    assert old.keys() == kept.keys() and all(torch.equal(value, kept[key]) for key, value in old.items())
+    assert main(["undo", str(folder / "again")]) == 0
+    assert (folder / "again" / "run.json").read_bytes() == (grown / "run.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
@@ -96,10 +109,14 @@ def test_a_folder_without_a_mixture_is_refused(folder, capsys, tmp_path):
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_overwriting_what_grows_is_refused(folder, capsys):
+def test_overwriting_what_grows_is_refused(folder, grown, capsys):
     arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--overwrite"]
     assert main([*arguments, "--set", "training.output_dir=out"]) == 2
     assert "is the adapter that grows" in capsys.readouterr().err
+    inside = shutil.copytree(grown, folder / "holder" / "grown")
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(inside), "--overwrite"]
+    assert main([*arguments, "--set", "training.output_dir=holder"]) == 2
+    assert f"holds {inside}, which is only read" in capsys.readouterr().err
     assert Path(folder / "out" / "adapter_model.safetensors").is_file()
 
 

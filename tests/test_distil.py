@@ -10,7 +10,7 @@ import torch
 from helpers import VOCAB, assert_clean, mixture_of
 from peft import PeftModel
 from test_experts_merging import products
-from tiny import DATA, save_tiny_adapter
+from tiny import DATA, save_tiny_adapter, write_jsonl
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from moelora.cli import main
@@ -279,7 +279,9 @@ def test_a_dry_run_and_mistakes_load_no_model(adapter_folder, capsys, monkeypatc
         ("distil", "adapter", *DATA, "--out", "o", "--r", "0"): "--r = 0",
         ("distil", "adapter", *DATA, "--out", "o", "--compare-scratch"): "needs --steps",
         ("distil", "gone", *DATA, "--out", "o"): "gone",
+        ("distil", "adapter", "--data", "one=one.jsonl", "--out", "o"): "0 training and 0 held-out blocks",
     }
+    write_jsonl(folder / "one.jsonl", [{"text": "<end>"}] * 3)  # of one token each
     for arguments, words in cases.items():
         assert main(list(arguments)) == 2, arguments
         assert words in capsys.readouterr().err

@@ -97,6 +97,8 @@ def test_build_tells_every_mistake(tmp_path, loras, capsys):
     moved = save_lora(tmp_path / "elsewhere", 0, ARCHITECTURES["llama"].build(), **KINDS["plain"])
     assert main(["build", *experts, "--expert", f"x={moved}", *out]) == 2
     assert "note different base models" in capsys.readouterr().err
+    assert main(["build", "--expert", f"x={moved}", *out]) == 2
+    assert "the LoRAs note no base model" in capsys.readouterr().err
 
 
 # ---- X-LoRA ----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def content(folder):
 
 
 def rubbish(folder):
-    return [path for path in folder.rglob(".*") if path.name.endswith(".tmp")]
+    """Half-written files; a backup is the old folder as it was."""
+    return [path for path in folder.rglob(".*") if path.name.endswith(".tmp") and ".backup-" not in path.parent.name]
 
 
 def wait_until(ready, process):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import mixture_of
 from test_gate import HIGH, LOW, gated_mixture, texts
-from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
+from tiny import counting, save_tiny_adapter, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora.cli import main
 from moelora.experts import novelty
@@ -64,6 +64,8 @@ def test_too_little_or_constant_routing_is_refused():
         novelty(mixture_of("llama"), rows(LOW, count=3), rows(LOW))
     with pytest.raises(ValueError, match="1 tokens"):
         novelty(mixture_of("llama"), rows(LOW), [[5]])
+    with pytest.raises(ValueError, match="no texts"):
+        novelty(mixture_of("llama"), rows(LOW), [])
     with pytest.raises(ValueError, match="routers know nothing"):
         novelty(mixture_of("llama", router_type="fixed"), rows(LOW), rows(LOW))
 
@@ -135,12 +137,20 @@ def test_the_command_tells_new_texts_from_known_ones(folder, capsys):
     assert float(line.replace("│", "|").split("|")[-2]) > 0.9, table
 
 
-def test_too_few_texts_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch, tmp_path):
+def test_what_cannot_be_judged_is_told_before_a_model_is_loaded(folder, capsys, monkeypatch, tmp_path):
+    save_tiny_adapter(tmp_path, router_type="fixed")
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
     few, more = (write_jsonl(tmp_path / f"{count}.jsonl", counting(count)) for count in (15, 16))
     texts = ["--calibration", f"few={few}", "--data", f"more={more}"]
     assert main(["novelty", str(folder / "out"), *texts]) == 2
     assert "15 texts of two tokens or more say too little; give 16" in capsys.readouterr().err
+    one = write_jsonl(tmp_path / "one.jsonl", [{"text": "<end>"}])  # of one token
+    texts = ["--calibration", f"more={more}", "--data", f"one={one}"]
+    assert main(["novelty", str(folder / "out"), *texts]) == 2
+    assert "--data one: no text of two tokens" in capsys.readouterr().err
+    texts = ["--calibration", f"more={more}", "--data", f"few={few}"]
+    assert main(["novelty", str(tmp_path / "adapter"), *texts]) == 2
+    assert "router_type='fixed'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

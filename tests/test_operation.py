@@ -40,8 +40,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     options = HalveOptions(out=str(tmp_path / "out"), dry_run=True)
     assert carry_out(options, PLAN, lambda _: pytest.fail("worked")) is None
     text = capsys.readouterr().out
-    assert "Halve" in text and "0.25" in text and "Nothing else changes." in text and "Dry run" in text
+    assert "Halve" in text and "0.25" in text and "Nothing else changes." in text
+    assert f"Dry run: nothing was written to {tmp_path / 'out'}." in text
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    options = HalveOptions(out=str(tmp_path / "out"), dry_run=True, overwrite=True)
+    assert carry_out(options, PLAN, lambda _: pytest.fail("worked")) is None
+    assert f"what it holds would be kept in {tmp_path / 'out.backup-1'}." in capsys.readouterr().out
 
 
 def test_the_folder_says_what_made_it(tmp_path):

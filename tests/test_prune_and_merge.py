@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_analysis import TEXTS, TOKENIZER, tiny
-from tiny import DATA, counting, shouting
+from tiny import DATA, counting, shouting, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from moelora.cli import main
@@ -154,7 +154,11 @@ def test_merge_says_what_becomes_of_whom(folder, capsys, method):
     assert f"-> {outcome['domains']['shouting']['loss_after']:.4f}" in printed
 
 
+ONE = ["--data", "one=one.jsonl"]
+
+
 def test_mistakes_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    write_jsonl(folder / "one.jsonl", [{"text": "<end>"}] * 3)  # of one token each
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
     cases = {
         ("prune", "adapter", *DATA, "--out", "o"): "give either --keep N or --drop EXPERT",
@@ -166,7 +170,10 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch)
         ("prune", "adapter", "--out", "o", "--keep", "2"): "give texts: --data NAME=FILE",
         ("prune", "gone", *DATA, "--out", "o", "--keep", "2"): "gone",
         ("prune", "adapter", *DATA, "--out", "adapter", "--keep", "2"): "--overwrite to replace it",
+        ("prune", "adapter", *DATA, "--out", ".", "--overwrite", "--keep", "2"): "holds adapter, which is only read",
+        ("prune", "adapter", *ONE, "--out", "o", "--keep", "2"): "'one' holds no text of two tokens",
         ("merge", "adapter", *DATA, "--out", "o"): "--experts",
+        ("merge", "adapter", *ONE, "--out", "o", "--experts", "0,1"): "'one' holds no text of two tokens",
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1"): "two experts or more",
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1,5"): "--experts: there is no expert '5'",
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1,2", "--method", "sum"): "--method = 'sum'",

@@ -225,6 +225,24 @@ def test_a_finished_run_is_not_overwritten_unasked(folder, recipe, record):
     assert load_recipe(write_recipe(folder, recipe), overwrite=True)
 
 
+def test_an_adapter_that_no_run_made_is_not_overwritten_unasked(folder, recipe):
+    config = folder / "out" / "adapter_config.json"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text("{}")
+    try:
+        assert "holds an adapter" in problems(folder, recipe)["training.output_dir"]
+        assert load_recipe(write_recipe(folder, recipe), overwrite=True)
+    finally:
+        config.unlink()
+
+
+def test_overwriting_a_folder_that_holds_what_is_read_is_refused(folder, recipe):
+    found = problems(folder, recipe, "training.output_dir=.", overwrite=True)
+    assert f"holds {folder / 'recipe.yaml'}, which is only read" in found["training.output_dir"]
+    found = problems(folder, recipe, "training.output_dir=model", overwrite=True)
+    assert f"holds {folder / 'model'}, which is only read" in found["training.output_dir"]
+
+
 def test_an_unfinished_run_is_resumed_or_overwritten(folder, recipe, record, checkpoint):
     record("training")
     assert "--resume" in problems(folder, recipe)["training.output_dir"]

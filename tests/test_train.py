@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moelora.training.run
 from moelora.cli import main
+from moelora.staging import only_process_in
 from moelora.training import UserError, load_recipe, train
 from moelora.training.callback import MoELoraCallback
 from moelora.training.data import load_domains
@@ -168,16 +169,35 @@ def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):
         train(load_recipe(path, resume=True), resume=True)
 
 
-def test_overwrite_removes_the_old_run_only(tmp_path):
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_overwrite_replaces_is_kept_and_undo_brings_it_back(tmp_path, capsys):
     path = write_recipe(tmp_path, tiny_recipe(tmp_path))
     train(load_recipe(path))
-    kept = tmp_path / "out" / "notes.txt"
-    kept.write_text("mine")
+    out, backup = tmp_path / "out", tmp_path / "out.backup-1"
+    (out / "notes.txt").write_text("mine")
+    old = files(out)
     overrides = ["training.max_steps=1", "training.save_strategy=no"]
     record = train(load_recipe(path, overrides, overwrite=True), overwrite=True)
     assert record["steps"] == 1
-    assert kept.read_text() == "mine"
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert not list(out.glob("checkpoint-*"))
+    assert f"moelora undo {out}" in " ".join(capsys.readouterr().err.split())
+    assert files(backup) == old
+    with only_process_in(out):
+        assert main(["undo", str(out)]) == 2
+        assert "is training into it" in capsys.readouterr().err
+    assert main(["undo", str(out)]) == 0
+    assert files(out) == old and not backup.exists()
+    assert (tmp_path / "out.undone-1" / "adapter_config.json").is_file()
+
+
+def test_overwrite_into_an_empty_folder_keeps_nothing(tmp_path):
+    path = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    (tmp_path / "out").mkdir()
+    train(load_recipe(path, ["training.max_steps=1"], overwrite=True), overwrite=True)
+    assert not list(tmp_path.glob("out.*"))
 
 
 # Generating

@@ -112,6 +112,8 @@ def _base(options: BuildOptions, loras: Mapping[str, LoraFile]) -> ModelOptions:
             listed = "; ".join(f"{name}: {base or 'none'}" for name, base in noted.items())
             raise UserError(f"the LoRAs note different base models ({listed}); say with --base which it is")
         base = ModelOptions(name=next(iter(noted.values())))
+        if not base.name:
+            raise UserError("the LoRAs note no base model; give the one they were trained on with --base")
     if problems := check_model(base, None, None):
         raise UserError("\n".join(["no base model; give one with --base", *map(str, problems)]))
     return base

@@ -93,8 +93,10 @@ def load_growing(
     recipe = load_recipe(
         recipe_path, overrides, resume=resume, overwrite=overwrite, inherited=inherited(stored[0].config)
     )
-    if recipe.output_dir.resolve() == folder:
-        raise UserError(f"training.output_dir = {str(folder)!r}\n    is the adapter that grows; give another folder")
+    out = recipe.output_dir.resolve()
+    if out == folder or (overwrite and out in folder.parents):
+        what = "is the adapter that grows" if out == folder else f"holds {folder}, which is only read"
+        raise UserError(f"training.output_dir = {str(out)!r}\n    {what}; give another folder")
     check_fit(stored, recipe.model, folder)
     names = [adapter.name for adapter in read_mixture(folder)]
     growth = (kind or Growth)(folder, free_name(names), stored)

@@ -15,13 +15,13 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ..options import DistilOptions
 from ..report.analysis import longest_block
 from ..report.command import check_data
 from ..report.stored import scaling_of
-from ..training.base import load_tokenizer
+from ..training.base import load_config, load_tokenizer
 from ..training.data import DomainBlocks, load_domains, mix
 from ..training.evaluate import evaluate
 from ..training.progress import console
@@ -52,11 +52,19 @@ def distil_command(options: DistilOptions) -> Path | None:
         raise UserError(f"{source.folder}: {error}") from error
     record = record_of(source.folder)
     learned = learned_domains(source.folder)
-    settings = [_as_trained(domain, learned) for domain in domains]
+    tokenizer = load_tokenizer(source.base)
+    recipe = Recipe(
+        model=source.base,
+        data=tuple(_as_trained(domain, learned) for domain in domains),
+        block_size=record["recipe"]["block_size"] if record else longest_block(load_config(source.base)),
+        max_eval_blocks=options.max_eval_blocks,
+        training={"output_dir": options.out},
+    )
+    blocks = load_domains(recipe, tokenizer)
 
     def work(folder: Path) -> dict[str, Any]:
         try:
-            return _Job(options, source, settings, record).run(folder)
+            return _Job(options, source, blocks, tokenizer).run(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -108,20 +116,16 @@ class _Job:
     """Everything that is loaded for one distillation."""
 
     def __init__(
-        self, options: DistilOptions, source: Source, domains: Sequence[DomainOptions], record: dict[str, Any] | None
+        self,
+        options: DistilOptions,
+        source: Source,
+        domains: Sequence[DomainBlocks],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
         self.options = options
         self.model = source.load()
-        tokenizer = load_tokenizer(source.base)
-        recipe = Recipe(
-            model=source.base,
-            data=tuple(domains),
-            block_size=record["recipe"]["block_size"] if record else longest_block(self.model),
-            max_eval_blocks=options.max_eval_blocks,
-            training={"output_dir": options.out},
-        )
-        self.domains: list[DomainBlocks] = load_domains(recipe, tokenizer)
+        self.domains = domains
         self.blocks = mix(self.domains, options.seed).shuffle(seed=options.seed)
         self.collator = DataCollatorForSeq2Seq(tokenizer)
         self.rows: list[_Row] = []

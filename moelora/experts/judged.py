@@ -12,7 +12,7 @@ from peft import PeftModel
 from ..options import JudgedOptions
 from ..report.analysis import longest_block
 from ..report.command import check_data, read_texts
-from ..training.base import load_tokenizer
+from ..training.base import load_config, load_tokenizer
 from ..training.progress import console
 from ..training.recipe import DomainOptions
 from ..training.record import learned_domains, record_of
@@ -21,6 +21,7 @@ from .operation import (
     Plan,
     Source,
     carry_out,
+    check_not_inside,
     check_output,
     read_source,
 )
@@ -57,17 +58,18 @@ class Opened:
         """The model with its mixture, and the texts.
 
         Raises:
-            UserError: a text holds no token.
+            UserError: a domain holds no text of two tokens.
         """
         record = record_of(self.source.folder)
         console.print(f"Loading {self.source.base.name} with the adapter {self.source.folder}", soft_wrap=True)
         tokenizer = load_tokenizer(self.source.base)
         domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
-        if silent := [domain.name for domain in domains if domain.num_tokens < 2]:
-            raise UserError(f"--data {silent[0]}: fewer than two tokens, so there is no loss; give longer texts")
-        model = self.source.load()
-        size = record["recipe"]["block_size"] if record else longest_block(model)
-        return model, Texts(domains, size, tokenizer.pad_token_id)
+        size = record["recipe"]["block_size"] if record else longest_block(load_config(self.source.base))
+        try:
+            texts = Texts(domains, size, tokenizer.pad_token_id)
+        except ValueError as error:
+            raise UserError(f"--data: {error}") from error
+        return self.source.load(), texts
 
     def write(self, model: PeftModel, plan: Plan, outcome: dict[str, Any]) -> Path | None:
         """Print the plan and save the mixture, unless this is a dry run."""
@@ -90,6 +92,7 @@ def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
     """
     domains, more = check_data(options.data)
     check_output(options, [*problems, *more])
+    check_not_inside(options, [options.adapter])
     return Opened(options, read_source(options.adapter, options.base), domains)
 
 

@@ -36,6 +36,8 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     """
     known, others = _check(options)
     source = read_source(options.adapter, options.base)
+    if source.stored[0].config.router_type == "fixed":
+        raise UserError(f"{options.adapter}: router_type='fixed' weighs experts alike for every text: it knows nothing")
     learned = learned_domains(source.folder)
     tokenizer = load_tokenizer(source.base)
     read = {
@@ -47,6 +49,8 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
             f"--calibration: {known_texts} texts of two tokens or more say too little; give {2 * FEWEST} or more: half "
             "of them calibrate, and the other half is what the others are compared with"
         )
+    if silent := [domain.name for domain in others if not read[domain.name]]:
+        raise UserError(f"--data {silent[0]}: no text of two tokens, so there is no loss; give longer texts")
     console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)

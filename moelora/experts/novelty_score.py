@@ -110,7 +110,8 @@ def novelty(
         pad: id of the padding token.
 
     Raises:
-        ValueError: there are too few calibration texts, a text has fewer than two tokens, or routing is not learned.
+        ValueError: there are too few calibration texts or no others, a text has fewer than two tokens, or routing is
+            not learned.
     """
     names, known = measure(model, calibration, pad=pad, batch_size=batch_size)
     return Calibration.of(names, known).judge(measure(model, texts, pad=pad, batch_size=batch_size)[1])
@@ -121,6 +122,8 @@ def measure(
 ) -> tuple[tuple[str, ...], Array]:
     """The names of the numbers and their values [N, F] for each text; see [`novelty`]."""
     routers = _learned_routers(model)
+    if not texts:
+        raise ValueError("there are no texts; give one or more")
     if short := [len(text) for text in texts if len(text) < 2]:
         raise ValueError(f"a text has {short[0]} tokens; a loss needs 2 or more")
     domains = {name: _domains_of(router, model.device) for name, router in routers.items()}

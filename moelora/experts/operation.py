@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rich.text import Text
 
 from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
-from ..staging import staging
+from ..staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
 from ..training.generate import find_base, load_mixture
 from ..training.progress import is_main_process
 from ..training.recipe import ModelOptions
@@ -89,10 +89,22 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
         return [Problem("--out", str(folder), f"{parent} is no folder that may be written to; give another place")]
     if folder.exists() and not folder.is_dir():
         return [Problem("--out", str(folder), "is a file; give a folder")]
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if holds_something(folder) and not overwrite:
         fix = "exists; give another folder, or --overwrite to replace it (the old one is kept beside it)"
         return [Problem("--out", str(folder), fix)]
     return []
+
+
+def check_not_inside(options: OperationOptions, inputs: Sequence[str | Path]) -> None:
+    """Refuse a folder that holds what is read, which would be put aside with it.
+
+    Raises:
+        UserError: naming the first such input.
+    """
+    out = options.out_folder
+    if inside := [path for path in inputs if out in whole_path(path).parents]:
+        fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
+        raise UserError(str(Problem("--out", str(out), fix)))
 
 
 @dataclass(frozen=True)
@@ -148,15 +160,11 @@ def carry_out(
         UserError: the folder holds an adapter that was read, or somebody else has written to it meanwhile.
     """
     stdout = Console(highlight=False, quiet=not is_main_process)
+    check_not_inside(options, inputs)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
-    if inside := [path for path in inputs if whole_path(path).is_relative_to(out) and whole_path(path) != out]:
-        raise UserError(
-            f"--out = {str(out)!r}\n    holds {inside[0]}, which is only read, and would be put aside with all else in "
-            "it; give another folder"
-        )
     if options.dry_run:
-        stdout.print("Dry run: nothing was written.")
+        stdout.print(nothing_written(out), soft_wrap=True)
         return None
     record = describe_operation(options, inputs, base)
     with replacing_folder(out, options.overwrite) as (place, backup):
@@ -168,6 +176,12 @@ def carry_out(
         )
     stdout.print(f"Written: {shown(out)}", soft_wrap=True)
     return out
+
+
+def nothing_written(out: Path) -> str:
+    """What a dry run ends with; out is where the result would go."""
+    kept = f"; what it holds would be kept in {shown(next_kept_place(out, 'backup'))}" if holds_something(out) else ""
+    return f"Dry run: nothing was written to {shown(out)}{kept}."
 
 
 def shown(path: Path) -> str:
@@ -206,8 +220,7 @@ def replacing_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path
     Renames only: at every moment there is the old folder or the new one under its name or, between two renames, the old
     one under the name of its backup.
     """
-    replaces = overwrite and folder.is_dir() and any(folder.iterdir())
-    backup = _free_name(folder, "backup") if replaces else None
+    backup = next_kept_place(folder, "backup") if overwrite and holds_something(folder) else None
     with staging(folder) as place:
         place.mkdir()
         yield place, backup
@@ -244,37 +257,28 @@ def undo(options: UndoOptions) -> Path | None:
     """Put the newest backup of a folder in its place; what was there is kept as `NAME.undone-N`, nothing is deleted.
 
     Raises:
-        UserError: there is no backup.
+        UserError: there is no backup, or a process is training into the folder.
     """
     folder = whole_path(options.folder)
-    numbers = _numbers(folder, "backup")
+    numbers = kept_numbers(folder, "backup")
     if not numbers:
         raise UserError(
             f"{folder}: nothing to undo: there is no {folder.name}.backup-N beside it. An operation that wrote a new "
             "folder replaced nothing; remove the folder if you do not want it"
         )
-    backup, undone = _numbered(folder, "backup", max(numbers)), _free_name(folder, "undone")
+    backup, undone = kept_place(folder, "backup", max(numbers)), next_kept_place(folder, "undone")
     stdout = Console(highlight=False)
     moves = [(folder, undone)] if folder.exists() else []
-    for source, target in [*moves, (backup, folder)]:
-        stdout.print(f"{shown(source)} -> {shown(target)}", soft_wrap=True)
-        if not options.dry_run:
-            os.rename(source, target)
+    with ExitStack() as stack:
+        if folder.is_dir():
+            try:
+                stack.enter_context(only_process_in(folder))
+            except BlockingIOError:
+                raise UserError(f"{folder}: a process is training into it; wait for it, or stop it") from None
+        for source, target in [*moves, (backup, folder)]:
+            stdout.print(f"{shown(source)} -> {shown(target)}", soft_wrap=True)
+            if not options.dry_run:
+                os.rename(source, target)
     if options.dry_run:
         stdout.print("Dry run: nothing was changed.")
     return None if options.dry_run else folder
-
-
-def _numbered(folder: Path, kind: str, number: int) -> Path:
-    return folder.with_name(f"{folder.name}.{kind}-{number}")
-
-
-def _numbers(folder: Path, kind: str) -> list[int]:
-    """The numbers of the folders of a kind that were kept beside a folder."""
-    prefix = f"{folder.name}.{kind}-"
-    names = [path.name.removeprefix(prefix) for path in folder.parent.glob("*") if path.name.startswith(prefix)]
-    return [int(name) for name in names if name.isdigit()]
-
-
-def _free_name(folder: Path, kind: str) -> Path:
-    return _numbered(folder, kind, max(_numbers(folder, kind), default=0) + 1)

@@ -34,12 +34,19 @@ class Texts:
     """Domains of documents, cut into blocks that a model reads.
 
     Args:
-        domains: with at least one token each.
+        domains: with a text of two tokens each.
         block_size: most tokens read at once.
         pad: the token that fills rows up; it is in no result.
+
+    Raises:
+        ValueError: there is no domain, or no loss on one of them.
     """
 
     def __init__(self, domains: Sequence[Domain], block_size: int, pad: int) -> None:
+        if not domains:
+            raise ValueError("there are no texts; give those of one domain or more")
+        if silent := [d.name for d in domains if all(len(text.token_ids) < 2 for text in d.documents)]:
+            raise ValueError(f"{silent[0]!r} holds no text of two tokens, so there is no loss; give longer texts")
         self.domains, self.pad = domains, pad
         self.blocks: list[Block] = cut(domains, block_size)[0]
 

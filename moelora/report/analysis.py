@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from peft import PeftModel
 from rich.progress import Progress
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..layer import MoELoraLayer
 from ..router import MoELoraRouter
@@ -173,7 +173,7 @@ def analyze(
     kept = _documents(texts)
     tokenizer = tokenizer or _tokenizer_of(model)
     domains = [read_domain(name, documents, tokenizer, max_tokens) for name, documents in kept.items()]
-    size = block_size or longest_block(model)
+    size = block_size or longest_block(model.config)
     return run(model, domains, tokenizer, size, worth_tokens, permutations, history_of(log_history))
 
 
@@ -209,9 +209,9 @@ def _tokenizer_of(model: PeftModel) -> PreTrainedTokenizerBase:
         raise ValueError(f"`tokenizer` is missing, and none lies with the base model {name!r}; pass it") from error
 
 
-def longest_block(model: PeftModel) -> int:
+def longest_block(config: PretrainedConfig) -> int:
     """The longest block that suits a model of which nothing else is known."""
-    positions = getattr(model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(LONGEST_BLOCK, positions or LONGEST_BLOCK)
 
 

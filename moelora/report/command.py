@@ -48,7 +48,7 @@ def report(options: ReportOptions) -> Path:
     tokenizer = load_tokenizer(base)
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
-    size = record["recipe"]["block_size"] if record else longest_block(model)
+    size = record["recipe"]["block_size"] if record else longest_block(model.config)
     try:
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
     except ValueError as error:

@@ -117,9 +117,18 @@ def load_recipe(
     recipe = _build(raw, path.resolve().parent, problems, inherited)
     if recipe is not None:
         problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
+        problems += _check_what_is_read(recipe, path.resolve()) if overwrite else []
     if problems or recipe is None:
         raise RecipeError(path, problems)
     return recipe
+
+
+def _check_what_is_read(recipe: Recipe, path: Path) -> list[Problem]:
+    """Whether anything that a run reads would be put aside with all else in its output folder."""
+    paths = (path for domain in recipe.data for path in (domain.path, domain.eval_path) if path is not None)
+    inside = [read for read in (str(path), recipe.model.name, *paths) if Path(read).is_relative_to(recipe.output_dir)]
+    fix = "holds {}, which is only read, and would be put aside with all else in it; give another folder"
+    return [Problem("training.output_dir", str(recipe.output_dir), fix.format(inside[0]))] if inside else []
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..staging import staging
@@ -116,14 +116,6 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def clear_output(output_dir: Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
-    for checkpoint in _checkpoints(output_dir):
-        shutil.rmtree(checkpoint)
-    for name in (RUN_FILE, "adapter_config.json", ADAPTER_FILE):
-        (output_dir / name).unlink(missing_ok=True)
-
-
 def check_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[Problem]:
     """Whether a run may start, or continue, in the recipe's output folder."""
     folder = recipe.output_dir
@@ -136,14 +128,15 @@ def check_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[P
         return _check_resume(recipe, record, checkpoint)
     if overwrite:
         return []
+    replace = "give another folder, or --overwrite to replace it (the old one is kept beside it)"
     if record is None and (checkpoint or (folder / RUN_FILE).exists()):
-        return [
-            _folder_problem(folder, "holds something else's run; give another folder, or --overwrite to replace it")
-        ]
+        return [_folder_problem(folder, f"holds something else's run; {replace}")]
     if record and record["status"] == "finished":
-        return [_folder_problem(folder, "holds a finished run; give another folder, or --overwrite to replace it")]
+        return [_folder_problem(folder, f"holds a finished run; {replace}")]
     if checkpoint:
         return [_folder_problem(folder, "holds an unfinished run; --resume to continue it, --overwrite to start over")]
+    if (folder / CONFIG_NAME).exists():
+        return [_folder_problem(folder, f"holds an adapter; {replace}")]
     return []
 
 

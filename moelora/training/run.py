@@ -18,14 +18,14 @@ from transformers import (
 )
 
 from ..config import MoELoraConfig
-from ..staging import only_process_in
+from ..staging import holds_something, next_kept_place, only_process_in
 from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
 from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, evaluate
 from .progress import console, is_main_process
 from .recipe import Recipe
-from .record import RUN_FILE, check_output_dir, clear_output, environment, last_checkpoint, now, read_record, write_json
+from .record import RUN_FILE, check_output_dir, environment, last_checkpoint, now, read_record, write_json
 from .schema import Problem, UserError
 
 
@@ -61,7 +61,7 @@ def train(
     Args:
         recipe: from `moelora.training.load_recipe`, called with the same `resume` and `overwrite`.
         resume: continue from the last checkpoint in the output folder.
-        overwrite: first remove what an earlier run left in the output folder.
+        overwrite: first put the output folder aside as it is, for `moelora undo` to bring back.
         start: what to start from; a new mixture by default.
 
     Returns:
@@ -76,7 +76,7 @@ def train(
     with _timed(seconds, "load"):
         trainer, domains = _prepare(recipe, start)
     with _alone_in_output_dir(recipe, resume=resume, overwrite=overwrite):
-        return _train(recipe, trainer, domains, start, seconds, resume, overwrite)
+        return _train(recipe, trainer, domains, start, seconds, resume)
 
 
 def _train(
@@ -86,7 +86,6 @@ def _train(
     start: Start,
     seconds: dict[str, float],
     resume: bool,
-    overwrite: bool,
 ) -> dict[str, Any]:
     """Steps 2 to 4 of [`train`]."""
     run_file = recipe.output_dir / RUN_FILE
@@ -94,8 +93,6 @@ def _train(
         record, checkpoint = _resumed_record(recipe, domains), last_checkpoint(recipe.output_dir)
     else:
         record, checkpoint = _new_record(recipe, trainer, domains) | start.describe(), None
-        if overwrite and is_main_process:
-            clear_output(recipe.output_dir)
         trainer.add_callback(_AtStart(lambda: _measure_before(trainer, domains, record, seconds, run_file)))
     _write(run_file, record)
     with _timed(seconds, "train"):
@@ -126,14 +123,31 @@ def _alone_in_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> It
     """Keep other processes out of the output folder, which one may have written to since the recipe was checked."""
     with ExitStack() as stack:
         if is_main_process:
-            try:
-                stack.enter_context(only_process_in(recipe.output_dir))
-            except BlockingIOError:
-                fix = "another process is training into it; wait for it, or give another folder"
-                raise UserError(str(Problem("training.output_dir", str(recipe.output_dir), fix))) from None
+            _hold(recipe.output_dir, stack)
             if problems := check_output_dir(recipe, resume=resume, overwrite=overwrite):
                 raise UserError("\n".join(map(str, problems)))
+            if overwrite and holds_something(recipe.output_dir):
+                _put_aside(recipe.output_dir)
+                _hold(recipe.output_dir, stack)
         yield
+
+
+def _hold(folder: Path, stack: ExitStack) -> None:
+    try:
+        stack.enter_context(only_process_in(folder))
+    except BlockingIOError:
+        fix = "another process is training into it; wait for it, or give another folder"
+        raise UserError(str(Problem("training.output_dir", str(folder), fix))) from None
+
+
+def _put_aside(folder: Path) -> None:
+    backup = next_kept_place(folder, "backup")
+    try:
+        folder.rename(backup)
+    except OSError as error:
+        fix = f"cannot be put aside ({error.strerror}); give another folder"
+        raise UserError(str(Problem("training.output_dir", str(folder), fix))) from error
+    console.print(f"Kept what was there in {backup}; to bring it back: moelora undo {folder}", soft_wrap=True)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
