@@ -115,7 +115,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens of a sequence (default: the preset's)")
     parser.add_argument("--answer", type=int, default=0, help="only so many last tokens have labels (default: all)")
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
-    return parse_with_preset(parser, argv, "training")
+    args = parse_with_preset(parser, argv, "training")
+    if args.answer and not 2 <= args.answer <= args.length:
+        parser.error(f"--answer {args.answer}: give 2 to {args.length}, the length; 0 for labels on all tokens")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -190,12 +190,13 @@ class MoELoraConfig(LoraConfig):
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> MoELoraConfig:
-        """The settings measured best for a purpose, with others added or put in their place.
+        """Settings that were measured for a purpose, with others added or put in their place.
 
         Args:
             name: "multi-domain": several domains at once (docs/quality.md). "continual": one domain after another,
                 each with experts of its own (docs/experts-grow.md).
-            options: fields of this class. `lora_alpha` does not follow `r`: set both.
+            options: fields of this class. `lora_alpha` does not follow `r`, nor `top_k_experts` and `routing_scale`
+                `num_experts`: set those too.
 
         Raises:
             ValueError: there is no such preset, or a field is out of range.

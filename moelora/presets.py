@@ -1,4 +1,4 @@
-"""Settings by what they were measured to be good for; docs/quality.md and docs/experts-grow.md say how good."""
+"""Settings by what they were measured for; docs/quality.md and docs/experts-grow.md say how good they are."""
 
 from __future__ import annotations
 

@@ -15,26 +15,10 @@ from torch import Tensor
 # rank; with two digits of 15 bits there would be one sum fewer, but 1 MiB each, the second for each rank.
 ROUNDS = ((19, 11), (7, 12), (0, 7))
 
-_OWN_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # by the group of all ranks they stand beside
-
 
 def num_ranks() -> int:
     """N, the number of data-parallel processes: all there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def sum_over_ranks(counts: Tensor) -> None:
-    """Add up counts over all ranks, in place, in a group of its own, made at the first call.
-
-    A group works off its collectives in the order they were asked for. In the group of all ranks stand FSDP2's gathers
-    too: behind a sum that has to wait for this block's tokens, the next block's weights could not come meanwhile.
-    """
-    world = dist.group.WORLD
-    assert world is not None
-    if world not in _OWN_GROUPS:
-        _OWN_GROUPS.clear()  # of groups that were destroyed
-        _OWN_GROUPS[world] = dist.new_group()
-    dist.all_reduce(counts, group=_OWN_GROUPS[world])
 
 
 def fits_over_ranks(priority_ET: Tensor, capacity_factor: float) -> Tensor:
@@ -54,7 +38,7 @@ def fits_over_ranks(priority_ET: Tensor, capacity_factor: float) -> Tensor:
     least_E = room_E = key_ET.new_zeros(num_experts)
     for low, bits in ROUNDS:
         counts_NF = _counts_of_digit(key_ET, least_E, low, bits)
-        sum_over_ranks(counts_NF)
+        dist.all_reduce(counts_NF)
         if low == ROUNDS[0][0]:
             share = counts_NF[0, -1].double() * (capacity_factor / num_experts)
             room_E = (share * (1 - 1e-6)).ceil().int().expand(num_experts)  # as within_capacity rounds

@@ -47,7 +47,7 @@ class Rows:
     def __post_init__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for row in read_rows([self.path]) if self.path.exists() else ():
-            is_wanted = (row["suite"], row["steps"]) == (self.plan.suite, self.plan.steps)
+            is_wanted = (row["suite"], row["steps"], row["rows"]) == (self.plan.suite, self.plan.steps, self.plan.rows)
             if is_wanted and not (self.retry and "error" in row):
                 self.found[self._key(row)] = row
 
@@ -62,7 +62,7 @@ class Rows:
     def add(self, method: str, split: str, lr: float, seed: int, **values: Any) -> Row:
         """Append a row; one write, so that several processes may append to one file."""
         row = {"suite": self.plan.suite, "method": method, "split": split, "lr": lr, "seed": seed}
-        row |= {"steps": self.plan.steps, **values}
+        row |= {"steps": self.plan.steps, "rows": self.plan.rows, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.found[self._key(row)] = row
@@ -105,7 +105,7 @@ class Sweep:
         seeds: how many, from 0.
         test: whether test data are looked at.
         deadline: in the time of time.monotonic().
-        rates: the only learning rates to try; None: each method's own, and beyond.
+        rates: the only learning rates to try, beside those that the rows hold; None: each method's own, and beyond.
         worst: seconds that the longest run so far took.
     """
 
@@ -143,8 +143,9 @@ class Sweep:
     def _sweep(self, name: str) -> tuple[float, Trained] | None:
         """The best rate and its model, if it was trained here."""
         method = method_of(name)
-        is_fixed = self.rates is not None or len(method.rates) == 1
-        rates = sorted(method.rates if self.rates is None or len(method.rates) == 1 else self.rates)
+        has_one = len(method.rates) == 1
+        is_fixed = self.rates is not None or has_one
+        rates = sorted(method.rates if self.rates is None or has_one else self.rates)
         best: tuple[float, Trained] | None = None
         todo = list(rates)
         extensions = 0

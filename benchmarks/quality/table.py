@@ -115,7 +115,7 @@ def markdown(found: Sequence[Entry], suite: str, split: str) -> str:
 def baseline_of(entry: Entry, done: Sequence[Entry]) -> Entry | None:
     """The LoRA of equal total parameters trained for as many steps; where there is none, for the nearest time."""
     baselines = [other for other in done if other.method == BASELINE]
-    if entry in baselines:
+    if entry.method == BASELINE:
         return None
     same = [other for other in baselines if other.steps == entry.steps]
     return min(same or baselines, key=lambda other: abs(other.seconds() - entry.seconds()), default=None)
@@ -145,7 +145,7 @@ def _minus(entry: Entry, baseline: Entry | None) -> str:
     difference = None if baseline is None else entry.difference(baseline)
     if baseline is None or difference is None:
         return ""
-    at = "" if baseline.steps == entry.steps else f" (its {baseline.steps} steps)"
+    at = "" if baseline.steps == entry.steps else f" ({BASELINE}, {baseline.steps} steps)"
     return f"{'+' if difference.mean > 0 else ''}{difference}{at}"
 
 

@@ -224,7 +224,7 @@ def _build_domain(raw: Mapping[str, Any], index: int, folder: Path, problems: li
 def _build_mixture(
     raw: Mapping[str, Any], problems: list[Problem], inherited: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    raw, found = _with_preset(raw)
+    raw, found = _with_preset(raw, inherited or {})
     found += _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture")
     values = {**(MIXTURE_DEFAULTS if inherited is None else inherited), **raw}
     for name, shared in inherited.items() if inherited else ():
@@ -238,15 +238,16 @@ def _build_mixture(
     return None if found else values
 
 
-def _with_preset(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The fields that `preset` stands for, under those that are given."""
+def _with_preset(raw: Mapping[str, Any], inherited: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The fields that `preset` stands for, under those given; what experts of a growing mixture share stays its own."""
     given = {name: value for name, value in raw.items() if name != "preset"}
     if "preset" not in raw:
         return given, []
     name = raw["preset"]
     if fix := one_of(*PRESETS)(name):
         return given, [Problem("mixture.preset", name, fix)]
-    return PRESETS[name] | given, []
+    free = {field: value for field, value in PRESETS[name].items() if not (inherited and field in SHARED_FIELDS)}
+    return free | given, []
 
 
 def _build_training(

@@ -5,8 +5,6 @@ import torch
 import torch.distributed as dist
 from test_triton_router import CLOSE, MASKS, MATURITY, case, fused
 
-from moelora.ranks import fits_over_ranks
-
 
 @pytest.fixture
 def group():
@@ -36,19 +34,6 @@ def test_same_weights_sums_and_gradients(kernel_device, group, maturity, mask, f
     gradients = [torch.autograd.grad((weights * upstream).sum(), (hidden, weight)) for weights in (shared, single)]
     for actual, its in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, its, **CLOSE)
-
-
-def test_sums_queue_behind_nobody_elses(monkeypatch):
-    """FSDP2's gathers stand in the group of all ranks."""
-    groups = []
-    monkeypatch.setattr(dist, "all_reduce", lambda counts, group: groups.append(group))
-    for _ in range(2):  # a group that was destroyed is not used again
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        for _ in range(2):
-            fits_over_ranks(torch.rand(2, 5), 1.0)
-        assert len(set(groups)) == 1 and dist.group.WORLD not in groups, groups
-        dist.destroy_process_group()
-        groups.clear()
 
 
 @pytest.mark.gpu
