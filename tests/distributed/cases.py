@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ class Case:
     checkpointing: dict[str, Any] | None = None
     idle: bool = False
     experts: bool = False  # adapter by adapter
+    base: str = ""  # a kind of quantised base
 
 
 CASES = {
@@ -48,6 +51,20 @@ CASES = {
     "fixed": Case({"router_type": "fixed"}),
     "module_bf16": Case({"router_scope": "module"}),
 }
+QUANTISED = {
+    kind: Case({"expert_capacity_factor": 0.6}, base=kind)
+    for kind in ("bnb-nf4", "bnb-int8", "hqq", "quanto-int8", "quanto-int4")
+}
+
+
+def _base(kind: str) -> nn.Module:
+    if not kind:
+        return llama()
+    from bases import prepared_base  # only workers have the packages
+
+    base = prepared_base(Path(os.environ["MOELORA_TEST_BASE"]), kind, torch.float32)
+    assert type(base.model.layers[0].mlp.up_proj) is not nn.Linear, "the base is not quantised"
+    return base
 
 
 def build(case: Case) -> nn.Module:
@@ -64,11 +81,11 @@ def build(case: Case) -> nn.Module:
     config = MoELoraConfig(**(defaults | case.options))
     torch.manual_seed(1)
     if case.experts:
-        model = get_peft_model(llama(), config, adapter_name="expert_0")
+        model = get_peft_model(_base(case.base), config, adapter_name="expert_0")
         for index in range(1, config.num_experts):
             model.add_adapter(f"expert_{index}", config)
     else:
-        model = get_peft_model(llama(), config)
+        model = get_peft_model(_base(case.base), config)
     awaken(model)
     if case.checkpointing is not None:
         model.enable_input_require_grads()

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 CONFIGS = ROOT / "examples" / "accelerate"
-ENGINES = Path(sys.prefix) / "engines"  # DeepSpeed; see the Makefile
+ENGINES = Path(sys.prefix) / "engines"  # DeepSpeed and quantisation packages; see the Makefile
 WORLD = 2
 DEVICE = os.environ.get("MOELORA_TEST_DEVICE", "cpu")  # in the worker
 
@@ -27,10 +27,16 @@ def launch(
     precision: str = "no",
     check: bool = True,
     device: str = "cpu",
+    packages: bool = False,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    """Run the worker on WORLD processes with the accelerate configuration of an engine; precision "no" is float32."""
-    paths = [str(ROOT), str(Path(__file__).parents[1]), *([str(ENGINES)] if engine.startswith("zero") else [])]
+    """Run the worker on WORLD processes with the accelerate configuration of an engine; precision "no" is float32.
+
+    packages: let it find DeepSpeed, which its own engines need anyway, and the quantisation packages.
+    """
+    tests = Path(__file__).parents[1]
+    paths = [str(ROOT), str(tests), str(tests / "quantised")]
+    paths += [str(ENGINES)] if packages or engine.startswith("zero") else []
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",

@@ -1,6 +1,7 @@
-"""QLoRA with a mixture on one kind of quantised base: `qlora.py KIND FOLDER DEVICE`; prints what happened as JSON.
+"""QLoRA with a mixture on one kind of quantised base; prints what happened as JSON: `qlora.py KIND FOLDER DEVICE FORM`.
 
-A process of its own, because transformers and PEFT look for quantisation packages when they are imported.
+FORM is float32, bfloat16 (model and products; adapters in float32) or autocast (the same under torch.autocast). A
+process of its own, because transformers and PEFT look for quantisation packages when they are imported.
 """
 
 from __future__ import annotations
@@ -12,46 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from bases import prepared_base
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moelora import MoELoraConfig
 from moelora.layer import MoELoraLayer
 
 VOCAB, STEPS = 64, 8
 WITHOUT_BACKWARD = {"torchao-int4"}  # "derivative for aten::_weight_int4pack_mm is not implemented", for any adapter
-DEVICE = torch.device(sys.argv[3] if len(sys.argv) > 3 else "cpu")
+DEVICE = torch.device(sys.argv[3])
+FORM = sys.argv[4]
+DTYPE = torch.float32 if FORM == "float32" else torch.bfloat16
 # By name: PEFT's "all-linear" does not find HQQLinear.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def torchao(name: str, **options: Any) -> Any:
-    import torchao.quantization
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(getattr(torchao.quantization, name)(**options))
-
-
-def quanto(weights: str) -> Any:
-    from transformers import QuantoConfig
-
-    return QuantoConfig(weights=weights)
-
-
-KINDS = {
-    "bnb-nf4": lambda: BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    ),
-    "bnb-int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "torchao-int8": lambda: torchao("Int8WeightOnlyConfig"),
-    "torchao-int4": lambda: torchao("Int4WeightOnlyConfig", group_size=32, int4_packing_format="tile_packed_to_4d"),
-    "quanto-int8": lambda: quanto("int8"),
-    "quanto-int4": lambda: quanto("int4"),
-}
 
 
 def save_base(folder: Path) -> None:
@@ -65,28 +41,10 @@ def save_base(folder: Path) -> None:
 
 
 def load_base(folder: Path, kind: str) -> Any:
-    # torchao's 4-bit product is made of bfloat16.
-    options = {"dtype": torch.bfloat16 if kind == "torchao-int4" else torch.float32, "device_map": DEVICE}
-    if kind == "hqq":
-        return with_hqq_linears(AutoModelForCausalLM.from_pretrained(folder, **options))
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=KINDS[kind](), **options)
-    for module in model.modules():
-        # bitsandbytes 0.50 repacks 4-bit weights for evaluation on CPUs with AVX512-BF16, and a backward pass
-        # afterwards reads them as if it had not, under PEFT's own LoRA too.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def with_hqq_linears(model: Any) -> Any:
-    """transformers 5.23 does not load HQQ ("not available yet"), so its linears are put in by hand."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    for name, linear in list(model.model.named_modules()):
-        if isinstance(linear, nn.Linear):
-            quantised = HQQLinear(linear, BaseQuantizeConfig(4, 64), compute_dtype=torch.float32, device=str(DEVICE))
-            model.model.set_submodule(name, quantised)
-    return model
+    base = prepared_base(folder, kind, DTYPE, DEVICE)
+    if FORM == "autocast":
+        base.forward = torch.autocast(DEVICE.type, torch.bfloat16)(base.forward)  # as accelerate does
+    return base
 
 
 def batch() -> dict[str, Tensor]:
@@ -158,7 +116,7 @@ def main() -> None:
     torch.set_num_threads(1)
     kind, folder = sys.argv[1], Path(sys.argv[2])
     save_base(folder / "base")
-    base = prepare_model_for_kbit_training(load_base(folder / "base", kind))
+    base = load_base(folder / "base", kind)
     inputs = {name: tensor for name, tensor in batch().items() if name != "labels"}
     with torch.no_grad():
         untouched = base.eval()(**inputs).logits
@@ -182,6 +140,7 @@ def main() -> None:
     with torch.no_grad():
         saved, again = model(**inputs).logits, loaded(**inputs).logits
     result = {
+        "adapters": sorted({str(p.dtype) for p in model.parameters() if p.requires_grad}),
         "layers": sorted({type(layer).__name__ for layer in layers.values()}),
         "checkpointing": model.is_gradient_checkpointing,
         "fresh": (fresh - untouched).abs().max().item(),
