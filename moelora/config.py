@@ -206,7 +206,7 @@ class MoELoraConfig(LoraConfig):
             >>> config.num_experts, config.r, config.routing_scale
             (16, 4, 16.0)
         """
-        if name not in PRESETS:
+        if name not in tuple(PRESETS):  # a list has no hash
             raise ValueError(f"`preset` ({name!r}) is not known; choose one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | options)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import moelora.ops
 from benchmarks import __main__ as everything
@@ -341,3 +342,24 @@ def test_presets_yield_to_options():
     args = model.parse(["--preset", "quickstart", "--device", "cpu", "--experts", "2", "--arms", "ours"])
     chosen = SimpleNamespace(experts=2, rank=8, batch=4, length=128, dtype="float32", arms=["ours"])
     assert vars(chosen).items() <= vars(args).items()
+
+
+def test_labels_on_the_last_tokens_give_their_loss_alone():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    frozen = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=40)).requires_grad_(False)
+    llama = adapt(frozen, "ours", Mixture(experts=3, rank=2, top_k=1)).eval()
+    ids = torch.randint(40, (2, 9))
+    embeddings = llama.get_input_embeddings()(ids).detach().requires_grad_()
+    F.cross_entropy(llama(inputs_embeds=embeddings).logits[:, 4:-1].flatten(0, 1), ids[:, 5:].flatten()).backward()
+    expected, embeddings.grad = embeddings.grad, None
+    model.TrainingStep(llama, embeddings, ids[:, -5:])()
+    torch.testing.assert_close(embeddings.grad, expected, rtol=1e-5, atol=1e-7)
+    assert expected[:, 0].abs().max() > 0  # tokens without a label are read all the same
+
+
+@pytest.mark.parametrize("answer", ["-5", "1", "129"])
+def test_an_answer_without_a_target_is_refused(answer, capsys):
+    with pytest.raises(SystemExit):
+        model.parse(["--preset", "tiny", "--device", "cpu", "--length", "128", "--answer", answer])
+    assert f"--answer {answer}: give 2 to 128" in capsys.readouterr().err

@@ -41,6 +41,8 @@ def test_presets_are_what_they_say_and_give_way(name):
 def test_an_unknown_preset_names_those_there_are():
     with pytest.raises(ValueError, match=r"`preset` \('multi'\) is not known; choose one of multi-domain, continual"):
         MoELoraConfig.preset("multi")
+    with pytest.raises(ValueError, match=r"\['continual'\]"):
+        MoELoraConfig.preset(["continual"])
 
 
 def test_identity():

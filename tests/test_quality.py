@@ -25,7 +25,7 @@ from benchmarks.quality.scoring import score
 from benchmarks.quality.sweep import Rows, Sweep
 from benchmarks.quality.texts import without_repeats
 from benchmarks.quality.trainer import Training
-from benchmarks.quality.variants import variant_of
+from benchmarks.quality.variants import UnnormalisedRouter, variant_of
 from moelora.presets import PRESETS
 from moelora.router import MoELoraRouter
 
@@ -267,10 +267,24 @@ def test_given_rates_are_the_only_ones(tmp_path, monkeypatch):
     assert calls == [("frozen", 0.0, 0), ("scale-2+plus-4", 4e-3, 0)]
 
 
+def test_rows_of_another_batch_do_not_count(tmp_path):
+    row = {"suite": "lm", "method": "lora", "split": "validation", "lr": 1e-3, "seed": 0, "steps": 6, "loss": 2.0}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row | more) + "\n" for more in ({}, {"rows": 8}, {"rows": 4, "loss": 3.0})))
+    assert [found["loss"] for found in Rows(path, plan()).found.values()] == [3.0]
+
+
+@pytest.mark.parametrize("rate", ["0", "-1e-3", "nan", "inf"])
+def test_a_rate_that_cannot_train_is_refused(rate, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--quick", "--device", "cpu", "--out", str(tmp_path / "out"), "--rates", rate])
+    assert "--rates" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_joined_variants_are_both():
-    both = variant_of("sparse+router-raw+top-1+plus-4")
+    both = variant_of("router-raw+sparse+top-1+plus-4")
     assert both.options["router_type"] == "learned" and both.options["top_k_experts"] == 1
-    assert both.rates == {"lora_B": 4.0} and both.router is not None
+    assert both.rates == {"lora_B": 4.0} and both.router is UnnormalisedRouter
     with pytest.raises(SystemExit):
         main(["--quick", "--device", "cpu", "--methods", "sparse+plus-5"])
 
@@ -285,11 +299,12 @@ def test_the_preset_is_what_was_measured():
 def test_a_router_without_normalisation_sees_how_large_its_input_is():
     base = quick_base().requires_grad_(False)
     hidden = torch.randn(2, 5, base.config.hidden_size)
-    for name, is_blind in (("dense-8", True), ("dense-8+router-raw", False)):
+    for name, is_blind in (("dense-8", True), ("dense-8+router-raw", False), ("dense-8+router-raw+router-64", False)):
         torch.manual_seed(0)
         model = method_of(name).build(base, Size(experts=8, rank=2, top_k=2))
         router = next(module for module in model.modules() if isinstance(module, MoELoraRouter))
         weights = [router.logits(hidden * size) for size in (1, 3)]
+        assert weights[0].shape == (10, 8)
         assert torch.allclose(*weights, atol=1e-4) == is_blind, name
 
 

@@ -56,6 +56,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--commit", help="commit to name in environment.txt, where there is no git checkout")
     add("--shard", type=int, help=argparse.SUPPRESS)  # which of the workers this process is
     args = parser.parse_args(argv)
+    if any(not 0 < rate < float("inf") for rate in args.rates or ()):
+        parser.error(f"--rates {args.rates}: give numbers greater than 0")
     args.workers = args.workers or max(1, torch.cuda.device_count())
     return args
 

@@ -130,10 +130,9 @@ def _mixture(base: nn.Module, size: Size, variant: Variant) -> nn.Module:
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 variant.initialise(parameter.data.view(options["num_experts"], rank, -1))
-    if variant.router is not None:
-        for router in model.modules():
-            if isinstance(router, MoELoraRouter):
-                variant.router(router)
+    for router in model.modules():
+        if isinstance(router, MoELoraRouter):
+            router.__class__ = variant.router
     return model
 
 

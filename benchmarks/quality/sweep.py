@@ -47,8 +47,8 @@ class Rows:
     def __post_init__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for row in read_rows([self.path]) if self.path.exists() else ():
-            is_wanted = (row["suite"], row["steps"], row["rows"]) == (self.plan.suite, self.plan.steps, self.plan.rows)
-            if is_wanted and not (self.retry and "error" in row):
+            wanted = {"suite": self.plan.suite, "steps": self.plan.steps, "rows": self.plan.rows}
+            if all(row.get(name) == value for name, value in wanted.items()) and not (self.retry and "error" in row):
                 self.found[self._key(row)] = row
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelora.router import MoELoraRouter
+from moelora.routing import Router
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Variant:
         options: fields of MoELoraConfig that differ from the default mixture.
         rates: factors on the learning rate, by a part of the parameters' names.
         initialise: what fills A [E, r, D] of a linear anew, in place.
-        router: what is changed about a router, in place.
+        router: the class of its routers.
     """
 
     about: str
     options: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     initialise: Callable[[Tensor], None] | None = None
-    router: Callable[[MoELoraRouter], None] | None = None
+    router: type[MoELoraRouter] = MoELoraRouter
 
     def __add__(self, other: Variant) -> Variant:
         """Both; where they contradict each other, the other's."""
@@ -38,7 +39,7 @@ class Variant:
             self.options | other.options,
             self.rates | other.rates,
             other.initialise or self.initialise,
-            other.router or self.router,
+            self.router if other.router is MoELoraRouter else other.router,
         )
 
 
@@ -54,10 +55,16 @@ def identical(factors: Tensor) -> None:
     factors.copy_(factors[:1].expand_as(factors).clone())
 
 
-def without_norm(router: MoELoraRouter) -> None:
-    """Let it read the hidden states as they are."""
-    router._can_fuse = lambda *_: False  # type: ignore[method-assign]
-    router._logits = lambda hidden_TH, weight_EH, *_: F.linear(hidden_TH.float(), weight_EH)  # type: ignore[method-assign]
+class UnnormalisedRouter(MoELoraRouter):
+    """Reads the hidden states as they are; for one adapter, in torch operations."""
+
+    def _can_fuse(self, hidden_TH: Tensor, weight_NH: Tensor, capacity_factor: float | None) -> bool:
+        return False
+
+    def _logits(self, hidden_TH: Tensor, weight_NH: Tensor, *_: Any) -> Tensor:
+        (router,) = self.active_routers()
+        assert isinstance(router, Router)
+        return router.logits(F.linear(hidden_TH.float(), weight_NH))
 
 
 def _dense(num_experts: int) -> dict[str, Any]:
@@ -95,7 +102,7 @@ VARIANTS = {
     "temperature-05": Variant("router_temperature 0.5", {"router_temperature": 0.5}),
     "temperature-1": Variant("router_temperature 1", {"router_temperature": 1.0}),
     "temperature-4": Variant("router_temperature 4", {"router_temperature": 4.0}),
-    "router-raw": Variant("router inputs not normalised", router=without_norm),
+    "router-raw": Variant("router inputs not normalised", router=UnnormalisedRouter),
     "router-64": Variant("router_hidden_size 64", {"router_hidden_size": 64}),
     "router-fast": Variant("routers at 10 times the rate", rates={"lora_router": 10.0}),
     "router-slow": Variant("routers at a tenth of the rate", rates={"lora_router": 0.1}),
