@@ -210,3 +210,21 @@ def test_an_exported_expert_is_imported_again(tmp_path, trained):
     assert model.active_adapters == ["e0", "e2"]
     model.set_adapter("e2")
     assert torch.equal(logits(model), stock_logits(tmp_path, base, tmp_path / "2"))
+
+
+def test_a_lora_is_saved_whole_or_not_at_all_and_over_nothing(tmp_path, monkeypatch):
+    lora = to_lora(mixture_of("llama"), 0)
+    folder = tmp_path / "loras" / "one"
+    monkeypatch.setattr(lora.config, "save_pretrained", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_lora(lora, folder)
+    assert not list(folder.parent.iterdir())
+    monkeypatch.undo()
+    folder.mkdir()
+    save_lora(lora, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    for taken in (folder, folder / "adapter_config.json"):
+        with pytest.raises(FileExistsError, match="give another folder"):
+            save_lora(to_lora(mixture_of("llama"), 1), taken)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before

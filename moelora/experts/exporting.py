@@ -22,6 +22,7 @@ from ..model import MoELoraModel
 from ..ops.pool import ExpertPool
 from ..report.geometry import owner_of
 from ..report.stored import StoredAdapter
+from ..staging import holds_something, staging
 from ..training.schema import settable_fields
 from .lora_file import Factors, LoraFile
 
@@ -214,10 +215,21 @@ def _mixture_config(config: MoELoraConfig, factors: Factors) -> LoraConfig:
 
 
 def save_lora(lora: LoraFile, folder: str | Path) -> None:
-    """Write a plain LoRA as PEFT lays it out."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(_tensors(lora), Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    lora.config.save_pretrained(str(folder))
+    """Write a plain LoRA as PEFT lays it out, complete or not at all.
+
+    Raises:
+        FileExistsError: the folder holds something, or is a file.
+    """
+    folder = Path(folder)
+    if folder.is_file() or holds_something(folder):
+        raise FileExistsError(f"{str(folder)!r} exists; give another folder, or move it away")
+    with staging(folder) as place:
+        place.mkdir()
+        save_file(_tensors(lora), place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        lora.config.save_pretrained(str(place))
+        if folder.is_dir():
+            folder.rmdir()
+        place.rename(folder)
 
 
 def merge(base_model: nn.Module, lora: LoraFile) -> nn.Module:
