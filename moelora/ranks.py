@@ -5,6 +5,8 @@ Shapes: T this rank's tokens, E experts, N ranks.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,26 @@ ROUNDS = ((19, 11), (7, 12), (0, 7))
 def num_ranks() -> int:
     """N, the number of data-parallel processes: all there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(counts: Tensor) -> None:
+    """Add up counts over all ranks, in place, in a process group of their own.
+
+    A group works off its collectives in the order they were asked for. In the group of all ranks stand FSDP2's gathers
+    and DDP's gradients too, behind which these counts, and with them the block, would have to wait.
+    """
+    dist.all_reduce(counts, group=_group_of_counts(counts.device.type))
+
+
+@torch.compiler.assume_constant_result  # made, or looked up, while torch.compile traces
+def _group_of_counts(device_type: str) -> dist.ProcessGroup:
+    return _group_beside(dist.group.WORLD, device_type)
+
+
+@lru_cache(maxsize=1)  # by the group of all ranks, so that one that was destroyed is not used again
+def _group_beside(world: dist.ProcessGroup, device_type: str) -> dist.ProcessGroup:
+    patience = world._get_backend(torch.device(device_type)).options._timeout
+    return dist.new_group(timeout=patience)
 
 
 def fits_over_ranks(priority_ET: Tensor, capacity_factor: float) -> Tensor:
@@ -38,7 +60,7 @@ def fits_over_ranks(priority_ET: Tensor, capacity_factor: float) -> Tensor:
     least_E = room_E = key_ET.new_zeros(num_experts)
     for low, bits in ROUNDS:
         counts_NF = _counts_of_digit(key_ET, least_E, low, bits)
-        dist.all_reduce(counts_NF)
+        sum_over_ranks(counts_NF)
         if low == ROUNDS[0][0]:
             share = counts_NF[0, -1].double() * (capacity_factor / num_experts)
             room_E = (share * (1 - 1e-6)).ceil().int().expand(num_experts)  # as within_capacity rounds

@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import peers
+from benchmarks.arms import shared_copy
 from benchmarks.peers import SCALING
 from benchmarks.quality import data as data_module
 from benchmarks.quality import table
@@ -17,7 +19,7 @@ from benchmarks.quality.__main__ import main, share_of
 from benchmarks.quality.batches import make_batches
 from benchmarks.quality.data import IGNORED, Examples, build_task, build_text, load_suite, split_of
 from benchmarks.quality.experiment import Bench, Plan, state_of
-from benchmarks.quality.methods import METHODS, Size, groups_by_name, method_of, num_trainable
+from benchmarks.quality.methods import LINEARS, METHODS, Size, groups_by_name, method_of, num_trainable
 from benchmarks.quality.questions import Question
 from benchmarks.quality.quick import quick_base, quick_data
 from benchmarks.quality.rivals import SoftMixtureLinear, TopKFeedForward
@@ -111,6 +113,22 @@ def test_training_starts_anew_after_reset():
     training.run(batches, 1e-2)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, first[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_constant_weights_train_to_what_the_lora_of_equal_parameters_does():
+    """A difference between the two in the tables is one of seeds."""
+    base, data = quick_base().requires_grad_(False), quick_data("lm")
+    uniform = method_of("uniform-8").build(base, Size(experts=8, rank=1, top_k=2))
+    lora = get_peft_model(shared_copy(base), LoraConfig(r=8, lora_alpha=8 * SCALING, target_modules=list(LINEARS)))
+    learnt = [[p for p in model.parameters() if p.requires_grad] for model in (uniform, lora)]
+    with torch.no_grad():
+        for its, ours in zip(*reversed(learnt), strict=True):
+            its.copy_(ours)
+    batches = make_batches([data[domain]["train"] for domain in data], 20, 4, 0, "cpu")
+    for model in (uniform, lora):
+        Training(model, batches, "cpu").run(batches, 1e-2)
+    for ours, its in zip(*learnt, strict=True):
+        torch.testing.assert_close(ours, its, rtol=0, atol=1e-4)  # float32; weights move by up to 0.1
 
 
 def test_groups_hold_every_trainable_parameter_once():

@@ -183,7 +183,7 @@ METHODS: dict[str, Method] = {
 }
 MAIN = (
     *("frozen", "lora-active", "lora", "rslora", "dora", "lora-plus", "oracle", "xlora", "arrow"),
-    *("mixlora", "loramoe", "hydralora", "ours", "scale-4", "dense-8"),
+    *("mixlora", "loramoe", "hydralora", "ours", "dense-16+temperature-1"),
 )
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,12 @@ def autocast(device: str) -> AbstractContextManager:
     if device != "cuda":
         return nullcontext()
     return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
+
+
+@lru_cache(maxsize=1)
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all runs: cuBLAS keeps a workspace for every stream, for as long as the process lives."""
+    return torch.cuda.Stream()
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -102,14 +109,14 @@ class Training:
         return output.loss
 
     def _capture(self) -> Callable[[], object]:
-        stream = torch.cuda.Stream()
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # kernels are compiled, gradients and optimizer states allocated
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._step()
         self.reset()
         return graph.replay

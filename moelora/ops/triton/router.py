@@ -18,7 +18,7 @@ import triton
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...ranks import ROUNDS, count_rows, num_ranks
+from ...ranks import ROUNDS, count_rows, num_ranks, sum_over_ranks
 from ..norm_linear import EPS, _exact_product
 from .capacity_kernels import capacity_kernel, capacity_over_ranks_kernel, count_kernel
 from .router_kernels import backward_kernel, forward_kernel
@@ -150,7 +150,7 @@ def _counts_over_ranks(priority: Tensor, share: float) -> list[Tensor]:
             priority, first, second, by_rank[dist.get_rank() % len(by_rank)], T, SHARE=share, E=E, LOW=low, BITS=bits,
             BT=COUNTED_TOKENS,
         )  # fmt: skip
-        dist.all_reduce(counts[index])
+        sum_over_ranks(counts[index])
     return list(counts)
 
 
