@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,10 @@ def content(folder):
 
 def rubbish(folder):
     """Half-written files; a backup is the old folder as it was."""
-    return [path for path in folder.rglob(".*") if path.name.endswith(".tmp") and ".backup-" not in path.parent.name]
+    found = []
+    for parent, folders, files in os.walk(folder):  # unlike rglob it passes over folders that are renamed meanwhile
+        found += [Path(parent, name) for name in folders + files if name.startswith(".") and name.endswith(".tmp")]
+    return [path for path in found if ".backup-" not in path.parent.name]
 
 
 def wait_until(ready, process):
