@@ -99,7 +99,9 @@ def environment(device: str, command: str, commit: str | None = None) -> list[st
     import transformers
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    lines = [f"{_hardware(device)}; Python {platform.python_version()}, {versions}; commit {commit or _commit()}"]
+    lines = [
+        f"{_hardware(device)}; Python {platform.python_version()}, {versions}; commit {commit or current_commit()}"
+    ]
     clocks = _output(
         "nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit", "--format=csv,noheader"
     )
@@ -129,7 +131,8 @@ def _hardware(device: str) -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _commit() -> str:
+def current_commit() -> str:
+    """Of the checkout this runs in, and whether it has changes."""
     commit = _output("git", "rev-parse", "--short", "HEAD")
     is_dirty = bool(_output("git", "status", "--porcelain", "--untracked-files=no"))
     return f"{commit or 'unknown'}{' with uncommitted changes' if is_dirty else ''}"

@@ -5,7 +5,8 @@ Shapes: T this rank's tokens, E experts, N ranks.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import weakref
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,10 @@ from torch import Tensor
 ROUNDS = ((19, 11), (7, 12), (0, 7))
 
 
+# Weak, so that the group ends with dist.destroy_process_group: one that outlives it aborts the process at exit.
+_groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
+
+
 def num_ranks() -> int:
     """N, the number of data-parallel processes: all there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -27,20 +32,33 @@ def sum_over_ranks(counts: Tensor) -> None:
     """Add up counts over all ranks, in place, in a process group of their own.
 
     A group works off its collectives in the order they were asked for. In the group of all ranks stand FSDP2's gathers
-    and DDP's gradients too, behind which these counts, and with them the block, would have to wait.
+    and DDP's gradients too, behind which these counts, and with them the block, would have to wait. Two groups at work
+    at once are safe where every rank asks in the same order, as all do here: it is the order of the program.
     """
-    dist.all_reduce(counts, group=_group_of_counts(counts.device.type))
+    dist.all_reduce(counts, group=_group_of_counts())
 
 
-@torch.compiler.assume_constant_result  # made, or looked up, while torch.compile traces
-def _group_of_counts(device_type: str) -> dist.ProcessGroup:
-    return _group_beside(dist.group.WORLD, device_type)
+def _group_of_counts() -> dist.ProcessGroup:
+    """The group, made at the first sum; all ranks come to it together."""
+    group = _groups.get("counts")
+    if group is None:
+        _groups["counts"] = group = dist.new_group(timeout=_timeout())
+    return group
 
 
-@lru_cache(maxsize=1)  # by the group of all ranks, so that one that was destroyed is not used again
-def _group_beside(world: dist.ProcessGroup, device_type: str) -> dist.ProcessGroup:
-    patience = world._get_backend(torch.device(device_type)).options._timeout
-    return dist.new_group(timeout=patience)
+# torch.compile calls it while it traces, and keeps the group: what torch.compiler.assume_constant_result sets, which
+# imports the whole compiler.
+_group_of_counts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _timeout() -> timedelta | None:
+    """What init_process_group was given; None, which is the backend's own, where a backend does not tell."""
+    world = dist.group.WORLD
+    assert world is not None
+    try:
+        return world._get_backend(world._device_types[0]).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def fits_over_ranks(priority_ET: Tensor, capacity_factor: float) -> Tensor:

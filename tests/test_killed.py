@@ -81,8 +81,13 @@ def content(folder):
 
 def rubbish(folder):
     """Half-written files; a backup is the old folder as it was."""
+
+    def pass_over(error):  # a folder that was renamed meanwhile, and no other error
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     found = []
-    for parent, folders, files in os.walk(folder):  # unlike rglob it passes over folders that are renamed meanwhile
+    for parent, folders, files in os.walk(folder, onerror=pass_over):
         found += [Path(parent, name) for name in folders + files if name.startswith(".") and name.endswith(".tmp")]
     return [path for path in found if ".backup-" not in path.parent.name]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moelora.ranks import fits_over_ranks
+from moelora.ranks import ROUNDS, fits_over_ranks
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def groups(monkeypatch):
 
 def test_counts_queue_behind_nobody_elses_collectives(groups):
     for seconds in (70, 80):  # a group that was destroyed is not used again
-        patience = timedelta(seconds=seconds)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+        timeout = timedelta(seconds=seconds)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         fits_over_ranks(torch.rand(2, 5), 1.0)
-        assert len(groups) == 3 and len(set(groups)) == 1 and dist.group.WORLD not in groups
-        assert groups[0]._get_backend(torch.device("cpu")).options._timeout == patience
+        assert len(groups) == len(ROUNDS) and len(set(groups)) == 1 and dist.group.WORLD not in groups
+        assert groups[0]._get_backend(torch.device("cpu")).options._timeout == timeout
         dist.destroy_process_group()
         groups.clear()
 

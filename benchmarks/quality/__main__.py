@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..options import make_parser
-from ..record import RESULTS, command_line, environment
+from ..record import RESULTS, command_line, current_commit, environment
 from .experiment import Bench, Plan
 from .methods import MAIN, METHODS, Size, method_of
 from .sweep import DeviceLostError, OutOfBudgetError, Rows, Sweep
@@ -24,8 +24,8 @@ EXAMPLES = (
     "--device cpu --quick",
     "--device cuda",
     "--device cuda --suite tasks --budget 540",
-    "--device cuda --methods ours scale-4 dense-8 --no-test --seeds 1 --steps 150",
-    "--data .scratch/quality --model .scratch --methods lora scale-4 --workers 2 --budget 560",
+    "--device cuda --methods ours top-4 dense-8+orthogonal --no-test --seeds 1 --rates 1e-3 2e-3",
+    "--data .scratch/quality --model .scratch --methods lora dense-16+temperature-1 --workers 2 --budget 560",
 )
 AGAIN = 75  # exit status: the device is lost, start a new process
 QUICK = ("frozen", "lora", "oracle", "xlora", "arrow", "mixlora", "loramoe", "hydralora", "ours", "orthogonal")
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, default=float("inf"), help="seconds after which no run is started that may not end")
     add("--workers", type=int, help="processes that share the methods, each with a GPU (default: one a GPU)")
     add("--retry", action="store_true", help="run again what failed before")
-    add("--commit", help="commit to name in environment.txt, where there is no git checkout")
+    add("--commit", help="commit to name in the results, where there is no git checkout")
     add("--shard", type=int, help=argparse.SUPPRESS)  # which of the workers this process is
     args = parser.parse_args(argv)
     if any(not 0 < rate < float("inf") for rate in args.rates or ()):
@@ -96,7 +96,7 @@ def work(args: argparse.Namespace, started: float) -> int:
     names = args.methods or list(QUICK if args.quick else MAIN)
     mine = names if args.shard is None else share_of(names, args.shard, args.workers)
     bench = make_bench(args)
-    rows = Rows(args.out / "rows.jsonl", bench.plan, args.retry)
+    rows = Rows(args.out / "rows.jsonl", bench.plan, args.commit or current_commit(), args.retry)
     sweep = Sweep(bench, rows, args.seeds, not args.no_test, started + args.budget, args.rates)
     try:
         for name in mine:

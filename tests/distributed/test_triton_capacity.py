@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from test_triton_router import CLOSE, MASKS, MATURITY, case, fused
 
+from moelora.ranks import ROUNDS
+
 
 @pytest.fixture
 def group():
@@ -34,6 +36,16 @@ def test_same_weights_sums_and_gradients(kernel_device, group, maturity, mask, f
     gradients = [torch.autograd.grad((weights * upstream).sum(), (hidden, weight)) for weights in (shared, single)]
     for actual, its in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, its, **CLOSE)
+
+
+def test_sums_queue_behind_nobody_elses_collectives(kernel_device, group, monkeypatch):
+    groups, all_reduce = [], dist.all_reduce
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda counts, group: groups.append(group) or all_reduce(counts, group=group)
+    )
+    hidden, weight = case((130, 7, 20, 3), torch.float32, kernel_device)
+    fused(hidden, weight, top_k=3, capacity_factor=0.5, over_ranks=True)
+    assert len(groups) == len(ROUNDS) and dist.group.WORLD not in groups
 
 
 @pytest.mark.gpu
