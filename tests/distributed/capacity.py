@@ -1,6 +1,6 @@
 """Run by test_equality.py on three processes: each compares its part with what one process decides for all tokens.
 
-The torch form, the Triton router in its interpreter, and ranks some of which run the one and some the other.
+The torch form, also compiled, the Triton router in its interpreter, and ranks that run the one and the other.
 """
 
 import importlib.util
@@ -117,6 +117,15 @@ def check_router(counts: tuple[int, ...], generator: torch.Generator) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)  # sums in another order
 
 
+def check_compiled(counts: tuple[int, ...], generator: torch.Generator) -> None:
+    """As torch.compile traces it, the sums over ranks in its graph."""
+    probs, mine = probabilities(sum(counts), True, generator), part(counts)
+    selected = top_k_mask(probs, TOP_K)
+    compiled = torch.compile(within_capacity, fullgraph=True, backend="aot_eager")
+    actual = compiled(probs[mine], selected[mine], None, 0.5, TOP_K, over_ranks=True)
+    assert torch.equal(actual, within_capacity(probs, selected, None, 0.5, TOP_K)[mine])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -128,6 +137,7 @@ def main() -> None:
                     check(counts, factor, ties, padded, generator)
     if HAS_TRITON:
         check_router(COUNTS[1], generator)
+    check_compiled(COUNTS[0], generator)
     certain = torch.tensor([[1.0, 1.0, 0.0]])  # the largest and the smallest probability there are, on every rank
     for factor, kept in ((1.0, 1), (2.0, 2), (3.0, 3)):
         expected = [dist.get_rank() < kept, dist.get_rank() < kept, dist.get_rank() < kept]
