@@ -18,7 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -77,8 +81,11 @@ def save(
 
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """A temporary directory whose files replace those in directory once the block has succeeded."""
-    with staging(directory) as place:
+    """A temporary directory whose files replace those in directory once the block has succeeded.
+
+    It lies inside a directory that is there already, which may be a file system of its own or have no name (".").
+    """
+    with staging(directory / "adapter" if directory.is_dir() else directory) as place:
         place.mkdir()
         if (directory / "README.md").exists():
             shutil.copy(directory / "README.md", place)  # PEFT updates the model card that is there
@@ -165,11 +172,28 @@ def load(
     config = MoELoraConfig.from_pretrained(model_id, **hub_kwargs)
     weights = read_weights(model_id, kwargs.get("key_mapping"), hub_kwargs)
     if getattr(config, "adapters", None):
-        result = _load_mixture(model, config, model_id, weights, is_trainable)
+        result = _load_mixture(model, config, model_id, weights, is_trainable, _building_options(kwargs))
     else:
         result = _load_adapter(model, load_as_peft, config, model_id, adapter_name, is_trainable, weights, kwargs)
-    load_router(model.base_model, Path(model_id) / (hub_kwargs.get("subfolder") or "") / ROUTER_NAME)
+    load_router(model.base_model, _router_file(model_id, hub_kwargs))
     return result
+
+
+def _building_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of load_adapter's keyword arguments that add_adapter takes too."""
+    return {name: kwargs[name] for name in ("low_cpu_mem_usage", "autocast_adapter_dtype") if name in kwargs}
+
+
+def _router_file(model_id: str, hub_kwargs: dict[str, Any]) -> Path | None:
+    """Where the attached router of a folder or hub id lies; None where there is none."""
+    if os.path.isdir(model_id):
+        path = Path(model_id, hub_kwargs.get("subfolder") or "", ROUTER_NAME)
+        return path if path.is_file() else None
+    arguments = {"token" if name == "use_auth_token" else name: value for name, value in hub_kwargs.items()}
+    try:
+        return Path(hf_hub_download(model_id, ROUTER_NAME, **arguments))
+    except EntryNotFoundError:
+        return None
 
 
 def read_weights(
@@ -202,11 +226,13 @@ def _load_adapter(
     is_new = adapter_name not in model.peft_config
     if is_new:
         config.inference_mode = not is_trainable
-        options = {k: v for k, v in kwargs.items() if k in ("low_cpu_mem_usage", "autocast_adapter_dtype")}
-        model._add_inactive_adapter(adapter_name, config, **options)
+        model._add_inactive_adapter(adapter_name, config, **_building_options(kwargs))
     try:
         _check_fit(model, {adapter_name: weights}, model_id, kwargs.get("ignore_mismatched_sizes", False))
         result = load_as_peft(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+        if kwargs.get("low_cpu_mem_usage"):  # PEFT has rounded them to the base's dtype on the way
+            mismatched = kwargs.get("ignore_mismatched_sizes", False)
+            set_peft_model_state_dict(model, weights, adapter_name, ignore_mismatched_sizes=mismatched)
     except Exception:
         if is_new:
             model.delete_adapter(adapter_name)
@@ -217,7 +243,12 @@ def _load_adapter(
 
 
 def _load_mixture(
-    model: MixturePeftModel, config: MoELoraConfig, model_id: str, weights: dict[str, Tensor], is_trainable: bool
+    model: MixturePeftModel,
+    config: MoELoraConfig,
+    model_id: str,
+    weights: dict[str, Tensor],
+    is_trainable: bool,
+    options: dict[str, Any],
 ) -> Any:
     per_adapter: dict[str, dict[str, Tensor]] = {entry["name"]: {} for entry in config.adapters or []}
     for key, tensor in weights.items():
@@ -230,19 +261,30 @@ def _load_mixture(
         for entry in new:
             adapter_config = MoELoraConfig.from_peft_type(**entry["config"])
             adapter_config.inference_mode = not is_trainable
-            model._add_inactive_adapter(entry["name"], adapter_config)
+            model._add_inactive_adapter(entry["name"], adapter_config, **options)
         _check_fit(model, per_adapter, model_id)
     except Exception:
         for entry in new:
             if entry["name"] in model.peft_config:
                 model.delete_adapter(entry["name"])
         raise
+    for entry in new if is_trainable else ():
+        model.set_requires_grad(entry["name"])
     for name, entries in per_adapter.items():
-        is_meta = any(parameter.is_meta for parameter in model.parameters())
-        set_peft_model_state_dict(model, entries, adapter_name=name, low_cpu_mem_usage=is_meta)
+        _set_weights(model, name, entries, autocast=options.get("autocast_adapter_dtype", True))
     if not is_trainable:
         model.eval()
     return _IncompatibleKeys([], [])
+
+
+def _set_weights(model: MixturePeftModel, name: str, weights: dict[str, Tensor], autocast: bool) -> None:
+    """Load one adapter's weights; what was saved in float32 stays float32 on any base, if autocast."""
+    if any(parameter.is_meta for parameter in model.parameters()):  # makes them real, rounded to the base's dtype
+        set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
+    is_float32 = all(tensor.dtype == torch.float32 for key, tensor in weights.items() if "lora_A" in key)
+    if autocast and is_float32:  # PEFT's constructor casts an adapter that is called "default" alone
+        cast_adapter_dtype(model, name)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def _check_fit(

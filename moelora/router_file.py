@@ -32,13 +32,13 @@ def save_router(router: nn.Module, path: Path) -> None:
         ) from error
 
 
-def load_router(tuner: MoELoraModel, path: Path) -> None:
-    """Attach the router saved at path, if there is one; into an attached router, only weights are loaded.
+def load_router(tuner: MoELoraModel, path: Path | None) -> None:
+    """Attach the router saved at path, unless it is None; into an attached router, only weights are loaded.
 
     Raises:
         ValueError: the file needs classes that have not been imported, or its weights do not fit.
     """
-    if not path.is_file():
+    if path is None:
         return
     allowed = [_imported_module_class(name, path) for name in get_unsafe_globals_in_checkpoint(path)]
     with safe_globals(allowed):
