@@ -120,7 +120,16 @@ class ForwardHook:
         self.parameter_names = [parameter.name for parameter in parameters if parameter.kind in positional]
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
+        """Forward pre-hook.
+
+        Raises:
+            RuntimeError: under nn.DataParallel, whose threads would share one routing.
+        """
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "a mixture cannot run under nn.DataParallel, which the Trainer uses where a process sees several GPUs: "
+                "start with `accelerate launch` or torchrun, one process a GPU, or set CUDA_VISIBLE_DEVICES=0"
+            )
         self.opened = None
         if not self.state.enabled:
             self.state.context = None

@@ -133,3 +133,10 @@ def test_interrupt_leaves_nothing_behind():
     hook.remove()
     with pytest.raises(RuntimeError, match="outside its block"):
         block.self_attn.q_proj(torch.randn(2, 5, HIDDEN))
+
+
+def test_threads_of_data_parallel_are_refused():
+    """They would share one routing."""
+    replica = mixture_of("llama").base_model.model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="accelerate launch"):
+        replica(**ARCHITECTURES["llama"].batch(2, 5))

@@ -10,12 +10,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import save_tiny_model, shouting, tiny_recipe, write_jsonl, write_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import moelora.training.run
 from moelora.cli import main
 from moelora.staging import only_process_in
 from moelora.training import UserError, load_recipe, train
+from moelora.training.arguments import training_arguments
 from moelora.training.callback import MoELoraCallback
 from moelora.training.data import load_domains
 
@@ -265,3 +266,14 @@ def test_the_quickstart_learns_on_the_real_model(tmp_path):
     record = train(load_recipe(recipe, ["training.max_steps=15", "max_eval_blocks=8"]))
     for domain in record["domains"].values():
         assert domain["loss_after"] < domain["loss_before"]
+
+
+def test_a_process_that_sees_several_gpus_takes_one(tmp_path, monkeypatch, capsys):
+    def on_two_gpus(**fields):
+        arguments = TrainingArguments(use_cpu=True, **fields)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr("moelora.training.arguments.TrainingArguments", on_two_gpus)
+    assert training_arguments(output_dir=str(tmp_path)).n_gpu == 1
+    assert "one of 2 GPUs" in capsys.readouterr().err

@@ -15,12 +15,13 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
 from ..options import DistilOptions
 from ..report.analysis import longest_block
 from ..report.command import check_data
 from ..report.stored import scaling_of
+from ..training.arguments import training_arguments
 from ..training.base import load_config, load_tokenizer
 from ..training.data import DomainBlocks, load_domains, mix
 from ..training.evaluate import evaluate
@@ -177,7 +178,7 @@ class _Job:
         """Train a student and return the seconds it took."""
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = TrainingArguments(
+            arguments = training_arguments(
                 output_dir=scratch,
                 max_steps=self.options.steps,
                 per_device_train_batch_size=self.options.batch_size,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, set_seed
 
 from ..router import MoELoraRouter
+from ..training.arguments import training_arguments
 from ..training.callback import MoELoraCallback
 from ..training.data import DomainBlocks, count_tokens, load_domains, mix
 from ..training.evaluate import DomainResult, evaluate
@@ -90,7 +91,7 @@ def _prepare(
         seed=training.seed,
     )
     blocks = load_domains(recipe, tokenizer)
-    arguments = TrainingArguments(
+    arguments = training_arguments(
         output_dir=folder,
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,

@@ -13,12 +13,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
 from ..config import MoELoraConfig
 from ..staging import holds_something, next_kept_place, only_process_in
+from .arguments import training_arguments
 from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
 from .data import DomainBlocks, load_domains, mix
@@ -160,7 +160,7 @@ def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]
     console.print(f"Loading the tokenizer and {len(recipe.data)} domains")
     tokenizer = load_tokenizer(recipe.model)
     domains = load_domains(recipe, tokenizer)
-    arguments = TrainingArguments(**recipe.training)
+    arguments = training_arguments(**recipe.training)
     console.print(f"Loading {recipe.model.name}", soft_wrap=True)
     set_seed(recipe.seed)
     model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)
