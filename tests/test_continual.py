@@ -111,6 +111,16 @@ def test_settings_of_imported_loras_leave_new_experts_to_the_recipe():
     assert MoELoraConfig(**settings | {"num_experts": 5}).single_expert is False
 
 
+def test_a_mixture_made_without_a_task_type_grows(folder, tmp_path, capsys):
+    shutil.copytree(folder / "out", tmp_path / "plain")
+    file = tmp_path / "plain" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": None}))
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(tmp_path / "plain")]
+    arguments += ["--set", "training.max_steps=1", "--set", f"training.output_dir={tmp_path / 'grown'}"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert "grown_1" in capsys.readouterr().out
+
+
 def test_a_folder_without_a_mixture_is_refused(folder, capsys, tmp_path):
     assert main(["train", str(folder / "second.yaml"), "--grow", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err
