@@ -13,6 +13,7 @@ from tokenizers import Regex, normalizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moelora import MoELoraConfig
 from moelora.cli import main
 from moelora.experts import LoraError, build, building, experts_of, from_lora
 
@@ -57,6 +58,7 @@ def test_a_mixture_is_built_from_loras_alone(tmp_path, loras, router, capsys):
     if router == "train":
         assert record["outcome"]["count"].keys() == {"loss_before", "loss_after"}
         assert torch.equal(model.expert_maturity, torch.ones(2))
+        assert {config.maturity_tokens for config in model.peft_config.values()} == {MoELoraConfig.maturity_tokens}
         routers = [p for name, p in model.named_parameters() if "lora_router" in name]
         assert routers and all(p.abs().max() > 0 for p in routers)
 
