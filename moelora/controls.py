@@ -114,7 +114,8 @@ class RoutingControls:
             block: which router, by block index or by name; needed where there are several and none is attached.
 
         Raises:
-            ValueError: several routers fit, or none; the message lists them.
+            ValueError: several routers fit, or none; the message lists them. Or the width H is not the router's, which
+                only one with fixed weights, reading nothing, does not mind.
         """
         if block is None and self.routing.attached is not None:
             return call_attached_router(self.routing, hidden_states)

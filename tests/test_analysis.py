@@ -179,6 +179,30 @@ def test_every_kind_of_router_is_observed(options):
         np.testing.assert_allclose(found.specialisation.observed, 0, atol=1e-9)
 
 
+def with_image_tower(**options):
+    """The tiny model, routed, with a tower of blocks that text does not pass."""
+    base = tiny().unload()
+    vars(base).pop("peft_config", None)
+    base.tower = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(32, 32))])
+    config = MoELoraConfig(r=2, target_modules=options.pop("target_modules", "all-linear"), num_experts=4, **options)
+    return get_peft_model(base, config).eval()
+
+
+@pytest.mark.parametrize("scope", ["block", "module"])
+def test_routers_that_text_does_not_pass_are_left_out(scope):
+    model = with_image_tower(router_scope=scope)
+    found = analyze(model)
+    running = [name for name in routers_of(model) if "tower" not in name]
+    assert found.routers == list(found.by_router) == running and len(running) < len(routers_of(model))
+    assert found.weight.shape == (2, len(running), 4) and len(found.maturity) == len(running)
+    np.testing.assert_allclose(found.weight.sum(-1), 1)
+
+
+def test_without_a_router_that_runs_there_is_nothing_to_analyze():
+    with pytest.raises(ValueError, match=r"none of the routers \(tower\.0\) runs when the model reads text"):
+        analyze(with_image_tower(target_modules=r"tower\.0\.0"))
+
+
 def test_an_attached_router_is_the_only_one():
     model = tiny()
     model.attach_router(RandomRouter())

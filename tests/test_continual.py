@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
 
+from moelora import MoELoraConfig
 from moelora.cli import main
+from moelora.experts.continual import inherited
 from moelora.training.record import learned_domains
 
 
@@ -102,6 +104,21 @@ def test_overwriting_a_grown_mixture_keeps_it(folder, grown, capsys):
 def test_what_cannot_grow_is_refused_before_work(folder, capsys, setting, expected):
     assert main(["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--set", setting]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_settings_of_imported_loras_leave_new_experts_to_the_recipe():
+    settings = inherited(MoELoraConfig(single_expert=True, num_experts=3))
+    assert MoELoraConfig(**settings | {"num_experts": 5}).single_expert is False
+
+
+def test_a_mixture_made_without_a_task_type_grows(folder, tmp_path, capsys):
+    shutil.copytree(folder / "out", tmp_path / "plain")
+    file = tmp_path / "plain" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": None}))
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(tmp_path / "plain")]
+    arguments += ["--set", "training.max_steps=1", "--set", f"training.output_dir={tmp_path / 'grown'}"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert "grown_1" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_mixture_is_refused(folder, capsys, tmp_path):

@@ -145,6 +145,11 @@ def test_get_routing_weights_names_the_routers():
     torch.testing.assert_close(model.get_routing_weights(hidden, block=1), by_index)
 
 
+def test_get_routing_weights_refuses_another_width():
+    with pytest.raises(ValueError, match=rf"{HIDDEN + 1}.*{HIDDEN}|{HIDDEN}.*{HIDDEN + 1}"):
+        mixture_of("llama").get_routing_weights(torch.randn(1, 2, HIDDEN + 1), block=0)
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_statistics(scope):
     model = mixture_of("llama", router_scope=scope)

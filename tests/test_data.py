@@ -1,4 +1,6 @@
+import datetime
 import json
+import re
 
 import datasets
 import pytest
@@ -187,6 +189,34 @@ def test_a_saved_dataset_with_the_wrong_name_is_reported(tmp_path, options, expe
     datasets.DatasetDict({"train": datasets.Dataset.from_list(counting(3))}).save_to_disk(tmp_path / "saved")
     (fix,) = fixes(tmp_path / "saved", **options)
     assert expected in fix
+
+
+BAD_ROWS = {
+    "null": (["a", None], {}, "row 1 (the first is 0): `text` must be text, not null"),
+    "date": ([datetime.date(2024, 1, 2)], {}, 'row 0 (the first is 0): `text` must be text, not "2024-01-02"'),
+    "conversation": (
+        [[{"role": "user", "content": "a"}], None],
+        {"messages_field": "text"},
+        "row 1 (the first is 0): `text` must be a list of {role, content}, not null",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_of_a_dataset_are_reported_with_domain_field_and_row(tmp_path, name):
+    values, options, expected = BAD_ROWS[name]
+    datasets.Dataset.from_dict({"text": values}).save_to_disk(tmp_path / "saved")
+    (fix,) = fixes(tmp_path / "saved", **options)
+    assert expected in fix
+    bad = domain(tmp_path / "saved", **options)
+    with pytest.raises(UserError, match=re.escape(f"data.{bad.name}: {bad.path}: {expected}")):
+        split_documents(bad)
+
+
+def test_empty_rows_of_a_dataset_are_left_out_like_those_of_a_file(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "", "b"]}).save_to_disk(tmp_path / "saved")
+    train, held_out = split_documents(domain(tmp_path / "saved"))
+    assert sorted(texts(train) + texts(held_out)) == ["a", "b"]
 
 
 BAD_FILES = {

@@ -5,15 +5,17 @@ import shutil
 
 import pytest
 import torch
-from helpers import ARCHITECTURES
+from helpers import ARCHITECTURES, mixture_of
 from loras import BATCH, KINDS, plain_output, save_lora
-from peft import PeftModel, XLoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from tiny import counting, save_tiny_model, shouting, write_jsonl
+from tokenizers import Regex, normalizers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moelora import MoELoraConfig
 from moelora.cli import main
-from moelora.experts import LoraError, build, experts_of
+from moelora.experts import LoraError, build, building, experts_of, from_lora
 
 
 @pytest.fixture
@@ -56,6 +58,7 @@ def test_a_mixture_is_built_from_loras_alone(tmp_path, loras, router, capsys):
     if router == "train":
         assert record["outcome"]["count"].keys() == {"loss_before", "loss_after"}
         assert torch.equal(model.expert_maturity, torch.ones(2))
+        assert {config.maturity_tokens for config in model.peft_config.values()} == {MoELoraConfig.maturity_tokens}
         routers = [p for name, p in model.named_parameters() if "lora_router" in name]
         assert routers and all(p.abs().max() > 0 for p in routers)
 
@@ -99,6 +102,40 @@ def test_build_tells_every_mistake(tmp_path, loras, capsys):
     assert "note different base models" in capsys.readouterr().err
     assert main(["build", "--expert", f"x={moved}", *out]) == 2
     assert "the LoRAs note no base model" in capsys.readouterr().err
+
+
+def save_lora_on_the_head(folder, base):
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # True adds the base model's own head
+    return folder
+
+
+@pytest.mark.parametrize("router", ["prototype", "train"])
+def test_a_lora_outside_every_block_is_refused_before_the_model_is_loaded(tmp_path, loras, router, monkeypatch, capsys):
+    base, _ = loras
+    folder = save_lora_on_the_head(tmp_path / "head", AutoModelForCausalLM.from_pretrained(base))
+    monkeypatch.setattr(building, "load_model", None)
+    flag = "--examples" if router == "prototype" else "--data"
+    arguments = ["build", f"--expert=head={folder}", "--router", router, flag, f"head={tmp_path / 'count.jsonl'}"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "`lm_head` lies outside every transformer block" in error and 'the router "arrow"' in error
+    with pytest.raises(LoraError, match="`lm_head` lies outside"):
+        from_lora(
+            mixture_of("llama"), save_lora_on_the_head(tmp_path / "llama", ARCHITECTURES["llama"].build()), "head"
+        )
+
+
+def test_example_texts_without_a_token_are_refused_before_the_model_is_loaded(tmp_path, loras, monkeypatch, capsys):
+    base, experts = loras
+    mute = AutoTokenizer.from_pretrained(base)
+    mute.eos_token = None
+    mute.backend_tokenizer.normalizer = normalizers.Replace(Regex("."), "")  # it knows none of these characters
+    monkeypatch.setattr(building, "load_tokenizer", lambda _: mute)
+    monkeypatch.setattr(building, "load_model", None)
+    texts = [f"--examples={name}={tmp_path / name}.jsonl" for name in ("count", "shout")]
+    assert main(["build", *experts, "--router", "prototype", *texts, "--out", str(tmp_path / "out")]) == 2
+    assert "the texts of 'count' hold no token" in capsys.readouterr().err
 
 
 # ---- X-LoRA ----------------------------------------------------------------------------------------------------------

@@ -85,6 +85,16 @@ def test_a_lone_experts_routing_scale_is_in_its_alpha(tmp_path):
     torch.testing.assert_close(plain_output(tmp_path), logits(model), **ROUNDING)
 
 
+def test_a_fixed_weight_is_the_mixtures_and_not_the_experts(tmp_path):
+    folders = save_kinds(tmp_path, ["plain", "rslora"])
+    model = build(llama(), folders, "uniform")
+    model.set_routing_weights([0.3, 0.7])
+    save_lora(to_lora(model, "rslora"), tmp_path / "expert")
+    assert torch.equal(plain_output(tmp_path / "expert"), plain_output(folders["rslora"]))
+    save_lora(to_lora_mixture(model), tmp_path / "mixture")
+    torch.testing.assert_close(plain_output(tmp_path / "mixture"), logits(model), **ROUNDING)
+
+
 @pytest.mark.parametrize("kind", ["one adapter", "imports"])
 def test_the_mixture_under_fixed_weights_is_one_lora(tmp_path, kind):
     model = mixture_of("llama") if kind == "one adapter" else build(llama(), save_kinds(tmp_path))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
 
-from moelora.experts import forget, grow, put_together, remember, select, take_apart
+from moelora.experts import forget, grow, put_together, remember, remembers, select, take_apart
 from moelora.gate import WINDOW, InputSketch, Memory, combined, discriminants, gated_logits, over_context
 from moelora.ops.norm_linear import norm_linear
 from moelora.routing import rms_norm
@@ -229,6 +229,14 @@ def test_only_a_gated_mixture_of_several_is_gated():
 def test_what_cannot_be_remembered_is_refused(name, options, batches, message):
     with pytest.raises(ValueError, match=message):
         remember(mixture_of("llama", **options), name, batches)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5])
+def test_a_memory_without_directions_is_refused(rank):
+    model = mixture_of("llama")
+    with pytest.raises(ValueError, match=rf"`rank` \({rank}\) is not valid; pass an integer of 1 or more"):
+        remember(model, "default", [texts(LOW)], rank=rank)
+    assert not remembers(model, "default")
 
 
 def test_padding_is_not_remembered():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import mixture_of, train_step
+from helpers import ARCHITECTURES, mixture_of, train_step
+from loras import save_kinds
 from test_gate import LOW, texts
 from transformers import Trainer, TrainingArguments
 
-from moelora.experts import GrowthCallback, grow
+from moelora.experts import GrowthCallback, build, grow
 
 
 class Rows(torch.utils.data.Dataset):
@@ -80,6 +81,29 @@ def test_a_change_may_concern_the_new_experts_alone():
     with pytest.raises(ValueError, match=r"`name` \('small'\) is taken"):
         grow(model, name="small")
     assert list(model.peft_config) == ["default", "small"]
+
+
+def test_a_mixture_of_imported_loras_grows_by_as_many_experts_as_asked(tmp_path):
+    loras = save_kinds(tmp_path, ["plain", "rslora"])
+    model = build(ARCHITECTURES["llama"].build(), loras, "train")
+    grow(model, 3)
+    assert model.base_model.routing.num_experts == 2 + 3
+    grow(model)  # as the first adapter, which holds one
+    grow(model, 1)
+    assert model.base_model.routing.num_experts == 2 + 3 + 1 + 1
+
+
+def test_a_name_that_holds_one_expert_takes_no_more():
+    model = mixture_of("llama", experts=True)
+    with pytest.raises(ValueError, match=r"`name` \('expert_9'\) holds one expert, and `num_experts` is 3"):
+        grow(model, 3, name="expert_9")
+    assert "expert_9" not in model.peft_config
+    before = model.base_model.routing.num_experts
+    grow(model, name="expert_9")
+    grow(model)
+    assert model.base_model.routing.num_experts == before + 2
+    with pytest.raises(ValueError, match=r"`num_experts` \(0\) is not valid"):
+        grow(model, 0)
 
 
 def test_in_the_middle_of_training_the_optimizer_learns_of_it_and_forgets_nothing(tmp_path):

@@ -16,8 +16,10 @@ from moelora import MoELoraConfig
 from moelora.cli import main
 from moelora.experts.operation import Plan, carry_out, check_output, read_source
 from moelora.options import OperationOptions
+from moelora.report.history import read_history
 from moelora.training.generate import find_base
 from moelora.training.recipe import ModelOptions
+from moelora.training.record import noted_base, record_of, write_json
 from moelora.training.schema import UserError, about, at_least
 
 
@@ -66,6 +68,22 @@ def test_the_folder_says_what_made_it(tmp_path):
     assert record["environment"]["packages"]["torch"]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["out"]
     assert out.stat().st_mode & 0o700 == 0o700
+
+
+def test_what_an_operation_left_inside_a_run_is_not_of_that_run(tmp_path):
+    values = {"expert_load": [1.0], "maturity": [0.0], "entropy": 0.0, "top1_probability": 1.0, "dropped": 0.0,
+              "balancing_loss": 1.0}  # fmt: skip
+    log = [{"step": 1, "loss": 2.0, "routers": {"": values}}]
+    run = {"status": "finished", "recipe": {"model": {"name": "run's base"}}, "domains": [], "log": log}
+    write_json(tmp_path / "run.json", run)
+    (tmp_path / "checkpoint-1").mkdir()
+    assert noted_base(tmp_path / "checkpoint-1") == {"name": "run's base"}
+    assert read_history(tmp_path / "checkpoint-1").steps == read_history(tmp_path).steps == [1]
+    out = carry_out(
+        HalveOptions(out=str(tmp_path / "half")), PLAN, write_one, inputs=[], base=ModelOptions(name="another")
+    )
+    assert noted_base(out)["name"] == "another"
+    assert record_of(out) is None and read_history(out) is None
 
 
 def test_failing_work_leaves_the_old_folder_alone(tmp_path):

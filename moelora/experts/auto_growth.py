@@ -11,6 +11,7 @@ import datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import count_experts
 from ..training.data import DomainBlocks, split_documents
 from ..training.progress import console
 from ..training.recipe import DomainOptions, Recipe
@@ -70,7 +71,8 @@ class AutoGrowth(Growth):
         if judged.share_new >= FIRES_AT:
             self.learns = self.name
             self.add(model, recipe, tokenizer, domains)
-            said = f"{self.name} is added for them, with {model.peft_config[self.name].num_experts} experts"
+            experts = count_experts(self.name, model.peft_config[self.name])
+            said = f"{self.name} is added for them, with {experts} experts"
         else:
             self.learns = min(self.old, key=lambda name: _loss_under(model, name, new, pad))
             model.set_adapter([self.learns])

@@ -16,7 +16,7 @@ from ..training.generate import base_options
 from ..training.recipe import DomainOptions, ModelOptions
 from ..training.schema import Problem, UserError
 from ..training.sources import load_documents
-from .importing import MIXTURES, build, check_fits, check_names
+from .importing import MIXTURES, build, check_examples, check_fits, check_names
 from .lora_file import LoraFile, read_lora
 from .migration import Migration, experts_of
 from .operation import Plan, carry_out, check_output, shown
@@ -39,27 +39,41 @@ def build_command(options: BuildOptions) -> Path | None:
     plan = _plan(options, loras, base, taken.lost)
 
     def work(folder: Path) -> dict[str, Any] | None:
-        tokenizer = load_tokenizer(base)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        examples = {
-            name: load_documents(found, found.path, found.split)["document"][:] for name, found in texts.items()
-        }
-        model = build(
-            load_model(base, device).to(device),
-            loras,
-            options.router,
-            top_k=options.top_k,
-            temperature=options.temperature,
-            examples=examples,
-            tokenizer=tokenizer,
-        )
-        training = RouterTraining(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
-        losses = train_router(model, tokenizer, data, training) if options.router == "train" else None
-        model.save_pretrained(str(folder))
-        return losses
+        try:
+            return _build(options, loras, base, texts, data, folder)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     read = [options.migrate] if options.migrate is not None else [lora.source for lora in loras.values()]
     return carry_out(options, plan, work, inputs=read, base=base)
+
+
+def _build(
+    options: BuildOptions,
+    loras: Mapping[str, LoraFile],
+    base: ModelOptions,
+    texts: Mapping[str, DomainOptions],
+    data: list[DomainOptions],
+    folder: Path,
+) -> dict[str, Any] | None:
+    """Build the mixture and write it; the losses by domain where its routers were trained."""
+    tokenizer = load_tokenizer(base)
+    examples = {name: load_documents(found, found.path, found.split)["document"][:] for name, found in texts.items()}
+    check_examples(tokenizer, examples)  # before the model is loaded
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(
+        load_model(base, device).to(device),
+        loras,
+        options.router,
+        top_k=options.top_k,
+        temperature=options.temperature,
+        examples=examples,
+        tokenizer=tokenizer,
+    )
+    training = RouterTraining(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
+    losses = train_router(model, tokenizer, data, training) if options.router == "train" else None
+    model.save_pretrained(str(folder))
+    return losses
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -122,7 +136,7 @@ def _base(options: BuildOptions, loras: Mapping[str, LoraFile]) -> ModelOptions:
 def _check_fit(loras: Mapping[str, LoraFile], config: PretrainedConfig, options: BuildOptions) -> None:
     empty = empty_model(config)
     for lora in loras.values():
-        check_fits(lora, empty)
+        check_fits(lora, empty, MIXTURES[options.router]["router_scope"])
     if options.top_k is not None and options.top_k > len(loras):
         raise UserError(f"--top-k {options.top_k}: there are only {len(loras)} experts; lower it")
     wanted = {text.partition("=")[0] for text in options.examples}

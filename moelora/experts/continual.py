@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ..config import SHARED_FIELDS, MoELoraConfig
+from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..report.stored import StoredAdapter, check_fit, read_mixture
 from ..training.data import DomainBlocks, load_domains, mix
 from ..training.load import NOT_IN_MIXTURE, load_recipe
@@ -63,7 +63,7 @@ def inherited(config: MoELoraConfig) -> dict[str, Any]:
     """The settings of a mixture that new experts share or start from, as a recipe would say them."""
     plain = json.loads(json.dumps(config.to_dict(), default=sorted))
     default = MoELoraConfig()
-    own = {"adapters", "peft_type", *NOT_IN_MIXTURE}
+    own = {"adapters", "peft_type", "single_expert", *NOT_IN_MIXTURE}  # new experts are trained, not imported
     return {
         name: value
         for name, value in plain.items()
@@ -198,7 +198,7 @@ class Growth(Start):
         return Plan(
             f"Grow {shown(self.folder)} by an adapter for {domains}",
             ("adapter", "experts", "training", "domain remembered"),
-            [*rows, (self.name, str(new.num_experts), f"learns alone, r={new.r}", "after training")],
+            [*rows, (self.name, str(count_experts(self.name, new)), f"learns alone, r={new.r}", "after training")],
             [f"The result goes to {shown(recipe.output_dir)}; {shown(self.folder)} is only read."],
         )
 

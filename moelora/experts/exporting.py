@@ -30,7 +30,10 @@ _PREFIX = "base_model.model."
 
 
 def to_lora(model: PeftModel, expert: int | str) -> LoraFile:
-    """One expert as a plain PEFT LoRA: what the mixture computes when this expert alone is active.
+    """One expert as a plain PEFT LoRA: what the mixture computes where its routing weight is 1 and no other's is.
+
+    `routing_scale` is in its alpha. Weights that `set_routing_weights` gave it are not: with [`to_lora_mixture`] they
+    are, and here they would change a LoRA that was imported.
 
     Args:
         model: a mixture.

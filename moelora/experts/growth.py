@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import count
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint import copy_config
-from ..config import SHARED_FIELDS
+from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..ranks import num_ranks
 
 
@@ -33,8 +33,8 @@ def grow(
     domains ([`moelora.experts.remember`]), let the new one remember its own and it takes from theirs no more.
 
     Args:
-        num_experts: of the new adapter; as many as the first adapter has by default.
-        name: of the new adapter; `grown_1`, `grown_2`, ... by default.
+        num_experts: of the new adapter, 1 or more; as many as the first adapter holds by default.
+        name: of the new adapter; `grown_1`, `grown_2`, ... by default. `expert_<i>` holds one expert.
         freeze_experts: the experts that are there stop learning.
         freeze_scores: their routers stop learning, and their maturity and counters stand still.
         optimizer: the one that training has begun with, bare or from accelerate. New parameters join the groups of
@@ -45,8 +45,8 @@ def grow(
         The new adapter's name.
 
     Raises:
-        ValueError: the name is taken, a change would split the mixture, or the optimizer trains no part of it; nothing
-            has changed then.
+        ValueError: the name is taken or holds fewer experts than asked for, a change would split the mixture, or the
+            optimizer trains no part of it; nothing has changed then.
     """
     first = model.base_model.routing.config
     old = list(model.active_adapters)
@@ -60,16 +60,30 @@ def grow(
         )
     if optimizer is not None:
         _check_optimizer(optimizer, model)
-    config = copy_config(first)
-    config.inference_mode, config.adapters, config.router_memory = False, None, 0
-    for field, value in {"num_experts": num_experts or first.num_experts, **changes}.items():
-        setattr(config, field, value)
-    config.__post_init__()
+    if num_experts is None:
+        num_experts = min(count_experts(each, first) for each in (old[0], name))
+    config = _grown_config(first, name, num_experts, changes)
     model.add_adapter(name, config)
     _freeze(model, old, freeze_experts, freeze_scores)
     if optimizer is not None:
         _tell(optimizer, model, name, old)
     return name
+
+
+def _grown_config(first: MoELoraConfig, name: str, num_experts: int, changes: Mapping[str, Any]) -> MoELoraConfig:
+    """The first adapter's configuration for an adapter of so many new experts."""
+    config = copy_config(first)
+    config.inference_mode, config.adapters, config.router_memory = False, None, 0
+    # What the first adapter is, an imported LoRA, says nothing of the new one; and `num_experts` starts at 2.
+    size = {"single_expert": True} if num_experts == 1 else {"single_expert": False, "num_experts": num_experts}
+    for field, value in {**size, **changes}.items():
+        setattr(config, field, value)
+    config.__post_init__()
+    if num_experts > 1 and not config.single_expert and count_experts(name, config) == 1:
+        raise ValueError(
+            f"`name` ({name!r}) holds one expert, and `num_experts` is {num_experts}; pass another name, or 1"
+        )
+    return config
 
 
 def free_name(taken: Collection[str]) -> str:

@@ -17,11 +17,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._peft import BaseTunerLayer
+from ..blocks import check_targets
 from ..config import SHARED_FIELDS, MoELoraConfig
 from ..layer import MoELoraLayer
 from ..model import MoELoraModel
 from ..report.stored import misfit
 from ..routing import Router
+from ..training.data import token_ids
 from ..training.recipe import plain_name
 from ..training.schema import settable_fields
 from .lora_file import LoraError, LoraFile, read_lora
@@ -72,7 +74,10 @@ def build(
         raise LoraError("`examples` must hold texts for every expert, and `tokenizer` is needed, for 'prototype'")
     loras = {name: given if isinstance(given, LoraFile) else read_lora(given) for name, given in experts.items()}
     for lora in loras.values():
-        check_fits(lora, base_model)
+        check_fits(lora, base_model, MIXTURES[router]["router_scope"])
+    if router == "prototype":
+        assert tokenizer is not None and examples is not None
+        check_examples(tokenizer, examples)
     shared = {"num_experts": max(2, len(loras)), "top_k_experts": top_k, "router_temperature": temperature}
     (first_name, first), *others = loras.items()
     config = expert_config(first, shared | MIXTURES[router])
@@ -122,7 +127,7 @@ def from_lora(
             f"this mixture has router_scope={governing.router_scope!r} and router_type={governing.router_type!r}"
         )
     lora = path_or_id if isinstance(path_or_id, LoraFile) else read_lora(path_or_id)
-    check_fits(lora, model.get_base_model())
+    check_fits(lora, model.get_base_model(), governing.router_scope)
     shared = {field: getattr(governing, field) for field in (*SHARED_FIELDS, "num_experts", "router_hidden_size")}
     if router == "arrow":
         shared["router_hidden_size"] = ARROW_UNITS
@@ -145,14 +150,25 @@ def check_names(names: Sequence[str] | Mapping[str, Any], taken: Mapping[str, An
             raise LoraError(f"the model has an adapter {name!r} already; choose another name")
 
 
-def check_fits(lora: LoraFile, model: nn.Module) -> None:
-    """Raise LoraError where the model lacks a linear of the LoRA's, or has it in another shape."""
+def check_fits(lora: LoraFile, model: nn.Module, scope: str) -> None:
+    """Raise LoraError where the model lacks a linear of the LoRA's, has it in another shape, or no router for it."""
     if problem := misfit(lora.shapes, model):
         trained_on = lora.config.base_model_name_or_path
         raise LoraError(
             f"{lora.source} was not trained on this model: {problem}"
             + (f". Its base model was {trained_on}" if trained_on else "")
         )
+    try:
+        check_targets(model, list(lora.factors), scope)
+    except ValueError as error:
+        raise LoraError(f'{lora.source}: {error}. A mixture built with the router "arrow" has that scope') from error
+
+
+def check_examples(tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Any]]) -> None:
+    """Raise LoraError for an expert whose example texts leave nothing to score it by."""
+    for name, texts in examples.items():
+        if not any(token_ids(text, tokenizer) for text in texts):
+            raise LoraError(f"`examples`: the texts of {name!r} hold no token; give texts of its kind")
 
 
 def expert_config(lora: LoraFile, shared: Mapping[str, Any]) -> MoELoraConfig:

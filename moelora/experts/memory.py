@@ -41,14 +41,17 @@ def remember(
     Args:
         batches: arguments of the model's forward (`input_ids`, `attention_mask`), enough for max_tokens or fewer.
         max_tokens: tokens to read, padding excluded.
-        rank: directions of the covariance to keep.
+        rank: directions of the covariance to keep, 1 or more; no more are kept than the inputs are wide.
 
     Returns:
         The number of tokens read.
 
     Raises:
-        ValueError: there is no such adapter, its routing is fixed, a router is attached, or the batches are empty.
+        ValueError: there is no such adapter, its routing is fixed, a router is attached, the batches are empty, or
+            `rank` is no integer of 1 or more.
     """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"`rank` ({rank!r}) is not valid; pass an integer of 1 or more, or call `forget`")
     routers = _routers_of(model, adapter_name)
     device = next(iter(routers.values())).maturity.device
     sketches = {name: InputSketch(router.hidden_size, rank, device) for name, router in routers.items()}

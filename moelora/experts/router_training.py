@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -58,11 +59,12 @@ def train_router(
         raise ValueError('nothing to train: the routers are fixed; make the mixture with router="train"')
     with tempfile.TemporaryDirectory() as folder:
         trainer, blocks = _prepare(model, tokenizer, domains, training, folder)
-        _mature_half_way(model, training, count_tokens(trainer.train_dataset) / len(trainer.train_dataset))
         before = evaluate(model, blocks, trainer.data_collator, training.batch_size, "Before")
         for parameter in learned:
             parameter.requires_grad_(True)
-        trainer.train()
+        tokens_per_block = count_tokens(trainer.train_dataset) / len(trainer.train_dataset)
+        with _maturing_half_way(model, training, tokens_per_block):
+            trainer.train()
     for parameter in learned:
         parameter.requires_grad_(False)
     for name in model.active_adapters:
@@ -114,8 +116,17 @@ def _prepare(
     return trainer, blocks
 
 
-def _mature_half_way(model: PeftModel, training: RouterTraining, tokens_per_block: float) -> None:
+@contextmanager
+def _maturing_half_way(model: PeftModel, training: RouterTraining, tokens_per_block: float) -> Iterator[None]:
+    """Within, `maturity_tokens` fits this training; the mixture's own is for experts that join it later."""
     tokens = training.steps * training.batch_size * tokens_per_block
     per_expert = max(1, int(tokens / (2 * len(model.active_adapters))))
-    for name in model.active_adapters:
-        model.peft_config[name].maturity_tokens = per_expert
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    own = [config.maturity_tokens for config in configs]
+    for config in configs:
+        config.maturity_tokens = per_expert
+    try:
+        yield
+    finally:
+        for config, maturity_tokens in zip(configs, own, strict=True):
+            config.maturity_tokens = maturity_tokens

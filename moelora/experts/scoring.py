@@ -18,7 +18,7 @@ from ..layer import MoELoraLayer
 from ..model import MoELoraModel
 from ..router import MoELoraRouter
 from ..routing import Router, rms_norm
-from ..training.data import plain_text, with_end
+from ..training.data import token_ids
 
 ARROW_UNITS = 2  # hidden units of the router that scores |v . h|
 _SHARPNESS = 1024.0  # a power of two, exact in every floating type
@@ -114,9 +114,7 @@ def _mean_inputs(
     model.eval()
     with _summing(tuner.routing.routers) as sums:
         for document in texts:
-            text, special = plain_text(document, tokenizer)
-            ids = with_end(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], tokenizer)
-            ids = ids[: min(room, longest)]
+            ids = token_ids(document, tokenizer)[: min(room, longest)]
             if ids:
                 model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
             room -= len(ids)

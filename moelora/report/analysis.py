@@ -242,7 +242,8 @@ def run(
     special = None
     if len(domains) > 1:
         special = specialisation(routed.weight, routed.domain_of_unit, len(domains), permutations)
-    names, routers, weight = [domain.name for domain in domains], routers_of(state), routed.by_domain(routed.weight)
+    names, weight = [domain.name for domain in domains], routed.by_domain(routed.weight)
+    routers = {name: routers_of(state)[name] for name in routed.routers}
     values, errors = (worth.worth, worth.error) if worth else (None, None)
     whole, by_router = geometry_of(model)
     return Analysis(
@@ -267,7 +268,7 @@ def run(
         maturity=np.array([maturity_of(router, state) for router in routers.values()]),
         sharpness=[_sharpness(router, state.config.router_temperature) for router in routers.values()],
         whole=whole,
-        by_router=by_router,
+        by_router={name: by_router[name] for name in routers},
         history=history,
         suggestions=suggest(weight.mean(1), whole.similarity.numpy(), values, errors, names),
         tokens=routed.views,

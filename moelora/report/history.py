@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.record import last_checkpoint, read_record
+from ..training.record import last_checkpoint, record_of
 
 STATE_FILE = "trainer_state.json"
 
@@ -59,10 +59,9 @@ def history_of(log: Sequence[Mapping[str, Any]]) -> History | None:
 
 def read_history(folder: Path) -> History | None:
     """The history of the run that an adapter's folder belongs to: run.json, else the Trainer's own state."""
-    for place in (folder, folder.resolve().parent):
-        record = read_record(place)
-        if record and record.get("log"):
-            return history_of(record["log"])
+    record = record_of(folder)
+    if record and record.get("log"):
+        return history_of(record["log"])
     for state in (folder, last_checkpoint(folder)):
         if state is not None and (state / STATE_FILE).is_file():
             return history_of(_log_history(state / STATE_FILE))

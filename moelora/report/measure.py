@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ..routing import top_k_mask
-from .observe import count_anew, look, losses_without, routers_of, stats_by_name
+from .observe import count_anew, look, losses_without, reading_routers, stats_by_name
 from .texts import Block, Domain, sample
 
 Array = NDArray[np.float64]
@@ -49,12 +49,14 @@ class Routed:
     """Sums over tokens.
 
     Attributes:
+        routers: [R] names of those that run when the model reads text.
         weight, assigned: [U, R, E] routing weight and top-k assignments.
         domain_of_unit: [U].
         losses: [B] summed nats; predicted: [B] number of tokens they are of.
         entropy, top1_probability: [D, R] means; NaN where a router has no probabilities (attached, fixed).
     """
 
+    routers: list[str]
     weight: Array
     assigned: Array
     domain_of_unit: NDArray[np.int64]
@@ -81,7 +83,7 @@ class Routed:
 def watch(model: PeftModel, domains: Sequence[Domain], blocks: Sequence[Block], pad: int, progress: Progress) -> Routed:
     """Read every block once. The model must be [`undisturbed`]."""
     state = model.base_model.routing
-    names = list(routers_of(state))
+    names = reading_routers(model, blocks[0])
     units = max(block.unit for block in blocks) + 1
     sums = np.zeros((2, units, len(names), state.num_experts))
     losses, predicted = np.zeros((2, len(blocks)))
@@ -93,7 +95,7 @@ def watch(model: PeftModel, domains: Sequence[Domain], blocks: Sequence[Block], 
         count_anew(state)
         pages = _Pages()
         for chosen in batches(blocks, own, model.device):
-            batch = look(model, [blocks[i] for i in chosen], pad)
+            batch = look(model, [blocks[i] for i in chosen], pad, names)
             for i, weights_RTE, loss in zip(chosen, batch.weights, batch.losses, strict=True):
                 sums[0, blocks[i].unit] += weights_RTE.sum(1).double().numpy()
                 sums[1, blocks[i].unit] += assigned(weights_RTE, state.config.top_k_experts).sum(1).numpy()
@@ -108,7 +110,7 @@ def watch(model: PeftModel, domains: Sequence[Domain], blocks: Sequence[Block], 
     domain_U = np.zeros(units, dtype=np.int64)
     for block in blocks:
         domain_U[block.unit] = block.domain
-    return Routed(sums[0], sums[1], domain_U, losses, predicted, entropy, top1, views)
+    return Routed(names, sums[0], sums[1], domain_U, losses, predicted, entropy, top1, views)
 
 
 def assigned(weights: Tensor, top_k: int) -> Tensor:

@@ -57,15 +57,49 @@ def columns_of(router: nn.Module, state: RoutingState) -> list[int]:
     return columns
 
 
-def look(model: PeftModel, blocks: Sequence[Block], pad: int) -> Batch:
-    """Run blocks through the model in one padded batch; padding is in nothing that comes back."""
+def reading_routers(model: PeftModel, block: Block) -> list[str]:
+    """The routers that run when the model reads text, by name: those of an image tower do not.
+    The model must be [`undisturbed`].
+
+    Raises:
+        ValueError: none does.
+    """
     state = model.base_model.routing
+    seen: set[str] = set()
+    count_anew(state)
+    ids, mask = padded([block], 0, model.device)
+    with torch.no_grad(), _hooks(state, lambda name, router: lambda *_: seen.add(name)):
+        model(input_ids=ids, attention_mask=mask)
+    names = list(routers_of(state))
+    if not seen:
+        raise ValueError(
+            f"none of the routers ({', '.join(names[:3])}) runs when the model reads text; give `target_modules` of "
+            "its language model"
+        )
+    return [name for name in names if name in seen]
+
+
+def look(model: PeftModel, blocks: Sequence[Block], pad: int, routers: Sequence[str] | None = None) -> Batch:
+    """Run blocks through the model in one padded batch; padding is in nothing that comes back.
+
+    Args:
+        routers: whose weights are wanted, by name; all by default.
+
+    Raises:
+        ValueError: one of them did not run.
+    """
+    state = model.base_model.routing
+    names = list(routers_of(state)) if routers is None else routers
     lengths = [len(block.token_ids) for block in blocks]
     ids, mask = padded(blocks, pad, model.device)
     seen: dict[str, Tensor] = {}
     with torch.no_grad(), _hooks(state, lambda name, router: _keep(seen, name, state)):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    weights_RBSE = torch.stack([seen[name].view(*ids.shape, -1) for name in routers_of(state)]).cpu()
+    if silent := [name for name in names if name not in seen]:
+        raise ValueError(
+            f"router {silent[0]!r} did not run for some of the texts; leave its linears out with `exclude_modules`"
+        )
+    weights_RBSE = torch.stack([seen[name].view(*ids.shape, -1) for name in names]).cpu()
     return Batch(
         weights=[weights_RBSE[:, row, :length] for row, length in enumerate(lengths)],
         losses=losses_of(logits, ids, lengths),

@@ -98,7 +98,7 @@ def to_blocks(
     """
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        documents_ids = [_token_ids(document, tokenizer) for document in batch["document"]]
+        documents_ids = [token_ids(document, tokenizer) for document in batch["document"]]
         blocks = [ids[at : at + block_size] for ids in documents_ids for at in range(0, len(ids), block_size)]
         # A block of one token has nothing to predict.
         blocks = [block for block in blocks if len(block) > 1]
@@ -107,7 +107,8 @@ def to_blocks(
     return documents.map(cut, batched=True, remove_columns=documents.column_names, desc=description)
 
 
-def _token_ids(document: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def token_ids(document: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A document's tokens, with those that the tokenizer or the chat template adds and the end of the text."""
     text, special = plain_text(document, tokenizer)
     return with_end(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], tokenizer)
 

@@ -226,7 +226,9 @@ def _build_mixture(
 ) -> dict[str, Any] | None:
     raw, found = _with_preset(raw, inherited or {})
     found += _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture")
-    values = {**(MIXTURE_DEFAULTS if inherited is None else inherited), **raw}
+    # A mixture made in Python may have no task type, which changes nothing about the experts that join it.
+    start = MIXTURE_DEFAULTS if inherited is None else {"task_type": MIXTURE_DEFAULTS["task_type"], **inherited}
+    values = {**start, **raw}
     for name, shared in inherited.items() if inherited else ():
         if name in SHARED_FIELDS and raw.get(name, shared) != shared:
             fix = f"is {shared!r} in the mixture that grows, and holds for all its experts; leave it out"

@@ -67,8 +67,13 @@ def read_record(output_dir: Path) -> dict[str, Any] | None:
 
 
 def record_of(adapter: Path) -> dict[str, Any] | None:
-    """The run.json of the run that trained an adapter; a checkpoint's lies one folder up."""
-    return read_record(adapter) or read_record(adapter.resolve().parent)
+    """The run.json of the run that wrote an adapter; a checkpoint's lies one folder up.
+
+    What an operation wrote may lie in the folder of a run too, and that run then says nothing about it.
+    """
+    if (record := read_record(adapter)) or _read_operation(adapter):
+        return record
+    return read_record(adapter.resolve().parent)
 
 
 def learned_domains(adapter: Path) -> list[dict[str, Any]]:

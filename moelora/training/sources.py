@@ -51,18 +51,21 @@ def check_domain(domain: DomainOptions, key: str) -> list[Problem]:
 
 
 def load_documents(domain: DomainOptions, path: str, split: str) -> datasets.Dataset:
-    """All documents of one path in a single column, `document`.
+    """All documents of one path in a single column, `document`; empty ones are left out.
 
     Raises:
-        UserError: something cannot be read; a checked recipe raises it only if the data changed since.
+        UserError: something cannot be read; a checked recipe raises it only if the data changed since, or for rows of
+            the hub, which are not downloaded to be checked.
     """
-    if not _is_files(path):
-        return (
-            _open_dataset(domain, path, split).select_columns(_field(domain)).rename_column(_field(domain), "document")
-        )
 
     def fail(fix: str) -> None:
         raise UserError(f"data.{domain.name}: {path}: {fix}")
+
+    if not _is_files(path):
+        rows = _open_dataset(domain, path, split).select_columns(_field(domain))
+        chosen = _usable_rows(rows, domain, fail)
+        rows = rows if len(chosen) == len(rows) else rows.select(chosen)
+        return rows.rename_column(_field(domain), "document")
 
     return datasets.Dataset.from_dict(
         {"document": [text for file in _files(path) for text in _read(file, domain, fail)]}
@@ -101,9 +104,12 @@ def _check_file(domain: DomainOptions, file: Path, key: str) -> list[Problem]:
     count = sum(1 for _ in _read(file, domain, fixes.append))
     if count == 0 and not fixes:
         fixes.append("the file holds no text; remove it or fill it")
-    if len(fixes) > PROBLEMS_SHOWN_PER_FILE:
-        fixes[PROBLEMS_SHOWN_PER_FILE:] = [f"and {len(fixes) - PROBLEMS_SHOWN_PER_FILE} more such lines"]
-    return [Problem(key, str(file), fix) for fix in fixes]
+    return [Problem(key, str(file), fix) for fix in _few(fixes, "lines")]
+
+
+def _few(fixes: list[str], what: str) -> list[str]:
+    more = len(fixes) - PROBLEMS_SHOWN_PER_FILE
+    return fixes if more <= 0 else [*fixes[:PROBLEMS_SHOWN_PER_FILE], f"and {more} more such {what}"]
 
 
 def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
@@ -153,24 +159,39 @@ def _read_json_lines(lines: Iterator[tuple[int, str]], domain: DomainOptions, re
             yield row[_field(domain)]
 
 
+def _usable_rows(rows: datasets.Dataset, domain: DomainOptions, report: Report) -> list[int]:
+    """Which rows hold a document, reporting those that hold something else."""
+    usable = []
+    for number, value in enumerate(rows[_field(domain)]):
+        if fix := _check_row({_field(domain): value}, domain):
+            report(f"row {number} (the first is 0): {fix}; mend or remove it")
+        elif value:
+            usable.append(number)
+    return usable
+
+
 def _check_row(row: Any, domain: DomainOptions) -> str | None:
     if not isinstance(row, dict):
-        return f"must be a JSON object, not {shorten(json.dumps(row), 30)}"
+        return f"must be a JSON object, not {_as_json(row)}"
     field = _field(domain)
     if field not in row:
         return _no_such_field(domain, list(row))
     value = row[field]
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return f"`{field}` holds half a character (a lone surrogate); remove it"
     if domain.messages_field is None:
-        return None if isinstance(value, str) else f"`{field}` must be text, not {shorten(json.dumps(value), 30)}"
+        return None if isinstance(value, str) else f"`{field}` must be text, not {_as_json(value)}"
     keys = ("role", "content")
     good = isinstance(value, list) and all(
         isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in keys) for turn in value
     )
-    return None if good else f"`{field}` must be a list of {{role, content}}, not {shorten(json.dumps(value), 30)}"
+    return None if good else f"`{field}` must be a list of {{role, content}}, not {_as_json(value)}"
+
+
+def _as_json(value: Any) -> str:
+    return shorten(json.dumps(value, default=str), 30)  # a dataset holds more than JSON does: dates, images
 
 
 def _no_such_field(domain: DomainOptions, fields: list[str]) -> str:
@@ -187,9 +208,11 @@ def _open_dataset(domain: DomainOptions, path: str, split: str) -> datasets.Data
 
 
 def _check_dataset(domain: DomainOptions, path: str, split: str, key: str) -> list[Problem]:
+    rows = None
     try:
         if Path(path).is_dir():
-            fields: list[str] | None = _open_dataset(domain, path, split).column_names
+            rows = _open_dataset(domain, path, split)
+            fields: list[str] | None = rows.column_names
         else:
             info = datasets.load_dataset_builder(path, domain.subset).info
             fields = list(info.features) if info.features else None
@@ -200,5 +223,9 @@ def _check_dataset(domain: DomainOptions, path: str, split: str, key: str) -> li
     except (OSError, ValueError, DatasetsError) as error:
         reason = shorten(str(error).strip().partition("\n")[0], 200)
         return [Problem(key, path, f"no file of that name, and `datasets` cannot read it: {reason}")]
-    missing = fields is not None and _field(domain) not in fields
-    return [Problem(key, path, _no_such_field(domain, fields or []))] if missing else []
+    if fields is not None and _field(domain) not in fields:
+        return [Problem(key, path, _no_such_field(domain, fields))]
+    fixes: list[str] = []
+    if rows is not None:
+        _usable_rows(rows, domain, fixes.append)
+    return [Problem(key, path, fix) for fix in _few(fixes, "rows")]
