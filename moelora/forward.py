@@ -276,8 +276,18 @@ def make_checkpoint_routed(block: Any, hook: BlockHook) -> None:
     if not (getattr(block, "gradient_checkpointing", False) and block.training):
         return
     function = block._gradient_checkpointing_func
-    if not isinstance(function, RoutedCheckpoint):
-        block._gradient_checkpointing_func = RoutedCheckpoint(function, hook)
+    if isinstance(function, RoutedCheckpoint):
+        if function.hook is hook:
+            return
+        function = function.function  # of a mixture that was discarded with the base model left as it was
+    block._gradient_checkpointing_func = RoutedCheckpoint(function, hook)
+
+
+def make_checkpoint_plain(block: Any) -> None:
+    """Give the block the checkpoint function back that `make_checkpoint_routed` wrapped."""
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    if isinstance(function, RoutedCheckpoint):
+        block._gradient_checkpointing_func = function.function
 
 
 class RoutedCheckpoint:

@@ -15,7 +15,7 @@ from . import blocks
 from ._peft import LoraLayer, TunerModel
 from .config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
 from .controls import STATE_ATTRIBUTE, RoutingControls
-from .forward import BlockHook, ForwardHook, encoder_argument_position
+from .forward import BlockHook, ForwardHook, encoder_argument_position, make_checkpoint_plain
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
@@ -320,6 +320,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             handle.remove()
         for module in list(self.model.modules()):
             module._modules.pop("moe_router", None)
+            make_checkpoint_plain(module)
 
     def check_merge(self) -> None:
         """Raise where merging would change outputs."""
