@@ -49,8 +49,20 @@ class RoutingState:
 
     @property
     def config(self) -> MoELoraConfig:
-        """The configuration that governs the mixture: the first active adapter's."""
+        """The configuration that governs the mixture: the first active adapter's.
+
+        Raises:
+            ValueError: no adapter is active.
+        """
+        self.check_active()
         return self.configs[self.active_adapters[0]]
+
+    def check_active(self) -> None:
+        """Raise ValueError where no adapter is active, so that there are no experts."""
+        if not self.active_adapters:
+            raise ValueError(
+                "the mixture has no active adapter; add one with `add_adapter`, or choose one with `set_adapter`"
+            )
 
     @property
     def pool(self) -> Pool:
