@@ -299,3 +299,9 @@ def test_plain_model_takes_rows_per_sample():
     torch.testing.assert_close(model(x, routing_weights=torch.eye(E)[:3]), rows)
     with pytest.raises(ValueError, match=r"\[2, 4\].*\[3, 4\]"):
         model(x, routing_weights=torch.ones(2, E))
+
+
+def test_wrong_rows_per_sample_are_named_on_the_first_forward():
+    model = get_peft_model(mlp(), MoELoraConfig(r=2, target_modules=["first", "second"], router_scope="module"))
+    with pytest.raises(ValueError, match=r"\[2, 4\], expected \[3, 4\]$"):
+        model(torch.randn(3, 8), routing_weights=torch.ones(2, E))
