@@ -237,11 +237,11 @@ class RoutingControls:
 
 @contextmanager
 def _in_force(state: RoutingState, routing_weights: Tensor | None) -> Iterator[None]:
-    state.routing_weights = routing_weights
+    before, state.routing_weights = state.routing_weights, routing_weights  # a forward may run inside generate
     try:
         yield
     except KeyboardInterrupt:  # torch calls our closing hooks for an Exception only
         state.close()
         raise
     finally:
-        state.routing_weights = None
+        state.routing_weights = before
