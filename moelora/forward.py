@@ -30,7 +30,6 @@ class BlockRouting:
     """The routing in force inside one block, while it runs."""
 
     context: ForwardContext
-    mixture: Pool  # every active adapter when the routing was decided
     pool: Pool  # those that the columns of weights belong to
     lead: torch.Size  # [B, S], or whatever precedes H in the block's hidden states
     mask: Tensor | None  # lead, False on padding
@@ -201,7 +200,6 @@ class BlockHook:
             context=context,
             lead=hidden.shape[:-1],
             mask=mask,
-            mixture=self.state.pool,
             pool=self.state.pool if shared is not None or self.router is None else self.router.pool,
             weights=weights,
             shared_by_user=shared is not None,

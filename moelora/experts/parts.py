@@ -104,7 +104,6 @@ def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftMode
     Where adapters remember their domains, the gate between those that there are now is solved for anew.
     """
     base = model.unload()
-    vars(base).pop("peft_config", None)  # or PEFT warns of a second adapter
     first, *others = adapters
     mixture = cast(MixturePeftModel, get_peft_model(base, copy_config(first.config), adapter_name=first.name))
     for other in others:
