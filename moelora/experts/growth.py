@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import deepcopy
 from itertools import count
 from typing import Any
 
@@ -11,7 +12,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoint import copy_config
 from ..config import SHARED_FIELDS
 from ..ranks import num_ranks
 
@@ -60,7 +60,7 @@ def grow(
         )
     if optimizer is not None:
         _check_optimizer(optimizer, model)
-    config = copy_config(first)
+    config = deepcopy(first)
     config.inference_mode, config.adapters, config.router_memory = False, None, 0
     for field, value in {"num_experts": num_experts or first.num_experts, **changes}.items():
         setattr(config, field, value)
