@@ -109,6 +109,8 @@ class MoELoraModel(RoutingControls, TunerModel):
         if config.use_moe_routing:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._add_routers(adapter_name, config)
+        if self._is_disabled:
+            self._disable_new_layers()
 
     def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
         state = self._open_state()
@@ -131,6 +133,11 @@ class MoELoraModel(RoutingControls, TunerModel):
         for router in state.routers.values():
             if adapter_name in router.lora_router:
                 router[adapter_name].requires_grad_(is_trainable)
+
+    def _disable_new_layers(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, (*self.tuner_layer_cls, AuxiliaryTrainingWrapper)) and not module.disable_adapters:
+                cast(Any, module).enable_adapters(False)
 
     def _link_readers(self) -> None:
         """Tell every routed layer which others read the same tensor after it."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, SCOPES, config_for, llama, mixture_of
+from helpers import ARCHITECTURES, SCOPES, awaken, config_for, llama, mixture_of
 from peft import get_peft_model
 from test_peft_contract_behaviour import INPUTS, logits, trainable
 
@@ -94,3 +94,20 @@ def test_what_the_user_freezes_while_disabled_stays_frozen():
         model.get_input_embeddings().requires_grad_(True)
         model.set_adapter("expert_1", inference_mode=True)
     assert trainable(model) == {name for name, _ in model.named_parameters() if "embed_tokens" in name}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_layers_that_came_while_disabled_are_disabled_too(scope):
+    """An adapter of other targets than those there are."""
+    own, other = (
+        config_for(ARCHITECTURES["llama"], target_modules=[target], modules_to_save=saved, router_scope=scope)
+        for target, saved in (("q_proj", None), ("v_proj", ["lm_head"]))
+    )
+    model, reference = (get_peft_model(llama(), own, adapter_name="expert_0") for _ in range(2))
+    with model.disable_adapter():
+        for one in (model, reference):
+            one.add_adapter("expert_1", other)
+            awaken(one)
+        torch.testing.assert_close(logits(model), logits(llama()), rtol=0, atol=0)
+    torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=0)
+    assert trainable(model) == trainable(reference)
