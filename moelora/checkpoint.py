@@ -38,11 +38,6 @@ if TYPE_CHECKING:
     from .peft_model import MixturePeftModel
 
 
-def copy_config(config: MoELoraConfig) -> MoELoraConfig:
-    """A copy that an adapter can own."""
-    return copy.deepcopy(config)
-
-
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +129,7 @@ def _save_mixture(model: MixturePeftModel, directory: Path, save_embedding_layer
     }
     save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     position = {name: index for index, name in enumerate(model.active_adapters)}
-    config = copy_config(model.peft_config[model.active_adapters[0]])
+    config = copy.deepcopy(model.peft_config[model.active_adapters[0]])
     config.adapters = [
         {"name": name, "active": position.get(name), "config": _plain(adapter_config)}
         for name, adapter_config in model.peft_config.items()

@@ -156,7 +156,12 @@ class RoutingControls:
 
     @property
     def expert_maturity(self) -> Tensor:
-        """Maturity [E] of the active experts, 0 new to 1 mature, averaged over routers."""
+        """Maturity [E] of the active experts, 0 new to 1 mature, averaged over routers.
+
+        Raises:
+            ValueError: no adapter is active.
+        """
+        self.routing.check_active()
         per_adapter = []
         for name, _ in self.routing.pool:
             routers = [router[name] for router in self.routing.routers.values() if name in router.lora_router]
@@ -181,9 +186,10 @@ class RoutingControls:
                 router[adapter_name].maturity[index] = value
 
     def _locate_expert(self, expert: int | str) -> tuple[str, int | slice]:
+        if isinstance(expert, str) and expert in self.peft_config:
+            return expert, slice(None)
+        self.routing.check_active()
         if isinstance(expert, str):
-            if expert in self.peft_config:
-                return expert, slice(None)
             raise ValueError(f"`expert` ({expert!r}) is no adapter; there are {', '.join(self.peft_config)}")
         start = 0
         for name, count in self.routing.pool:
@@ -197,6 +203,9 @@ class RoutingControls:
 
         Args:
             reset: start counting anew afterwards.
+
+        Raises:
+            ValueError: no adapter is active.
         """
         loss_type = self.routing.config.load_balance_loss_type
         stats = {}
@@ -229,11 +238,11 @@ class RoutingControls:
 
 @contextmanager
 def _in_force(state: RoutingState, routing_weights: Tensor | None) -> Iterator[None]:
-    state.routing_weights = routing_weights
+    before, state.routing_weights = state.routing_weights, routing_weights  # a forward may run inside generate
     try:
         yield
     except KeyboardInterrupt:  # torch calls our closing hooks for an Exception only
         state.close()
         raise
     finally:
-        state.routing_weights = None
+        state.routing_weights = before

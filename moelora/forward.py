@@ -30,7 +30,6 @@ class BlockRouting:
     """The routing in force inside one block, while it runs."""
 
     context: ForwardContext
-    mixture: Pool  # every active adapter when the routing was decided
     pool: Pool  # those that the columns of weights belong to
     lead: torch.Size  # [B, S], or whatever precedes H in the block's hidden states
     mask: Tensor | None  # lead, False on padding
@@ -210,7 +209,6 @@ class BlockHook:
             context=context,
             lead=hidden.shape[:-1],
             mask=mask,
-            mixture=self.state.pool,
             pool=self.state.pool if shared is not None or self.router is None else self.router.pool,
             weights=weights,
             shared_by_user=shared is not None,
@@ -285,8 +283,18 @@ def make_checkpoint_routed(block: Any, hook: BlockHook) -> None:
     if not (getattr(block, "gradient_checkpointing", False) and block.training):
         return
     function = block._gradient_checkpointing_func
-    if not isinstance(function, RoutedCheckpoint):
-        block._gradient_checkpointing_func = RoutedCheckpoint(function, hook)
+    if isinstance(function, RoutedCheckpoint):
+        if function.hook is hook:
+            return
+        function = function.function  # of a mixture that was discarded with the base model left as it was
+    block._gradient_checkpointing_func = RoutedCheckpoint(function, hook)
+
+
+def make_checkpoint_plain(block: Any) -> None:
+    """Give the block the checkpoint function back that `make_checkpoint_routed` wrapped."""
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    if isinstance(function, RoutedCheckpoint):
+        block._gradient_checkpointing_func = function.function
 
 
 class RoutedCheckpoint:

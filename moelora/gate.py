@@ -255,6 +255,7 @@ def over_context(
     """[B, S, A]: log densities summed over each token and the WINDOW - 1 before it; padding adds nothing.
 
     Args:
+        mask_BS: bool, False on padding.
         said: what the tokens in the forward's KV cache said to the router `key`; these tokens join them.
         past_length: number of tokens in the cache.
 
@@ -263,7 +264,7 @@ def over_context(
         [1.0, 2.0, 64.0]
     """
     if mask_BS is not None:
-        densities_BSA = densities_BSA * mask_BS[..., None]
+        densities_BSA = torch.where(mask_BS[..., None], densities_BSA, 0)  # padding may be NaN, which times 0 stays
     length = densities_BSA.shape[1]
     total = (densities_BSA if said is None else said.continued(key, densities_BSA, past_length)).cumsum(1)
     return (total - F.pad(total, (0, 0, WINDOW, 0))[:, : total.shape[1]])[:, -length:]

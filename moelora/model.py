@@ -15,7 +15,7 @@ from . import blocks
 from ._peft import LoraLayer, TunerModel
 from .config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
 from .controls import STATE_ATTRIBUTE, RoutingControls
-from .forward import BlockHook, ForwardHook, encoder_argument_position
+from .forward import BlockHook, ForwardHook, encoder_argument_position, make_checkpoint_plain
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
@@ -40,6 +40,8 @@ class MoELoraModel(RoutingControls, TunerModel):
     """
 
     tuner_layer_cls = (LoraLayer, MoELoraRouter)
+    _frozen_by_disabling: frozenset[nn.Parameter] = frozenset()
+    _is_disabled = False
 
     def __init__(
         self,
@@ -100,11 +102,15 @@ class MoELoraModel(RoutingControls, TunerModel):
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
         """Create the adapter's experts and routers; see PEFT for the arguments."""
+        frozen = self._frozen_by_disabling
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        self._frozen_by_disabling = frozen  # PEFT activates what is active once more
         config = self.peft_config[adapter_name]
         if config.use_moe_routing:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._add_routers(adapter_name, config)
+        if self._is_disabled:
+            self._disable_new_layers()
 
     def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
         state = self._open_state()
@@ -127,6 +133,11 @@ class MoELoraModel(RoutingControls, TunerModel):
         for router in state.routers.values():
             if adapter_name in router.lora_router:
                 router[adapter_name].requires_grad_(is_trainable)
+
+    def _disable_new_layers(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, (*self.tuner_layer_cls, AuxiliaryTrainingWrapper)) and not module.disable_adapters:
+                cast(Any, module).enable_adapters(False)
 
     def _link_readers(self) -> None:
         """Tell every routed layer which others read the same tensor after it."""
@@ -217,9 +228,11 @@ class MoELoraModel(RoutingControls, TunerModel):
         """
         if self.routing_or_none is None:
             super().set_adapter(adapter_name, inference_mode=inference_mode)
+            self._frozen_by_disabling = frozenset()
             return
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_agreement(names)
+        self._frozen_by_disabling = frozenset()  # what is trainable is said anew
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 # Modules to save and trainable tokens can be one adapter's only: the mixture's first that has them.
@@ -263,7 +276,9 @@ class MoELoraModel(RoutingControls, TunerModel):
     def keep_trainability(self) -> Iterator[None]:
         """Undo changes that PEFT makes to `requires_grad` as a side effect."""
         before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        frozen = self._frozen_by_disabling
         yield
+        self._frozen_by_disabling = frozen
         for parameter in self.model.parameters():
             parameter.requires_grad = before.get(parameter, parameter.requires_grad)
 
@@ -283,18 +298,21 @@ class MoELoraModel(RoutingControls, TunerModel):
 
     def disable_adapter_layers(self) -> None:
         """Switch the mixture off: the output is the base model's."""
-        if "_trainable_when_enabled" not in self.__dict__:  # disabled twice: the first time knows
-            self._trainable_when_enabled = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = {p for p in self.model.parameters() if p.requires_grad}
         super().disable_adapter_layers()
+        self._frozen_by_disabling |= {p for p in trainable if not p.requires_grad}
+        self._is_disabled = True
 
     def enable_adapter_layers(self) -> None:
-        """Switch the mixture on again; what was frozen stays frozen."""
-        super().enable_adapter_layers()
-        trainable = self.__dict__.pop("_trainable_when_enabled", None)
-        if trainable is not None:
-            kept = set(trainable)
-            for parameter in self.model.parameters():
-                parameter.requires_grad = parameter in kept
+        """Switch the mixture on again, as trainable as it was or as it has been made since."""
+        if not self._is_disabled:
+            super().enable_adapter_layers()
+            return
+        with self.keep_trainability():
+            super().enable_adapter_layers()
+        for parameter in self._frozen_by_disabling:
+            parameter.requires_grad = True
+        self._frozen_by_disabling, self._is_disabled = frozenset(), False
 
     def unload(self) -> nn.Module:
         """Return the base model without experts, routers and hooks."""
@@ -320,6 +338,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             handle.remove()
         for module in list(self.model.modules()):
             module._modules.pop("moe_router", None)
+            make_checkpoint_plain(module)
 
     def check_merge(self) -> None:
         """Raise where merging would change outputs."""

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .training.schema import Problem, about, at_least, check_values, not_negative, one_of, positive, settable_fields
+from .training.schema import (
+    Problem,
+    about,
+    at_least,
+    between_0_and_1,
+    check_values,
+    not_negative,
+    one_of,
+    positive,
+    settable_fields,
+)
 
 ROUTERS = ("arrow", "prototype", "uniform", "train")
 CRITERIA = ("load", "worth", "similarity")
@@ -43,10 +53,6 @@ def _is_folder(value: str) -> str | None:
 
 def _is_file(value: str) -> str | None:
     return None if Path(value).is_file() else "no such file; give the path of a recipe"
-
-
-def _share(value: float) -> str | None:
-    return None if 0 < value < 1 else "must be greater than 0 and less than 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +302,9 @@ class MergeOptions(JudgedOptions):
             "rank of the merged expert; by default that of the first one (not for average)", check=at_least(1)
         ),
     )
-    density: float = field(default=0.5, metadata=about("share of entries that ties and dare keep", check=_share))
+    density: float = field(
+        default=0.5, metadata=about("share of entries that ties and dare keep", check=between_0_and_1)
+    )
     seed: int = field(default=42, metadata=about("seed of the entries that dare drops", check=at_least(0)))
 
 

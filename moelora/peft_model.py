@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
@@ -39,7 +40,7 @@ class MixturePeftModel(PeftModel):
 
     def _add_inactive_adapter(self, adapter_name: str, peft_config: MoELoraConfig, *args: Any, **kwargs: Any) -> None:
         # Each adapter needs a configuration of its own: PEFT fills in targets and flags on the object it is given.
-        super().add_adapter(adapter_name, checkpoint.copy_config(peft_config), *args, **kwargs)
+        super().add_adapter(adapter_name, copy.deepcopy(peft_config), *args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make exactly this adapter, or these, the mixture, and trainable unless inference_mode.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gate import Memory
+from .ops.norm_linear import EPS
 from .ranks import fits_over_ranks
 
 
@@ -146,7 +147,7 @@ class FixedRouter(ExpertRouter):
 
 def rms_norm(hidden: Tensor) -> Tensor:
     """Root-mean-square normalisation over the last dimension in float32, so that routing sees direction, not scale."""
-    return F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=1e-6)
+    return F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=EPS)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,20 @@ class RoutingState:
 
     @property
     def config(self) -> MoELoraConfig:
-        """The configuration that governs the mixture: the first active adapter's."""
+        """The configuration that governs the mixture: the first active adapter's.
+
+        Raises:
+            ValueError: no adapter is active.
+        """
+        self.check_active()
         return self.configs[self.active_adapters[0]]
+
+    def check_active(self) -> None:
+        """Raise ValueError where no adapter is active, so that there are no experts."""
+        if not self.active_adapters:
+            raise ValueError(
+                "the mixture has no active adapter; add one with `add_adapter`, or choose one with `set_adapter`"
+            )
 
     @property
     def pool(self) -> Pool:
@@ -188,9 +200,8 @@ class ForwardContext:
         if weights is None:
             return None
         batch, num_experts = lead[0], self.state.num_experts
-        expected = f"{[*lead, num_experts]} or {[batch, num_experts]}"
         if weights.shape[-1:] != (num_experts,) or weights.dim() not in (2, len(lead) + 1):
-            raise ValueError(f"`routing_weights` has shape {list(weights.shape)}, expected {expected}")
+            raise _wrong_weights(weights, lead, num_experts)
         if weights.dim() > 2 and is_encoder_decoder:
             raise ValueError(
                 f"`routing_weights` has shape {list(weights.shape)}, expected {[batch, num_experts]}: encoder and "
@@ -200,12 +211,12 @@ class ForwardContext:
             weights = weights.repeat_interleave(self.state.copies, dim=0)
         if weights.dim() == 2 and weights.shape[0] == batch:
             return weights.view(batch, *(1 for _ in lead[1:]), num_experts).expand(*lead, num_experts)
-        covers_prompt = self.state.prefilled or weights.shape[1] >= lead[1]
-        if self.state.generating and len(lead) == 2 and weights.shape[0] == batch and covers_prompt:
+        is_sequence = len(lead) == 2 and weights.dim() == 3 and weights.shape[0] == batch
+        if self.state.generating and is_sequence and (self.state.prefilled or weights.shape[1] >= lead[1]):
             rows = self.past_length + torch.arange(lead[1], device=weights.device)
             return weights.index_select(1, rows.clamp(max=weights.shape[1] - 1))  # the last row holds on
         if weights.shape[:-1] != lead:
-            raise ValueError(f"`routing_weights` has shape {list(weights.shape)}, expected {expected}")
+            raise _wrong_weights(weights, lead, num_experts)
         return weights
 
     def router_weights(self, stack: str, hidden: Tensor) -> Tensor | None:
@@ -219,6 +230,11 @@ class ForwardContext:
         if stack not in self.attached_weights:
             self.attached_weights[stack] = call_attached_router(self.state, hidden)
         return self.attached_weights[stack]
+
+
+def _wrong_weights(weights: Tensor, lead: torch.Size, num_experts: int) -> ValueError:
+    expected = " or ".join(dict.fromkeys(str([*tokens, num_experts]) for tokens in (lead, lead[:1])))
+    return ValueError(f"`routing_weights` has shape {list(weights.shape)}, expected {expected}")
 
 
 def _past_length(cache: Any) -> int | Tensor:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from moelora import MoELoraConfig
+from moelora.forward import RoutedCheckpoint
 
 VOCAB = 64
 HIDDEN = 32
@@ -267,6 +268,7 @@ def assert_clean(base: nn.Module) -> None:
     assert not [name for name in vars(base) if "moelora" in name]
     for module in base.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks, module
+        assert not isinstance(getattr(module, "_gradient_checkpointing_func", None), RoutedCheckpoint), module
 
 
 class RandomRouter(nn.Module):

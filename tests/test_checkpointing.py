@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, SCOPES, RandomRouter, assert_same_grads, mixture_of, routers_of, train_step
+from helpers import (
+    ARCHITECTURES,
+    SCOPES,
+    RandomRouter,
+    assert_clean,
+    assert_same_grads,
+    awaken,
+    config_for,
+    mixture_of,
+    routers_of,
+    train_step,
+)
+from peft import get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 WAYS = [pytest.param(True, id="reentrant"), pytest.param(False, id="non-reentrant")]
@@ -248,3 +260,41 @@ def test_checkpoint_around_the_whole_block_is_refused():
     loss = model(**inputs).loss
     with pytest.raises(RuntimeError, match=r"model.layers.\d.*gradient_checkpointing_enable"):
         loss.backward()
+
+
+@pytest.mark.parametrize("router_type", ["learned", "fixed"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_unloading_takes_the_routing_off_the_checkpoints(name, router_type):
+    model = mixture_of(name, router_type=router_type)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    train_step(model, ARCHITECTURES[name].batch())
+    for embedding in (module for module in model.modules() if isinstance(module, torch.nn.Embedding)):
+        embedding._forward_hooks.clear()  # transformers' own, for inputs that require a gradient
+    assert_clean(model.unload() if router_type == "learned" else model.merge_and_unload())
+
+
+@pytest.mark.parametrize("use_reentrant", WAYS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_second_mixture_on_the_unloaded_base_routes_for_itself(scope, use_reentrant):
+    inputs = ARCHITECTURES["llama"].batch()
+    config = config_for(ARCHITECTURES["llama"], router_scope=scope, router_aux_loss_coef=0.0)
+    models = []
+    for first in mixtures("llama", scope, use_reentrant, router_aux_loss_coef=0.0):
+        train_step(first, inputs)
+        models.append(get_peft_model(first.unload(), config))
+        awaken(models[-1])
+    (expected_loss, expected), (loss, grads) = (train_step(model, inputs) for model in models)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
+    assert_same_grads(grads, expected, **TOLERANCE)
+
+
+def test_a_checkpoint_left_by_another_mixture_is_taken_over():
+    """As where the tuner was discarded and not unloaded."""
+    inputs = ARCHITECTURES["llama"].batch()
+    plain, model = mixtures("llama", "block", use_reentrant=False)
+    _, other = mixtures("llama", "block", use_reentrant=False)
+    train_step(other, inputs)
+    for ours, theirs in zip(*(m.base_model.model.model.layers for m in (model, other)), strict=True):
+        ours._gradient_checkpointing_func = theirs._gradient_checkpointing_func
+    _, expected = train_step(plain, inputs)
+    assert_same_grads(train_step(model, inputs)[1], expected, **TOLERANCE)

@@ -7,6 +7,8 @@ import torch
 from helpers import ARCHITECTURES, HIDDEN, SCOPES, RandomRouter, mixture_of, routers_of, train_step
 from torch import nn
 
+from moelora.experts import grow
+
 E = 4
 INPUTS = ARCHITECTURES["llama"].batch(3, 7)
 NO_LABELS = {"input_ids": INPUTS["input_ids"]}
@@ -247,6 +249,26 @@ def test_mature_is_top_k_and_new_is_dense():
 def test_maturity_refuses(expert, value, match):
     with pytest.raises(ValueError, match=match):
         mixture_of("llama").set_expert_maturity(expert, value)
+
+
+WITHOUT_EXPERTS = {
+    "routing_stats": lambda model: model.routing_stats(),
+    "expert_maturity": lambda model: model.base_model.expert_maturity,
+    "set_expert_maturity": lambda model: model.set_expert_maturity(0, 1.0),
+    "set_expert_maturity by name": lambda model: model.set_expert_maturity("default", 1.0),
+    "set_routing_weights": lambda model: model.set_routing_weights([1.0] * 4),
+    "get_routing_weights": lambda model: model.get_routing_weights(torch.randn(1, 2, HIDDEN), block=0),
+    "check_merge": lambda model: model.base_model.check_merge(),
+    "grow": grow,
+}
+
+
+@pytest.mark.parametrize("control", WITHOUT_EXPERTS)
+def test_without_an_adapter_controls_say_so(control):
+    model = mixture_of("llama", router_type="fixed" if control == "set_routing_weights" else "learned")
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"no active adapter.*`add_adapter`"):
+        WITHOUT_EXPERTS[control](model)
 
 
 def test_maturity_by_adapter():

@@ -1,5 +1,7 @@
 """A mixture rebuilt from some of its experts computes what the whole one does with the others out of every softmax."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import ARCHITECTURES, mixture_of, routers_of
@@ -174,3 +176,12 @@ def test_nothing_left_and_attached_routers_are_refused():
     model.attach_router(torch.nn.Linear(32, 4))
     with pytest.raises(ValueError, match="detach_router"):
         take_apart(model)
+
+
+def test_the_base_that_is_put_together_anew_carries_no_old_adapter():
+    """PEFT warns of a second adapter on a model that still has the configuration of a first."""
+    model = mixture_of("llama")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(second time|peft_config)")
+        again = put_together(model, take_apart(model))
+    assert list(again.base_model.model.peft_config) == ["default"]

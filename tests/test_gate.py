@@ -111,10 +111,21 @@ def test_single_precision_decides_as_double_does():
 
 def test_padding_and_old_tokens_add_nothing():
     densities = torch.ones(1, WINDOW + 6, 2)
-    mask = torch.ones(1, WINDOW + 6)
-    mask[0, :3] = 0
+    mask = torch.ones(1, WINDOW + 6, dtype=torch.bool)
+    mask[0, :3] = False
     summed = over_context(densities, mask)[0, :, 0]
     assert summed[2] == 0 and summed[3] == 1 and summed[-1] == WINDOW
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_stands_in_padding_reaches_no_token(broken):
+    """A padded row may hold anything: attention over nothing but padding is NaN in some implementations."""
+    densities = torch.randn(2, WINDOW + 6, 2)
+    mask = torch.ones(2, WINDOW + 6, dtype=torch.bool)
+    mask[0, :3] = mask[1, 5] = False
+    expected = over_context(densities, mask)
+    densities[0, 1] = densities[1, 5] = broken
+    torch.testing.assert_close(over_context(densities, mask), expected, rtol=0, atol=0)
 
 
 def test_a_gate_gives_each_adapter_its_domains_share_whatever_the_scores():

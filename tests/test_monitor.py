@@ -101,6 +101,23 @@ def test_the_console_line_stays_short(tmp_path, recorder, capsys):
     assert len(with_details) == len(logged(recorder)) == 4
 
 
+class Beginnings(TrainerCallback):
+    count = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+def test_callbacks_begin_once_wherever_it_was_added(tmp_path):
+    """Adding it last makes the Trainer pass all others before it takes its place at their front."""
+    others = [Beginnings(), Beginnings()]
+    trainer, _ = train(mixture(), Rows(4, 8), tmp_path)
+    for callback in (*others, MoELoraCallback()):
+        trainer.callback_handler.callbacks.append(callback)  # `add_callback` warns of a class that is there already
+    trainer.train()
+    assert [other.count for other in others] == [1, 1]
+
+
 def test_details_can_be_left_out(tmp_path, recorder):
     train(mixture(), Rows(4, 8), tmp_path, callbacks=[MoELoraCallback(per_router=False)])
     assert not [key for key in logged(recorder)[0] if key.startswith("routers/")]

@@ -40,56 +40,6 @@ def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# ---- disabling ----
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_disable_adapter_is_the_base_model(name, scope):
-    model = mixture_of(name, router_scope=scope)
-    inputs = ARCHITECTURES[name].batch(labels=False)
-    with torch.no_grad():
-        routed = model(**inputs).logits
-        with model.disable_adapter():
-            torch.testing.assert_close(
-                model(**inputs).logits, ARCHITECTURES[name].build()(**inputs).logits, rtol=0, atol=0
-            )
-        torch.testing.assert_close(model(**inputs).logits, routed, rtol=0, atol=0)
-
-
-def test_disabled_training_forward_counts_nothing():
-    model = mixture_of("llama", router_type="learned_with_maturity")
-    with model.disable_adapter():
-        output = model.train()(**INPUTS)
-    torch.testing.assert_close(output.loss, llama()(**INPUTS).loss)
-    assert model.routing_stats() == {} and model.expert_maturity.max() == 0
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_frozen_stays_frozen(depth):
-    model = mixture_of("llama", experts=True)
-    for name, parameter in model.named_parameters():
-        if "expert_1" in name or "lora_router" in name:
-            parameter.requires_grad = False
-    before = trainable(model)
-    with model.disable_adapter():
-        if depth == 2:
-            with model.disable_adapter():
-                logits(model)
-        logits(model)
-    assert trainable(model) == before
-
-
-def test_frozen_stays_frozen_after_an_exception():
-    model = mixture_of("llama", experts=True)
-    model.base_model.set_requires_grad("expert_2", False)
-    before, expected = trainable(model), logits(model)
-    with pytest.raises(KeyError), model.disable_adapter():
-        raise KeyError
-    assert trainable(model) == before
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
-
-
 # ---- subsets ----
 
 

@@ -283,6 +283,24 @@ def test_rows_shorter_than_the_prompt_are_refused_in_generate():
         model.generate(**inputs, max_new_tokens=2, routing_weights=weights_like(2, 3, E))
 
 
+def test_a_forward_within_generate_leaves_the_weights_in_force():
+    """As a logits processor or a streamer may make one, to score what was generated so far."""
+    model = mixture_of("llama")
+    inputs = ARCHITECTURES["llama"].batch(2, 5, labels=False)
+    weights = weights_like(2, 7, E)
+
+    def look(ids, scores):
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False, routing_weights=weights_like(2, E, seed=5))
+        return scores
+
+    expected, watched = (
+        generate(model, inputs, routing_weights=weights, logits_processor=processors) for processors in ([], [look])
+    )
+    torch.testing.assert_close(watched[1], expected[1], rtol=0, atol=0)
+
+
 # ---- without blocks or task type ----
 
 
@@ -299,3 +317,9 @@ def test_plain_model_takes_rows_per_sample():
     torch.testing.assert_close(model(x, routing_weights=torch.eye(E)[:3]), rows)
     with pytest.raises(ValueError, match=r"\[2, 4\].*\[3, 4\]"):
         model(x, routing_weights=torch.ones(2, E))
+
+
+def test_wrong_rows_per_sample_are_named_on_the_first_forward():
+    model = get_peft_model(mlp(), MoELoraConfig(r=2, target_modules=["first", "second"], router_scope="module"))
+    with pytest.raises(ValueError, match=r"\[2, 4\], expected \[3, 4\]$"):
+        model(torch.randn(3, 8), routing_weights=torch.ones(2, E))

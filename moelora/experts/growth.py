@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from itertools import count
 from typing import Any
 
@@ -11,7 +12,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoint import copy_config
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..ranks import num_ranks
 
@@ -72,7 +72,7 @@ def grow(
 
 def _grown_config(first: MoELoraConfig, name: str, num_experts: int, changes: Mapping[str, Any]) -> MoELoraConfig:
     """The first adapter's configuration for an adapter of so many new experts."""
-    config = copy_config(first)
+    config = deepcopy(first)
     config.inference_mode, config.adapters, config.router_memory = False, None, 0
     # What the first adapter is, an imported LoRA, says nothing of the new one; and `num_experts` starts at 2.
     size = {"single_expert": True} if num_experts == 1 else {"single_expert": False, "num_experts": num_experts}

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 
 import torch
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
-from ..checkpoint import copy_config
 from ..gate import Memory, combined, distinct
 from ..report.stored import scaling_of
 from .low_rank import truncated, truncated_product
@@ -165,7 +165,7 @@ def _hidden_units(chosen: Sequence[_Chosen]) -> tuple[Tensors, Tensors]:
 
 
 def _with_hidden_units(adapter: AdapterParts, hidden: Tensors, chosen: Sequence[_Chosen]) -> AdapterParts:
-    config = copy_config(adapter.config)
+    config = deepcopy(adapter.config)
     config.router_hidden_size = sum(one.adapter.config.router_hidden_size or 0 for one in chosen)
     return replace(adapter, config=config, shared=adapter.shared | hidden)
 
@@ -194,7 +194,7 @@ def _remembering_all(adapter: AdapterParts, chosen: Sequence[_Chosen]) -> Adapte
     of them does not remember its own."""
     owners = _adapters_of(chosen)
     if not all(owner.config.router_memory for owner in owners):
-        config = copy_config(adapter.config)
+        config = deepcopy(adapter.config)
         config.router_memory = 0
         kept = {key: tensor for key, tensor in adapter.shared.items() if not _MEMORY.search(key)}
         return replace(adapter, config=config, shared=kept)
@@ -308,7 +308,7 @@ def _products(factors: Factors) -> list[Tensor]:
 
 def _adapter_of_its_own(home: AdapterParts, expert: Tensors, taken: set[str]) -> AdapterParts:
     """An adapter for an expert of another rank; its scaling is 1, for it lies in B."""
-    config = copy_config(home.config)
+    config = deepcopy(home.config)
     config.r = config.lora_alpha = len(next(tensor for key, tensor in expert.items() if key.endswith(_A)))
     config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
     return replace(home, name=free_name(set(taken)), config=config, experts=[expert])

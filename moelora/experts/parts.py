@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -14,7 +15,6 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from ..checkpoint import copy_config
 from ..config import MoELoraConfig, count_experts
 from ..peft_model import MixturePeftModel
 from .memory import refresh_gate
@@ -104,9 +104,8 @@ def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftMode
     Where adapters remember their domains, the gate between those that there are now is solved for anew.
     """
     base = model.unload()
-    vars(base).pop("peft_config", None)  # or PEFT warns of a second adapter
     first, *others = adapters
-    mixture = cast(MixturePeftModel, get_peft_model(base, copy_config(first.config), adapter_name=first.name))
+    mixture = cast(MixturePeftModel, get_peft_model(base, deepcopy(first.config), adapter_name=first.name))
     for other in others:
         mixture._add_inactive_adapter(other.name, other.config)
     for adapter in adapters:
@@ -229,7 +228,7 @@ def settle(adapters: Sequence[AdapterParts]) -> list[AdapterParts]:
         if not adapter.is_active:
             settled.append(adapter)
         elif adapter.experts:
-            config = copy_config(adapter.config)
+            config = deepcopy(adapter.config)
             config.top_k_experts = min(config.top_k_experts, total)
             if adapter.is_single or len(adapter.experts) >= max(2, config.top_k_experts):
                 config.num_experts = config.num_experts if adapter.is_single else len(adapter.experts)
@@ -241,7 +240,7 @@ def settle(adapters: Sequence[AdapterParts]) -> list[AdapterParts]:
 
 def _singles(adapter: AdapterParts, taken: set[str]) -> list[AdapterParts]:
     return [
-        replace(adapter, name=free_name(taken), config=copy_config(adapter.config), experts=[expert])
+        replace(adapter, name=free_name(taken), config=deepcopy(adapter.config), experts=[expert])
         for expert in adapter.experts
     ]
 

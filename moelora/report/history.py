@@ -19,13 +19,11 @@ class History:
 
     Attributes:
         steps: the optimizer steps.
-        loss: training loss at each.
         routers: by router name: `expert_load` and `maturity` [steps][E], `entropy`, `top1_probability`, `dropped` and
             `balancing_loss` [steps].
     """
 
     steps: list[int]
-    loss: list[float]
     routers: dict[str, dict[str, list[Any]]]
 
 
@@ -49,7 +47,6 @@ def history_of(log: Sequence[Mapping[str, Any]]) -> History | None:
     ]
     return History(
         steps=[entry["step"] for entry in fitting],
-        loss=[entry["loss"] for entry in fitting],
         routers={
             name or "model": {key: [entry["routers"][name][key] for entry in fitting] for key in SERIES}
             for name in last

@@ -168,14 +168,13 @@ def _take_place(callback: TrainerCallback) -> None:
             stacklevel=2,
         )
         return
-    callbacks = handler.callbacks
-    callbacks.remove(callback)
-    callbacks.insert(0, callback)
+    callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
     printers = [i for i, other in enumerate(callbacks) if isinstance(other, (PrinterCallback, ProgressCallback))]
     if printers and not any(isinstance(other, _Hide) for other in callbacks):
         hide = _Hide()
         callbacks.insert(printers[-1] + 1, _Show(hide))
         callbacks.insert(printers[0], hide)
+    handler.callbacks = callbacks  # a new list: the handler is in the middle of the old one
 
 
 def _calling_handler() -> CallbackHandler | None:

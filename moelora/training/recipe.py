@@ -9,17 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .schema import about, at_least, one_of, positive
+from .schema import about, at_least, between_0_and_1, one_of, positive
 
 MIXTURE_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 """What the job sets in `MoELoraConfig` unless the recipe says otherwise."""
 
 TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "ddp_find_unused_parameters": False}
 """What the job sets in `TrainingArguments` unless the recipe says otherwise."""
-
-
-def _between_0_and_1(value: float) -> str | None:
-    return None if 0 < value < 1 else "must be greater than 0 and less than 1"
 
 
 def _positive_and_finite(value: float) -> str | None:
@@ -85,7 +81,7 @@ class DomainOptions:
         default=None, metadata=about("held-out split of a `datasets` path in place of a share of `split`")
     )
     eval_fraction: float = field(
-        default=0.1, metadata=about("share of the documents to hold out", check=_between_0_and_1)
+        default=0.1, metadata=about("share of the documents to hold out", check=between_0_and_1)
     )
     weight: float = field(
         default=1.0,

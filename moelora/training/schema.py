@@ -62,6 +62,10 @@ def not_negative(value: float) -> str | None:
     return None if value >= 0 else "must be 0 or greater"
 
 
+def between_0_and_1(value: float) -> str | None:
+    return None if 0 < value < 1 else "must be greater than 0 and less than 1"
+
+
 def at_least(minimum: int) -> Check:
     return lambda value: None if value >= minimum else f"must be {minimum} or greater"
 
