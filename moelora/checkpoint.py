@@ -263,8 +263,6 @@ def _load_mixture(
             if entry["name"] in model.peft_config:
                 model.delete_adapter(entry["name"])
         raise
-    for entry in new if is_trainable else ():
-        model.set_requires_grad(entry["name"])
     for name, entries in per_adapter.items():
         _set_weights(model, name, entries, autocast=options.get("autocast_adapter_dtype", True))
     if not is_trainable:

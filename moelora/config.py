@@ -208,7 +208,11 @@ class MoELoraConfig(LoraConfig):
         """
         if name not in tuple(PRESETS):  # a list has no hash
             raise ValueError(f"`preset` ({name!r}) is not known; choose one of {', '.join(PRESETS)}")
-        return cls(**PRESETS[name] | options)
+        try:
+            return cls(**PRESETS[name] | options)
+        except ValueError as error:
+            kept = ", ".join(f"{field}={value}" for field, value in PRESETS[name].items() if field not in options)
+            raise ValueError(f"{error}. The preset {name!r} sets {kept}") from error
 
     def _check_experts(self) -> None:
         if not _is_int(self.num_experts) or self.num_experts < 2:

@@ -59,6 +59,7 @@ class RoutingControls:
         """Put the caller's own routing weights in force for a forward or a generate.
 
         Raises:
+            TypeError: routing_weights are no tensor.
             ValueError: adapter_names are given, or there is no mixture to weigh.
         """
         if self.routing_or_none is None:
@@ -69,6 +70,10 @@ class RoutingControls:
             raise ValueError(
                 "`adapter_names` cannot choose one adapter per sample in a mixture, whose adapters act together; pass "
                 "`routing_weights` [B, E] with a 1 for the expert of each sample"
+            )
+        if routing_weights is not None and not isinstance(routing_weights, Tensor):
+            raise TypeError(
+                f"`routing_weights` ({type(routing_weights).__name__}) must be a tensor [B, S, E] or [B, E]"
             )
         if routing_weights is not None and any(getattr(module, "merged", False) for module in self.model.modules()):
             raise ValueError("`routing_weights` cannot act on merged experts; call `unmerge_adapter()` first")

@@ -247,11 +247,16 @@ def call_attached_router(state: RoutingState, hidden: Tensor) -> Tensor:
     """The attached router's weights for hidden [B, S, H], checked to be [B, S, E].
 
     Raises:
+        TypeError: it returned no tensor.
         ValueError: it returned another shape; the message names both.
     """
     assert state.attached is not None
     weights = state.attached(hidden)
     expected = (*hidden.shape[:-1], state.num_experts)
+    if not isinstance(weights, Tensor):
+        raise TypeError(
+            f"the attached router returned {type(weights).__name__}; its forward must return a tensor [B, S, E]"
+        )
     if weights.shape != expected:
         raise ValueError(
             f"the attached router returned shape {list(weights.shape)} for hidden states {list(hidden.shape)}, "

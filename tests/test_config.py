@@ -38,6 +38,13 @@ def test_presets_are_what_they_say_and_give_way(name):
     assert MoELoraConfig.preset(name, r=3).r == 3 != PRESETS[name]["r"]
 
 
+def test_a_preset_says_what_it_sets_where_an_option_contradicts_it():
+    with pytest.raises(
+        ValueError, match=r"`top_k_experts` \(16\) exceeds.*preset 'multi-domain' sets r=4.*top_k_experts=16"
+    ):
+        MoELoraConfig.preset("multi-domain", num_experts=4)
+
+
 def test_an_unknown_preset_names_those_there_are():
     with pytest.raises(ValueError, match=r"`preset` \('multi'\) is not known; choose one of multi-domain, continual"):
         MoELoraConfig.preset("multi")

@@ -102,6 +102,17 @@ def test_attached_router_of_wrong_shape(shape):
         model(**NO_LABELS)
 
 
+def test_an_attached_router_that_returns_no_tensor():
+    class Pair(nn.Module):
+        def forward(self, hidden):
+            return hidden, hidden
+
+    model = mixture_of("llama")
+    model.attach_router(Pair())
+    with pytest.raises(TypeError, match="attached router returned tuple"):
+        model(**NO_LABELS)
+
+
 def test_only_modules_attach():
     with pytest.raises(TypeError, match=r"nn\.Module, got function"):
         mixture_of("llama").attach_router(lambda hidden: hidden)

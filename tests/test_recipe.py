@@ -109,6 +109,7 @@ MISTAKES = [
     ("mixture.inference_mode", True, "drop it"),
     ("mixture.preset", "multi-domian", "must be one of multi-domain, continual; did you mean `multi-domain`?"),
     ("mixture.preset", ["continual"], "must be one of"),
+    ("mixture.presett", "continual", "unknown key; did you mean `preset`?"),
     ("mixture.num_experts", 2.5, "must be a whole number, not a number"),
     ("training.seed", 3, "set `seed` at the top"),
     ("training.resume_from_checkpoint", "x", "--resume"),
@@ -286,6 +287,33 @@ def test_resume_refuses_another_recipe(folder, recipe, record, checkpoint):
     assert set(found) == {"mixture.r", "data.shouting.weight"}
     assert "was 2 when the run began" in found["mixture.r"]
     assert load_recipe(write_recipe(folder, recipe), ["training.max_steps=8"], resume=True).training["max_steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "epoch", "is_done"),
+    [("training.max_steps=4", 0.1, True), ("training.max_steps=2", 0.1, True), ("training.max_steps=5", 0.1, False),
+     ("training.max_steps=-1", 3.0, True), ("training.max_steps=-1", 2.9, False)],
+)  # fmt: skip
+def test_a_run_that_is_done_is_not_resumed(folder, recipe, record, checkpoint, override, epoch, is_done):
+    path = folder / "out" / "run.json"
+    record("finished")
+    write_json(path, json.loads(path.read_text()) | {"steps": 4})
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))
+    if is_done:
+        found = problems(folder, recipe, override, resume=True)["training.output_dir"]
+        assert "finished, at step 4; raise training.max_steps" in found
+    else:
+        assert load_recipe(write_recipe(folder, recipe), [override], resume=True)
+
+
+@pytest.mark.parametrize("wants", ["training.load_best_model_at_end=true", "training.save_strategy=best"])
+def test_the_best_model_is_told_by_a_domains_loss(folder, recipe, wants):
+    settings = [wants, "training.eval_strategy=steps", "training.eval_steps=2", "training.save_steps=2"]
+    for metric in ([], ["training.metric_for_best_model=loss"]):
+        found = problems(folder, recipe, *settings, *metric)
+        assert "eval_counting_loss or eval_shouting_loss" in found["training.metric_for_best_model"]
+    for metric in ("eval_shouting_loss", "counting_loss"):
+        assert load_recipe(write_recipe(folder, recipe), [*settings, f"training.metric_for_best_model={metric}"])
 
 
 def test_help_stands_on_every_field():

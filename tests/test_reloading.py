@@ -42,7 +42,6 @@ def test_float32_adapters_on_a_half_precision_base_stay_what_they_were(tmp_path,
     other.load_adapter(tmp_path, names[0], is_trainable=True)
     kept = {name: tensor for name, tensor in adapter_state(other).items() if ".other." not in name}
     assert_same_state(kept, adapter_state(model))
-    assert all(p.requires_grad for n, p in other.named_parameters() if f".{names[-1]}." in n and "lora_A" in n)
 
 
 @NAMES

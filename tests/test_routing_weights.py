@@ -323,3 +323,8 @@ def test_wrong_rows_per_sample_are_named_on_the_first_forward():
     model = get_peft_model(mlp(), MoELoraConfig(r=2, target_modules=["first", "second"], router_scope="module"))
     with pytest.raises(ValueError, match=r"\[2, 4\], expected \[3, 4\]$"):
         model(torch.randn(3, 8), routing_weights=torch.ones(2, E))
+
+
+def test_weights_that_are_no_tensor_are_named():
+    with pytest.raises(TypeError, match=r"`routing_weights` \(list\) must be a tensor"):
+        mixture_of("llama")(input_ids=torch.ones(1, 3, dtype=torch.long), routing_weights=[[0.25] * 4])

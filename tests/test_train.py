@@ -170,6 +170,14 @@ def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):
         train(load_recipe(path, resume=True), resume=True)
 
 
+def test_a_diverged_run_is_no_success(folder, recipe_file, capsys):
+    arguments = ["--set", f"training.output_dir={folder / 'diverged'}", "--set", "training.learning_rate=1e30"]
+    assert main(["train", str(recipe_file), *arguments]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "training diverged" in error and "counting (nan)" in error and "learning_rate (1e+30)" in error
+    assert json.loads((folder / "diverged" / "run.json").read_text())["status"] == "finished"
+
+
 def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

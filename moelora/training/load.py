@@ -116,11 +116,23 @@ def load_recipe(
     problems += check_values(Recipe, raw, "")
     recipe = _build(raw, path.resolve().parent, problems, inherited)
     if recipe is not None:
+        problems += _check_best_model(recipe)
         problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
         problems += _check_what_is_read(recipe, path.resolve()) if overwrite else []
     if problems or recipe is None:
         raise RecipeError(path, problems)
     return recipe
+
+
+def _check_best_model(recipe: Recipe) -> list[Problem]:
+    """The Trainer's own default is the loss of one evaluation set, and each domain is a set of its own."""
+    wants_best = recipe.training.get("load_best_model_at_end") or recipe.training.get("save_strategy") == "best"
+    metric = recipe.training.get("metric_for_best_model")
+    metrics = [f"eval_{domain.name}_loss" for domain in recipe.data]
+    if not wants_best or (metric and f"eval_{metric.removeprefix('eval_')}" in metrics):
+        return []
+    fix = f"must be a domain's loss, by which to tell the best model: {' or '.join(metrics)}"
+    return [Problem("training.metric_for_best_model", metric or MISSING, fix)]
 
 
 def _check_what_is_read(recipe: Recipe, path: Path) -> list[Problem]:
@@ -225,7 +237,7 @@ def _build_mixture(
     raw: Mapping[str, Any], problems: list[Problem], inherited: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     raw, found = _with_preset(raw, inherited or {})
-    found += _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture")
+    found += _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture", others=["preset"])
     # A mixture made in Python may have no task type, which changes nothing about the experts that join it.
     start = MIXTURE_DEFAULTS if inherited is None else {"task_type": MIXTURE_DEFAULTS["task_type"], **inherited}
     values = {**start, **raw}

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
 
 from ..staging import staging
 from .recipe import Recipe
@@ -160,6 +161,9 @@ def _check_resume(recipe: Recipe, record: dict[str, Any] | None, checkpoint: Pat
     except (OSError, SafetensorError) as error:
         fix = f"{checkpoint.name} is damaged ({error}); remove it to continue from the one before"
         return [_folder_problem(folder, fix)]
+    if record["status"] == "finished" and _has_all_steps(recipe, record.get("steps", 0), checkpoint):
+        done = f"the run is finished, at step {record['steps']}"
+        return [_folder_problem(folder, f"{done}; raise training.max_steps or num_train_epochs to go on from there")]
     before, after = _identity(record["recipe"]), _identity(json.loads(json.dumps(recipe.as_dict())))
     return [
         Problem(
@@ -170,6 +174,15 @@ def _check_resume(recipe: Recipe, record: dict[str, Any] | None, checkpoint: Pat
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+
+
+def _has_all_steps(recipe: Recipe, steps: int, checkpoint: Path) -> bool:
+    """Whether nothing is left to train; the Trainer would make one step more all the same."""
+    max_steps = recipe.training.get("max_steps", -1)
+    if max_steps > 0:
+        return steps >= max_steps
+    epoch = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
+    return epoch >= recipe.training.get("num_train_epochs", TrainingArguments.num_train_epochs)
 
 
 def _identity(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The main job: fine-tune a causal language model with a mixture of LoRA experts, and measure what it learned."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 
@@ -68,8 +70,8 @@ def train(
         The content of run.json.
 
     Raises:
-        UserError: the data is too small, is not the data that a resumed run began with, or another process trains into
-            the same folder.
+        UserError: the data is too small, is not the data that a resumed run began with, another process trains into
+            the same folder, or training diverged, which run.json then shows.
     """
     seconds: dict[str, float] = {}
     start = start or Start()
@@ -115,7 +117,16 @@ def _train(
         "log": trainer.state.log_history,
     }
     _write(run_file, record)
+    _check_converged(recipe, results)
     return record
+
+
+def _check_converged(recipe: Recipe, results: dict[str, DomainResult]) -> None:
+    bad = [f"{name} ({result.loss})" for name, result in results.items() if not math.isfinite(result.loss)]
+    if bad:
+        rate = recipe.training.get("learning_rate", TrainingArguments.learning_rate)
+        fix = f"lower training.learning_rate ({rate:g}); the adapter in {recipe.output_dir} is of no use"
+        raise UserError(f"training diverged: the loss after it is not a number on {', '.join(bad)}; {fix}")
 
 
 @contextmanager

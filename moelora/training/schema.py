@@ -9,7 +9,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -106,7 +106,12 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def check_values(
-    cls: type, values: Mapping[str, Any], key: str, *, rules: Mapping[str, Check] | None = None
+    cls: type,
+    values: Mapping[str, Any],
+    key: str,
+    *,
+    rules: Mapping[str, Check] | None = None,
+    others: Sequence[str] = (),
 ) -> list[Problem]:
     """Compare a mapping with a dataclass's fields: unknown keys, wrong types, broken rules, missing keys.
 
@@ -115,6 +120,7 @@ def check_values(
         values: the mapping as written by the user.
         key: where the mapping stands, for the messages; empty at the top.
         rules: rules for fields whose dataclass carries none.
+        others: keys taken out before, which a mistyped one may have meant.
     """
     fields, hints = settable_fields(cls), type_hints(cls)
     prefix = f"{key}." if key else ""
@@ -126,7 +132,7 @@ def check_values(
     for name, value in values.items():
         fix: str | None
         if name not in fields:
-            fix = f"unknown key{did_you_mean(name, fields)}"
+            fix = f"unknown key{did_you_mean(name, [*fields, *others])}"
         elif not matches(value, hints[name]):
             fix = f"must be {describe(hints[name])}, not {describe(type(value))}"
         elif isinstance(value, str) and (choices := enum_values(hints[name])) and value not in choices:
