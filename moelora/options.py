@@ -129,7 +129,10 @@ class ReportOptions:
             metavar="DOMAIN=FILE",
         ),
     )
-    out: str = field(default="report.html", metadata=about("file to write; replaced as a whole"))
+    out: str = field(
+        default="report.html",
+        metadata=about("file to write; an HTML page there is replaced as a whole, any other file refused"),
+    )
     base: str | None = field(
         default=None,
         metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
