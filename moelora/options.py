@@ -129,7 +129,10 @@ class ReportOptions:
             metavar="DOMAIN=FILE",
         ),
     )
-    out: str = field(default="report.html", metadata=about("file to write; replaced as a whole"))
+    out: str = field(
+        default="report.html",
+        metadata=about("file to write; an HTML page there is replaced as a whole, any other file refused"),
+    )
     base: str | None = field(
         default=None,
         metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
@@ -158,6 +161,11 @@ class OperationOptions:
     @property
     def out_folder(self) -> Path:
         return whole_path(self.out)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the result may take the place of the adapter that is read."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +266,13 @@ class JudgedOptions(OperationOptions):
 class PruneOptions(JudgedOptions):
     """Remove experts from a mixture, and say what that costs."""
 
+    adapter: str = field(
+        metadata=about(
+            "folder that holds the adapter; it is only read, or kept beside the result where --out is the same folder",
+            check=_is_folder,
+            positional=True,
+        )
+    )
     keep: int | None = field(default=None, metadata=about("experts to keep; --by chooses them", check=at_least(1)))
     by: str = field(
         default="load",
@@ -274,6 +289,10 @@ class PruneOptions(JudgedOptions):
             metavar="EXPERT",
         ),
     )
+
+    @property
+    def in_place(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

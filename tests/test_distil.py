@@ -275,6 +275,7 @@ def test_a_dry_run_and_mistakes_load_no_model(adapter_folder, capsys, monkeypatc
     assert "rank 8 on 14 linears" in printed and "4 experts" in printed and "Dry run" in printed
     cases = {
         ("distil", "adapter", "--out", "o"): "give texts",
+        ("distil", "adapter", *DATA, "--out", "adapter", "--r", "2", "--overwrite"): "is adapter, which is only read",
         ("distil", "adapter", *DATA, "--out", "o", "--to", "dora"): "--to = 'dora'",
         ("distil", "adapter", *DATA, "--out", "o", "--r", "0"): "--r = 0",
         ("distil", "adapter", *DATA, "--out", "o", "--compare-scratch"): "needs --steps",

@@ -97,6 +97,9 @@ def test_build_tells_every_mistake(tmp_path, loras, capsys):
         error = capsys.readouterr().err
         assert all(message in error for message in messages), error
         assert not (tmp_path / "out").exists()
+    read = experts[0].rpartition("=")[2]
+    assert main(["build", *experts, "--out", read, "--overwrite"]) == 2
+    assert f"is {read}, which is only read" in capsys.readouterr().err
     moved = save_lora(tmp_path / "elsewhere", 0, ARCHITECTURES["llama"].build(), **KINDS["plain"])
     assert main(["build", *experts, "--expert", f"x={moved}", *out]) == 2
     assert "note different base models" in capsys.readouterr().err

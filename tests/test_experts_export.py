@@ -203,6 +203,15 @@ def test_export_tells_every_mistake(tmp_path, trained, capsys):
     assert "are quantised" in capsys.readouterr().err
 
 
+def test_what_an_export_reads_is_not_replaced(trained, capsys):
+    base, adapter, _ = trained
+    calls = [["--expert", "0", "--out", str(adapter)], ["--expert", "0", "--merge", "--out", str(base)]]
+    for arguments in calls:
+        assert main(["export", str(adapter), *arguments, "--overwrite"]) == 2
+        assert f"is {arguments[-1]}, which is only read" in capsys.readouterr().err
+    assert list(adapter.parent.glob("*.backup-*")) == list(base.parent.glob("*.backup-*")) == []
+
+
 def test_a_dry_run_of_an_export_writes_nothing(tmp_path, trained, capsys):
     _, adapter, _ = trained
     assert main(["export", str(adapter), "--expert", "0", "--out", str(tmp_path / "out"), "--dry-run"]) == 0

@@ -243,6 +243,33 @@ def test_a_folder_that_holds_what_is_read_is_not_replaced(tmp_path):
     assert adapter.is_dir()
 
 
+@pytest.mark.parametrize("given", ["adapter", "link", "adapter/../adapter"])
+def test_a_folder_that_is_read_is_not_replaced(tmp_path, given):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (tmp_path / "link").symlink_to(adapter)
+    options = HalveOptions(out=str(adapter), overwrite=True)
+    for read in ({"inputs": [tmp_path / given]}, {"base": ModelOptions(name=str(tmp_path / given))}):
+        with pytest.raises(UserError, match=r"is .*, which is only read, and would be put aside; give another folder"):
+            carry_out(options, PLAN, lambda _: pytest.fail("worked"), **read)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "link"]
+
+
+def test_a_link_to_what_is_read_is_replaced_alone(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "adapter")
+    options = HalveOptions(out=str(tmp_path / "link"), overwrite=True)
+    carry_out(options, PLAN, write_one, inputs=[tmp_path / "adapter"])
+    assert (tmp_path / "adapter" / "old").is_file() and not (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_with_the_name_of_a_hub_id_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = ModelOptions(name="owner/base")
+    assert carry_out(HalveOptions(out="owner/base"), PLAN, write_one, inputs=["owner/base"], base=base)
+
+
 def test_a_place_with_dots_is_where_they_lead(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")

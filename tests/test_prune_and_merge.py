@@ -172,6 +172,8 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch)
         ("prune", "adapter", *DATA, "--out", "adapter", "--keep", "2"): "--overwrite to replace it",
         ("prune", "adapter", *DATA, "--out", ".", "--overwrite", "--keep", "2"): "holds adapter, which is only read",
         ("prune", "adapter", *ONE, "--out", "o", "--keep", "2"): "'one' holds no text of two tokens",
+        ("prune", "adapter", *DATA, "--out", "model", "--overwrite", "--keep", "2"): "model, which is only read",
+        ("merge", "adapter", *DATA, "--out", "adapter", "--overwrite", "--experts", "0,1"): "is adapter, which is only",
         ("merge", "adapter", *DATA, "--out", "o"): "--experts",
         ("merge", "adapter", *ONE, "--out", "o", "--experts", "0,1"): "'one' holds no text of two tokens",
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1"): "two experts or more",

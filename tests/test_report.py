@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import zlib
 from pathlib import Path
@@ -199,6 +200,32 @@ def test_bad_places_are_refused(folder, capsys):
     assert "no adapter_config.json" in capsys.readouterr().err
     assert run(folder, "--base", folder / "gone") == 2
     assert "no base model" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("name", ["out/adapter_model.safetensors", "counting.jsonl", "out/run.json", "notes.txt"])
+def test_a_file_that_is_no_page_is_not_replaced(folder, capsys, name):
+    (folder / "notes.txt").write_text("About <html> pages.")
+    before = files(folder)
+    assert run(folder, out=name) == 2
+    error = capsys.readouterr().err
+    assert str(folder / name) in error and "is no HTML page" in error and "give another file" in error
+    assert files(folder) == before
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_is_no_regular_file_is_not_replaced(folder, capsys):
+    os.mkfifo(folder / "pipe")
+    assert run(folder, out="pipe") == 2
+    assert "is no HTML page" in capsys.readouterr().err
+    (folder / "pipe").unlink()
+
+
+@pytest.mark.parametrize("start", [b"", b"<!doctype html>", b"\xef\xbb\xbf\n<!DOCTYPE HTML>", b"<HTML lang=en>"])
+def test_a_page_is_replaced(folder, start):
+    (folder / "old.html").write_bytes(start)
+    assert run(folder, "--worth-tokens", 0, "--max-tokens", 20, out="old.html") == 0
+    assert data_of(folder / "old.html")
 
 
 @pytest.mark.usefixtures("no_model")

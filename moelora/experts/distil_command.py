@@ -32,7 +32,7 @@ from ..training.schema import Problem, UserError
 from .distil import closed_form, fresh_lora, lora_of
 from .exporting import check_only_factors
 from .moments import Batch
-from .operation import Plan, Source, carry_out, check_output, read_source
+from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
 from .student import train_student
 
 
@@ -47,6 +47,7 @@ def distil_command(options: DistilOptions) -> Path | None:
         problems.append(Problem("--compare-scratch", True, "needs --steps: as many train the LoRA to compare with"))
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
+    check_only_read(options, [options.adapter], source.base)
     try:
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
     except ValueError as error:

@@ -21,7 +21,7 @@ from .operation import (
     Plan,
     Source,
     carry_out,
-    check_not_inside,
+    check_only_read,
     check_output,
     read_source,
 )
@@ -92,8 +92,9 @@ def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
     """
     domains, more = check_data(options.data)
     check_output(options, [*problems, *more])
-    check_not_inside(options, [options.adapter])
-    return Opened(options, read_source(options.adapter, options.base), domains)
+    source = read_source(options.adapter, options.base)
+    check_only_read(options, [options.adapter], source.base)
+    return Opened(options, source, domains)
 
 
 def loss_notes(texts: Texts, before: Reading, after: Reading) -> list[str]:

@@ -95,16 +95,33 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
     return []
 
 
-def check_not_inside(options: OperationOptions, inputs: Sequence[str | Path]) -> None:
-    """Refuse a folder that holds what is read, which would be put aside with it.
+def check_only_read(options: OperationOptions, inputs: Sequence[str | Path], base: ModelOptions | None = None) -> None:
+    """Refuse a folder that is or holds what is read, which would be put aside with it.
+
+    Where the options say `in_place`, the inputs' own folder may be it.
 
     Raises:
         UserError: naming the first such input.
     """
-    out = options.out_folder
-    if inside := [path for path in inputs if out in whole_path(path).parents]:
-        fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
-        raise UserError(str(Problem("--out", str(out), fix)))
+    replaced = _entry(options.out_folder)
+    models = [] if base is None else [base.name]
+    for path in [*inputs, *models]:
+        if not Path(path).expanduser().exists():  # an id of the hub
+            continue
+        read = {_entry(path), whole_path(path).resolve()}
+        if any(replaced in place.parents for place in read):
+            fix = f"holds {path}, which is only read, and would be put aside with all else in it; give another folder"
+        elif replaced in read and (path in models or not options.in_place):
+            fix = f"is {path}, which is only read, and would be put aside; give another folder"
+        else:
+            continue
+        raise UserError(str(Problem("--out", str(options.out_folder), fix)))
+
+
+def _entry(folder: str | Path) -> Path:
+    """What a rename of the folder moves: links on the way to it followed, not one that it is itself."""
+    path = whole_path(folder)
+    return path.parent.resolve() / path.name
 
 
 @dataclass(frozen=True)
@@ -157,10 +174,10 @@ def carry_out(
         The folder; None after a dry run.
 
     Raises:
-        UserError: the folder holds an adapter that was read, or somebody else has written to it meanwhile.
+        UserError: the folder is or holds what was read, or somebody else has written to it meanwhile.
     """
     stdout = Console(highlight=False, quiet=not is_main_process)
-    check_not_inside(options, inputs)
+    check_only_read(options, inputs, base)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
     if options.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from .stored import check_fit, read_mixture
 from .texts import Domain, read_domain
 
 PERMUTATIONS = 500
+HEAD_BYTES = 1024  # by which a page is known: space may stand before its first tag
 
 
 def report(options: ReportOptions) -> Path:
@@ -90,7 +92,19 @@ def _check_out(out: Path) -> list[Problem]:
         return [Problem("--out", str(out), f"the folder {out.parent} does not exist; make it first")]
     if not may_write(out.parent) or (out.exists() and not os.access(out, os.W_OK)):
         return [Problem("--out", str(out), "may not be written to; give another place")]
+    if out.exists() and not _is_page(out):
+        fix = "exists and is no HTML page, such as a report is; give another file, or move this one away"
+        return [Problem("--out", str(out), fix)]
     return []
+
+
+def _is_page(path: Path) -> bool:
+    """Whether replacing a file loses a page at most: an empty file is nobody's work, a pipe or a device no file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(HEAD_BYTES)
+    return not start or start.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
