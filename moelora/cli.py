@@ -185,6 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"moelora: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:  # no file of the user's: a closed pipe, a network
+            raise
+        print(f"moelora: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         hint = "; --resume continues from the last checkpoint" if name == "train" else ""
         print(f"moelora: stopped{hint}", file=sys.stderr)

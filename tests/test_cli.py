@@ -120,6 +120,15 @@ def test_interrupting_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert "--resume" in capsys.readouterr().err
 
 
+def test_an_unreadable_file_is_named(tmp_path, capsys, monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "texts.jsonl"))
+
+    monkeypatch.setattr("moelora.training.load.load_recipe", closed)
+    assert main(["train", EXAMPLE]) == 2
+    assert capsys.readouterr().err == f"moelora: {tmp_path / 'texts.jsonl'}: Permission denied\n"
+
+
 def test_generate_without_an_adapter_is_refused(tmp_path, capsys):
     assert main(["generate", "--adapter", str(tmp_path / "gone"), "--prompt", "a"]) == 2
     assert "no such folder" in capsys.readouterr().err

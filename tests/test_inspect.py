@@ -112,3 +112,12 @@ def test_bad_folders_are_refused_by_name(tmp_path, capsys):
     weights.unlink()
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
         inspect_adapter(folder)
+
+
+def test_weights_of_a_diverged_training_are_named(tmp_path):
+    model, folder = saved(tmp_path)
+    name = next(name for name, _ in model.named_parameters() if "lora_B" in name)
+    model.get_parameter(name).data.fill_(torch.nan)
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"lora_B.* is not finite: its training diverged"):
+        inspect_adapter(folder)

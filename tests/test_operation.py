@@ -281,3 +281,10 @@ def test_a_place_with_dots_is_where_they_lead(tmp_path):
 def test_a_name_that_is_too_long_is_told():
     with pytest.raises(UserError, match="too long"):
         check_output(HalveOptions(out="x" * 300))
+
+
+def test_a_mount_point_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(UserError, match=r"is a mount point, which nothing can take the place of; give a folder in it"):
+        check_output(HalveOptions(out=str(tmp_path / "volume"), overwrite=True), [])

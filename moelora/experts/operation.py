@@ -89,6 +89,10 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
         return [Problem("--out", str(folder), f"{parent} is no folder that may be written to; give another place")]
     if folder.exists() and not folder.is_dir():
         return [Problem("--out", str(folder), "is a file; give a folder")]
+    if os.path.ismount(folder):
+        return [
+            Problem("--out", str(folder), "is a mount point, which nothing can take the place of; give a folder in it")
+        ]
     if holds_something(folder) and not overwrite:
         fix = "exists; give another folder, or --overwrite to replace it (the old one is kept beside it)"
         return [Problem("--out", str(folder), fix)]

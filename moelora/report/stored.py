@@ -64,7 +64,8 @@ def read_mixture(folder: Path) -> list[StoredAdapter]:
     """The adapters that a folder holds: the active ones first, in expert order.
 
     Raises:
-        UserError: there is no adapter, it is no mixture, or its file is damaged or incomplete.
+        UserError: there is no adapter, it is no mixture, or its file is damaged, incomplete or holds weights that are
+            not finite.
     """
     config = _read_config(folder)
     weights = _read_weights(folder)
@@ -86,7 +87,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(missing_adapter(folder))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); restore it from a copy") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "MOELORA":
@@ -106,9 +107,14 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} beside {CONFIG_FILE}; save it with `safe_serialization=True`")
     try:
-        return load_file(path)
+        weights = load_file(path)
+    except PermissionError:
+        raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged or truncated ({error}); restore it from a copy or a checkpoint") from None
+    if bad := next((key for key, tensor in weights.items() if not tensor.isfinite().all()), None):
+        raise UserError(f"{path}: {bad} is not finite: its training diverged; train again at a lower learning rate")
+    return weights
 
 
 def _adapter(
