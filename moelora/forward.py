@@ -1,4 +1,4 @@
-"""Hooks that run routing: on the base model, on its blocks, and around gradient checkpoints.
+"""Hooks that run routing: on the base model and on its blocks.
 
 Hooks are objects, not closures, so that models can be pickled and deep-copied.
 Shapes: B batch, S sequence, H hidden, E experts.
@@ -6,10 +6,8 @@ Shapes: B batch, S sequence, H hidden, E experts.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .balance import finish_forward
+from .recomputation import make_checkpoint_routed
 from .routing import sole_expert
 from .shared_input import SharedInput
 from .state import ForwardContext, RoutingState, call_attached_router
@@ -276,129 +275,3 @@ def _refuse_foreign_checkpoint(name: str) -> None:
             f"block `{name}` is recomputed by a checkpoint that does not carry its routing; use the model's own "
             "gradient_checkpointing_enable() (Trainer: gradient_checkpointing=True)"
         )
-
-
-def make_checkpoint_routed(block: Any, hook: BlockHook) -> None:
-    """Make the block's checkpoint function pass the routing on; the model may have set a new one since."""
-    if not (getattr(block, "gradient_checkpointing", False) and block.training):
-        return
-    function = block._gradient_checkpointing_func
-    if isinstance(function, RoutedCheckpoint):
-        if function.hook is hook:
-            return
-        function = function.function  # of a mixture that was discarded with the base model left as it was
-    block._gradient_checkpointing_func = RoutedCheckpoint(function, hook)
-
-
-def make_checkpoint_plain(block: Any) -> None:
-    """Give the block the checkpoint function back that `make_checkpoint_routed` wrapped."""
-    function = getattr(block, "_gradient_checkpointing_func", None)
-    if isinstance(function, RoutedCheckpoint):
-        block._gradient_checkpointing_func = function.function
-
-
-class RoutedCheckpoint:
-    """A checkpoint function that hands the routing weights to the checkpointed region as an argument.
-
-    An argument, because a tensor captured by a closure gets no gradient in reentrant checkpoints, and one kept on the
-    side is gone, or another forward's, when the region runs again.
-
-    Transformers before 5.23 checkpoint around the block's hooks, so that nothing is routed yet. It is done here then;
-    but under FSDP2 hooks make the router whole, so that it can only be done within.
-    """
-
-    def __init__(self, function: Callable, hook: BlockHook) -> None:
-        self.function = function
-        self.hook = hook
-
-    def __call__(self, region: Callable, *args: Any, **kwargs: Any) -> Any:
-        is_early = self.hook.routing is None
-        if is_early and self.hook.has_to_wait:
-            return self.function(_DecidingRegion(region, self.hook), *args, **kwargs)
-        if is_early:
-            self.hook.decide(args, getattr(region, "keywords", {}))
-        routing = self.hook.routing
-        if routing is None:
-            return self.function(region, *args, **kwargs)
-        try:
-            return self.function(_RoutedRegion(region, self.hook, routing), routing.weights, *args, **kwargs)
-        finally:
-            if is_early:
-                self.hook.routing = None
-
-
-class _Region:
-    """Runs a checkpointed region, the first time and again in backward, in the context of its own forward."""
-
-    def __init__(self, region: Callable, hook: BlockHook, context: ForwardContext) -> None:
-        self.region = region
-        self.hook = hook
-        self.context = context
-        self.mixture = hook.state.pool
-        self.has_run = False
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        if self.hook.state.pool != self.mixture:
-            then, now = [name for name, _ in self.mixture], self.hook.state.active_adapters
-            raise RuntimeError(
-                f"the mixture changed between forward and backward: block `{self.hook.name}` ran with adapters {then} "
-                f"and is recomputed with {now}; call backward before changing adapters"
-            )
-        self.context.in_checkpoint, self.context.recomputing = True, self.has_run
-        self.has_run = True
-        try:
-            yield
-        finally:
-            self.context.in_checkpoint = self.context.recomputing = False
-
-
-class _RoutedRegion(_Region):
-    """Runs it under the routing decided before."""
-
-    def __init__(self, region: Callable, hook: BlockHook, routing: BlockRouting) -> None:
-        super().__init__(region, hook, routing.context)
-        self.routing = routing
-
-    def __call__(self, weights: Tensor | None, *args: Any) -> Any:
-        outer, encoder_hidden = self.hook.routing, self.routing.encoder_hidden
-        position = self.hook.encoder_position
-        if position is not None and len(args) > position and encoder_hidden is not None:
-            encoder_hidden = args[position]
-        with self._running():
-            self.hook.routing = dataclasses.replace(
-                self.routing,
-                weights=weights,
-                encoder_hidden=encoder_hidden,
-                shared_input=SharedInput(),
-                encoder_weights=None,
-            )
-            self.hook.in_region = True
-            try:
-                return self.region(*args)
-            finally:
-                self.hook.in_region, self.hook.routing = False, outer
-
-
-class _DecidingRegion(_Region):
-    """Runs it so that the block's hook decides the routing within, as the routers of "module" scope do."""
-
-    def __init__(self, region: Callable, hook: BlockHook) -> None:
-        super().__init__(region, hook, hook.state.current_context())
-
-    def __call__(self, *args: Any) -> Any:
-        if self.context.grad_enabled and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"block `{self.hook.name}` cannot be routed: this version of transformers runs FSDP2's hooks, before "
-                "which the router is a shard, inside the checkpoint, and a reentrant one gives routing there no "
-                'gradient. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="model", or '
-                "install transformers>=5.23"
-            )
-        state = self.hook.state
-        outer = state.context
-        with self._running():
-            state.context = self.context
-            try:
-                return self.region(*args)
-            finally:
-                state.context = outer

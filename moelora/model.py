@@ -15,9 +15,10 @@ from . import blocks
 from ._peft import LoraLayer, TunerModel
 from .config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
 from .controls import STATE_ATTRIBUTE, RoutingControls
-from .forward import BlockHook, ForwardHook, encoder_argument_position, make_checkpoint_plain
+from .forward import BlockHook, ForwardHook, encoder_argument_position
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .peft_model import adopt_peft_model
+from .recomputation import make_checkpoint_plain
 from .router import MoELoraRouter
 from .shared_input import readers_of
 from .state import RoutingState

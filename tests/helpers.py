@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from moelora import MoELoraConfig
-from moelora.forward import RoutedCheckpoint
+from moelora.recomputation import RoutedCheckpoint
 
 VOCAB = 64
 HIDDEN = 32
