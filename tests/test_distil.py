@@ -267,6 +267,9 @@ def test_training_and_a_lora_from_scratch_are_compared(adapter_folder, capsys):
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 2)
 
 
+INSIDE = ["--data", "kept=kept/one.jsonl"]
+
+
 def test_a_dry_run_and_mistakes_load_no_model(adapter_folder, capsys, monkeypatch):
     folder = adapter_folder()
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
@@ -276,6 +279,7 @@ def test_a_dry_run_and_mistakes_load_no_model(adapter_folder, capsys, monkeypatc
     cases = {
         ("distil", "adapter", "--out", "o"): "give texts",
         ("distil", "adapter", *DATA, "--out", "adapter", "--r", "2", "--overwrite"): "is adapter, which is only read",
+        ("distil", "adapter", *INSIDE, "--out", "kept", "--overwrite"): "one.jsonl, which is only read",
         ("distil", "adapter", *DATA, "--out", "o", "--to", "dora"): "--to = 'dora'",
         ("distil", "adapter", *DATA, "--out", "o", "--r", "0"): "--r = 0",
         ("distil", "adapter", *DATA, "--out", "o", "--compare-scratch"): "needs --steps",
@@ -283,6 +287,8 @@ def test_a_dry_run_and_mistakes_load_no_model(adapter_folder, capsys, monkeypatc
         ("distil", "adapter", "--data", "one=one.jsonl", "--out", "o"): "0 training and 0 held-out blocks",
     }
     write_jsonl(folder / "one.jsonl", [{"text": "<end>"}] * 3)  # of one token each
+    (folder / "kept").mkdir()
+    write_jsonl(folder / "kept" / "one.jsonl", [{"text": "one"}])
     for arguments, words in cases.items():
         assert main(list(arguments)) == 2, arguments
         assert words in capsys.readouterr().err

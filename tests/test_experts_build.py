@@ -100,6 +100,12 @@ def test_build_tells_every_mistake(tmp_path, loras, capsys):
     read = experts[0].rpartition("=")[2]
     assert main(["build", *experts, "--out", read, "--overwrite"]) == 2
     assert f"is {read}, which is only read" in capsys.readouterr().err
+    (tmp_path / "texts").mkdir()
+    text = write_jsonl(tmp_path / "texts" / "one.jsonl", [{"text": "one"}])
+    for texts in (["train", f"--data=x={text}"], ["prototype", f"--examples=count={text}", f"--examples=shout={text}"]):
+        folder = ["--out", str(tmp_path / "texts"), "--overwrite"]
+        assert main(["build", *experts, "--router", *texts, *folder]) == 2
+        assert f"holds {text}, which is only read" in capsys.readouterr().err
     moved = save_lora(tmp_path / "elsewhere", 0, ARCHITECTURES["llama"].build(), **KINDS["plain"])
     assert main(["build", *experts, "--expert", f"x={moved}", *out]) == 2
     assert "note different base models" in capsys.readouterr().err

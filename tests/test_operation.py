@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from moelora import MoELoraConfig
 from moelora.cli import main
-from moelora.experts.operation import Plan, carry_out, check_output, read_source
+from moelora.experts.operation import Plan, carry_out, check_only_read, check_output, read_source
 from moelora.options import OperationOptions
 from moelora.report.history import read_history
 from moelora.training.generate import find_base
-from moelora.training.recipe import ModelOptions
+from moelora.training.recipe import DomainOptions, ModelOptions
 from moelora.training.record import noted_base, record_of, write_json
 from moelora.training.schema import UserError, about, at_least
 
@@ -241,6 +241,26 @@ def test_a_folder_that_holds_what_is_read_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="is only read"):
         carry_out(options, PLAN, write_one, inputs=[adapter])
     assert adapter.is_dir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceOptions(HalveOptions):
+    """An operation whose result may take the adapter's place."""
+
+    @property
+    def in_place(self):
+        return True
+
+
+@pytest.mark.parametrize("given", ["out/text.jsonl", "*/text.jsonl", "link.jsonl", "out"])
+@pytest.mark.parametrize("kind", [HalveOptions, InPlaceOptions])
+def test_a_folder_that_holds_texts_is_not_replaced(tmp_path, given, kind):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "text.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out" / "text.jsonl")
+    texts = DomainOptions(name="a", path="elsewhere", eval_path=str(tmp_path / given))
+    with pytest.raises(UserError, match="is only read, and would be put aside"):
+        check_only_read(kind(out=str(tmp_path / "out"), overwrite=True), [], None, [texts])
 
 
 @pytest.mark.parametrize("given", ["adapter", "link", "adapter/../adapter"])

@@ -155,10 +155,13 @@ def test_merge_says_what_becomes_of_whom(folder, capsys, method):
 
 
 ONE = ["--data", "one=one.jsonl"]
+INSIDE = ["--data", "one=kept/one.jsonl"]
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch):
     write_jsonl(folder / "one.jsonl", [{"text": "<end>"}] * 3)  # of one token each
+    (folder / "kept").mkdir(exist_ok=True)
+    write_jsonl(folder / "kept" / "one.jsonl", [{"text": "one"}])
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
     cases = {
         ("prune", "adapter", *DATA, "--out", "o"): "give either --keep N or --drop EXPERT",
@@ -173,6 +176,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch)
         ("prune", "adapter", *DATA, "--out", ".", "--overwrite", "--keep", "2"): "holds adapter, which is only read",
         ("prune", "adapter", *ONE, "--out", "o", "--keep", "2"): "'one' holds no text of two tokens",
         ("prune", "adapter", *DATA, "--out", "model", "--overwrite", "--keep", "2"): "model, which is only read",
+        ("prune", "adapter", *INSIDE, "--out", "kept", "--overwrite", "--keep", "2"): "one.jsonl, which is only read",
         ("merge", "adapter", *DATA, "--out", "adapter", "--overwrite", "--experts", "0,1"): "is adapter, which is only",
         ("merge", "adapter", *DATA, "--out", "o"): "--experts",
         ("merge", "adapter", *ONE, "--out", "o", "--experts", "0,1"): "'one' holds no text of two tokens",

@@ -251,6 +251,19 @@ def test_overwriting_a_folder_that_holds_what_is_read_is_refused(folder, recipe)
     assert f"holds {folder / 'model'}, which is only read" in found["training.output_dir"]
 
 
+@pytest.mark.parametrize("path", ["out/text.jsonl", "*/text.jsonl", "link.jsonl"])
+def test_overwriting_a_folder_that_holds_texts_is_refused(folder, recipe, path):
+    text = write_jsonl((folder / "out").joinpath("text.jsonl"), [{"text": "a"}, {"text": "b"}])
+    (folder / "link.jsonl").symlink_to(text)
+    try:
+        for key in ("path", "eval_path"):
+            found = problems(folder, recipe, f"data.counting.{key}='{path}'", overwrite=True)
+            assert f"holds {text}, which is only read" in found["training.output_dir"]
+    finally:
+        text.unlink()
+        (folder / "link.jsonl").unlink()
+
+
 def test_an_unfinished_run_is_resumed_or_overwritten(folder, recipe, record, checkpoint):
     record("training")
     assert "--resume" in problems(folder, recipe)["training.output_dir"]

@@ -221,6 +221,16 @@ def test_what_is_no_regular_file_is_not_replaced(folder, capsys):
     (folder / "pipe").unlink()
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("read", ["text.html", "*.html"])
+def test_a_page_that_is_read_is_not_replaced(folder, capsys, read):
+    (folder / "text.html").write_text("<html>a text</html>")
+    assert run(folder, data=(f"a={read}",), out="text.html") == 2
+    assert "is one of the texts, which are only read" in capsys.readouterr().err
+    assert (folder / "text.html").read_text() == "<html>a text</html>"
+    (folder / "text.html").unlink()
+
+
 @pytest.mark.parametrize("start", [b"", b"<!doctype html>", b"\xef\xbb\xbf\n<!DOCTYPE HTML>", b"<HTML lang=en>"])
 def test_a_page_is_replaced(folder, start):
     (folder / "old.html").write_bytes(start)

@@ -19,7 +19,7 @@ from ..training.sources import load_documents
 from .importing import MIXTURES, build, check_examples, check_fits, check_names
 from .lora_file import LoraFile, read_lora
 from .migration import Migration, experts_of
-from .operation import Plan, carry_out, check_output, shown
+from .operation import Plan, carry_out, check_only_read, check_output, shown
 from .router_training import RouterTraining, train_router
 
 
@@ -36,6 +36,7 @@ def build_command(options: BuildOptions) -> Path | None:
     config = load_config(base)
     taken.check_base(config)
     _check_fit(loras, config, options)
+    check_only_read(options, [], None, [*texts.values(), *data])
     plan = _plan(options, loras, base, taken.lost)
 
     def work(folder: Path) -> dict[str, Any] | None:

@@ -47,7 +47,7 @@ def distil_command(options: DistilOptions) -> Path | None:
         problems.append(Problem("--compare-scratch", True, "needs --steps: as many train the LoRA to compare with"))
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
-    check_only_read(options, [options.adapter], source.base)
+    check_only_read(options, [options.adapter], source.base, domains)
     try:
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
     except ValueError as error:

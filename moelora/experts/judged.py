@@ -93,7 +93,7 @@ def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
     domains, more = check_data(options.data)
     check_output(options, [*problems, *more])
     source = read_source(options.adapter, options.base)
-    check_only_read(options, [options.adapter], source.base)
+    check_only_read(options, [options.adapter], source.base, domains)
     return Opened(options, source, domains)
 
 

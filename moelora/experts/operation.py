@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,10 @@ from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
 from ..training.generate import find_base, load_mixture
 from ..training.progress import is_main_process
-from ..training.recipe import ModelOptions
+from ..training.recipe import DomainOptions, ModelOptions
 from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, may_write, now, write_json
 from ..training.schema import Problem, UserError
+from ..training.sources import paths_read
 
 
 @dataclass(frozen=True)
@@ -99,23 +100,33 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
     return []
 
 
-def check_only_read(options: OperationOptions, inputs: Sequence[str | Path], base: ModelOptions | None = None) -> None:
+def check_only_read(
+    options: OperationOptions,
+    inputs: Sequence[str | Path],
+    base: ModelOptions | None = None,
+    domains: Iterable[DomainOptions] = (),
+) -> None:
     """Refuse a folder that is or holds what is read, which would be put aside with it.
 
     Where the options say `in_place`, the inputs' own folder may be it.
+
+    Args:
+        inputs: adapters.
+        base: the base model.
+        domains: texts.
 
     Raises:
         UserError: naming the first such input.
     """
     replaced = _entry(options.out_folder)
-    models = [] if base is None else [base.name]
-    for path in [*inputs, *models]:
+    others = [*paths_read(domains), *([] if base is None else [base.name])]
+    for path in [*inputs, *others]:
         if not Path(path).expanduser().exists():  # an id of the hub
             continue
         read = {_entry(path), whole_path(path).resolve()}
         if any(replaced in place.parents for place in read):
             fix = f"holds {path}, which is only read, and would be put aside with all else in it; give another folder"
-        elif replaced in read and (path in models or not options.in_place):
+        elif replaced in read and (path in others or not options.in_place):
             fix = f"is {path}, which is only read, and would be put aside; give another folder"
         else:
             continue

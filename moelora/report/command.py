@@ -21,7 +21,7 @@ from ..training.progress import console
 from ..training.recipe import DomainOptions, plain_name
 from ..training.record import learned_domains, may_write, record_of, replacing
 from ..training.schema import Problem, UserError
-from ..training.sources import check_domain, load_documents, resolve_path
+from ..training.sources import check_domain, load_documents, paths_read, resolve_path
 from .analysis import longest_block, run
 from .history import read_history
 from .page import About, render
@@ -80,6 +80,8 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
     problems = check_options(options) + _check_out(out)
     domains, found = check_data(options.data)
     problems += found
+    if out.resolve() in (Path(path).resolve() for path in paths_read(domains)):
+        problems.append(Problem("--out", str(out), "is one of the texts, which are only read; give another file"))
     if problems:
         raise UserError("\n".join(map(str, problems)))
     return domains

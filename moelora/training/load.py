@@ -28,7 +28,7 @@ from .schema import (
     positive,
     settable_fields,
 )
-from .sources import check_domain, resolve_path
+from .sources import check_domain, paths_read, resolve_path
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
@@ -137,8 +137,8 @@ def _check_best_model(recipe: Recipe) -> list[Problem]:
 
 def _check_what_is_read(recipe: Recipe, path: Path) -> list[Problem]:
     """Whether anything that a run reads would be put aside with all else in its output folder."""
-    paths = (path for domain in recipe.data for path in (domain.path, domain.eval_path) if path is not None)
-    inside = [read for read in (str(path), recipe.model.name, *paths) if Path(read).is_relative_to(recipe.output_dir)]
+    reads = (str(path), recipe.model.name, *paths_read(recipe.data))
+    inside = [read for read in reads if Path(read).resolve().is_relative_to(recipe.output_dir)]
     fix = "holds {}, which is only read, and would be put aside with all else in it; give another folder"
     return [Problem("training.output_dir", str(recipe.output_dir), fix.format(inside[0]))] if inside else []
 

@@ -5,7 +5,7 @@ A document is a text, or a conversation (a list of {role, content}) where the do
 
 import glob
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ def resolve_path(path: str, folder: Path) -> str:
     names_a_file = Path(path).suffix in JSON_LINES | NEEDS_A_FOLDER | TEXT
     local = path.startswith((".", "/", "~")) or path.count("/") > 1 or names_a_file or glob.has_magic(path)
     return str(candidate.resolve()) if local or candidate.exists() else path
+
+
+def paths_read(domains: Iterable[DomainOptions]) -> list[str]:
+    """Every file and folder that domains name, files by pattern one by one; ids of the hub among them."""
+    named = (path for domain in domains for path in (domain.path, domain.eval_path) if path is not None)
+    return [str(read) for path in named for read in (_files(path) if _is_files(path) else [path])]
 
 
 def check_domain(domain: DomainOptions, key: str) -> list[Problem]:
