@@ -370,7 +370,7 @@ def test_frames_hold_the_same_numbers():
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     log = [{"step": 1, "loss": 2.0, "routers": {"model.layers.0": {
-        "expert_load": [0.25] * 4, "maturity": [0.0] * 4, "entropy": 1.0, "top1_probability": 0.5, "dropped": 0.0,
+        "expert_load": [0.25] * 4, "maturity": [0.0] * 4, "entropy": None, "top1_probability": 0.5, "dropped": 0.0,
         "balancing_loss": 1.0}}}]  # fmt: skip
     found = analyze(tiny(), log_history=log)
     figures = [found.plot_loads(), found.plot_loads("load"), found.plot_specialisation(), found.plot_similarity(),

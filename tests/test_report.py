@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiny import save_tiny_model, shouting, tiny_recipe, write_jsonl, write_reci
 
 import moelora.report.command
 from moelora.cli import main
+from moelora.report.history import History
 from moelora.report.page import payload, short_names
 from moelora.training import load_recipe, train
 
@@ -133,6 +135,8 @@ def test_too_large_a_view_is_cut_but_everything_is_counted(page, monkeypatch, fo
     assert [len(unpack(view["losses"])) for view in data["view"]] == [30, 30]
     assert [domain["tokens"] for domain in data["domains"]] == kept[0].num_tokens
     json.dumps(payload(kept[0], 1), allow_nan=False)
+    diverged = replace(kept[0], history=History([1], {"model": {"entropy": [float("nan")]}}))
+    json.dumps(payload(diverged, 1), allow_nan=False)
 
 
 def test_short_names_lose_what_all_share():

@@ -19,6 +19,7 @@ from moelora.training import UserError, load_recipe, train
 from moelora.training.arguments import training_arguments
 from moelora.training.callback import MoELoraCallback
 from moelora.training.data import load_domains
+from moelora.training.summary import losses_table
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,10 @@ def test_a_diverged_run_is_no_success(folder, recipe_file, capsys):
     assert main(["train", str(recipe_file), *arguments]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "training diverged" in error and "counting (nan)" in error and "learning_rate (1e+30)" in error
-    assert json.loads((folder / "diverged" / "run.json").read_text())["status"] == "finished"
+    text = (folder / "diverged" / "run.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["status"] == "finished" and record["domains"]["counting"]["loss_after"] is None
+    assert "→ -" in losses_table(record["domains"]).columns[3]._cells[0]
 
 
 def files(folder):

@@ -124,7 +124,7 @@ def training(found: Analysis, router: str | None = None) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, key in zip(panels, ("expert_load", "entropy", "maturity"), strict=True):
-        values = np.mean([series[key] for series in chosen], axis=0)
+        values = np.mean([np.array(series[key], dtype=float) for series in chosen], axis=0)  # None becomes NaN
         for expert, line in enumerate(np.atleast_2d(values.T)):
             style = DASHES[expert // len(COLOURS) % len(DASHES)]
             panel.plot(history.steps, line, style, color=COLOURS[expert % len(COLOURS)], label=str(expert))

@@ -19,6 +19,7 @@ from rich.table import Table
 from ..options import InspectOptions
 from ..routing import Router
 from ..training.progress import console
+from ..training.record import finite
 from .geometry import Geometry, geometry, group_modules, sharpness
 from .stored import StoredAdapter, read_mixture, stacked
 
@@ -91,18 +92,9 @@ def inspect(options: InspectOptions) -> None:
     """
     found = inspect_adapter(Path(options.adapter).expanduser())
     if options.json:
-        sys.stdout.write(json.dumps(_finite(dataclasses.asdict(found)), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(finite(dataclasses.asdict(found)), indent=2, ensure_ascii=False) + "\n")
     else:
         Console(highlight=False).print(tables(found))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inspect_adapter(folder: Path) -> Inspection:

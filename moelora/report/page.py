@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
+from ..training.record import finite
 from ..version import __version__
 from .advice import Thresholds
 from .analysis import Analysis
@@ -168,7 +169,7 @@ def _specialisation(found: Analysis, permutations: int) -> dict[str, Any] | None
 
 
 def _history(history: History | None) -> dict[str, Any] | None:
-    return None if history is None else {"steps": history.steps, "routers": history.routers}
+    return None if history is None else finite(asdict(history))
 
 
 def _keep_reason(found: Analysis) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -32,8 +33,21 @@ PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate"
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a crash leaves the old file or the new one, never a part of it."""
     with replacing(path) as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False, default=str)
+        json.dump(finite(content), stream, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         stream.write("\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with null in place of NaN and infinities, which JSON does not know.
+
+    >>> finite({"loss": math.nan, "log": (1.5, math.inf)})
+    {'loss': None, 'log': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -52,10 +52,14 @@ def losses_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
     for column in ("train tokens", "held-out tokens", "loss", "perplexity"):
         table.add_column(column, justify="right")
     for name, domain in domains.items():
-        loss = f"{domain['loss_before']:.3f} → {domain['loss_after']:.3f}"
-        perplexities = f"{domain['perplexity_before']:.1f} → {domain['perplexity_after']:.1f}"
-        table.add_row(name, f"{domain['train_tokens']:,}", f"{domain['held_out_tokens']:,}", loss, perplexities)
+        changes = (_change(domain, "loss", 3), _change(domain, "perplexity", 1))
+        table.add_row(name, f"{domain['train_tokens']:,}", f"{domain['held_out_tokens']:,}", *changes)
     return table
+
+
+def _change(domain: Mapping[str, Any], what: str, digits: int) -> str:
+    values = (domain[f"{what}_{when}"] for when in ("before", "after"))
+    return " → ".join("-" if value is None else f"{value:.{digits}f}" for value in values)  # null: not finite
 
 
 def experts_table(title: str, loads: Loads) -> Table:
