@@ -69,6 +69,8 @@ class _Rule:
 
 _RULES = (
     _Rule("use_moe_routing", lambda v: isinstance(v, bool), "pass True or False"),
+    # PEFT takes a negative one for none, and leaves others to fail where the layers are built.
+    _Rule("lora_dropout", lambda v: _is_number(v) and 0 <= v < 1, "pass a number in [0, 1)"),
     _Rule("router_hidden_size", lambda v: v is None or (_is_int(v) and v >= 1), "pass None or an integer of 1 or more"),
     _Rule("router_aux_loss_coef", lambda v: _is_number(v) and 0 <= v < float("inf"), "pass a number of 0 or more"),
     _Rule("router_temperature", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
