@@ -118,6 +118,11 @@ MISTAKES = [
     ("training.output_dir", None, "missing"),
     ("training.max_steps", 0, "1 or greater"),
     ("training.optim", "sgdd", "sgd"),
+    ("training.optim", "lomo", "install `lomo_optim`"),
+    ("training.report_to", "wandbb", "wandbb is not supported, only"),
+    ("training.report_to", ["swanlab"], "pip install swanlab"),
+    ("training.lr_scheduler_type", "cosine_with_min_lr", "`lr_scheduler_kwargs`"),
+    ("training.lr_scheduler_kwargs", {"powr": 2}, "unexpected keyword argument 'powr'"),
     ("training.per_device_train_batch_size", "4", "must be a whole number, not text"),
 ]
 

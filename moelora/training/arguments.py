@@ -1,10 +1,15 @@
-"""The Trainer's arguments, with one GPU for a process."""
+"""The Trainer's arguments: with one GPU for a process, and checked further than the arguments check themselves."""
 
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .progress import console
+from .schema import Problem
 
 
 def training_arguments(**fields: Any) -> TrainingArguments:
@@ -17,3 +22,40 @@ def training_arguments(**fields: Any) -> TrainingArguments:
         console.print(f"Training on one of {arguments.n_gpu} GPUs; `accelerate launch -m moelora …` uses them all")
         arguments._n_gpu = 1
     return arguments
+
+
+def check_parts(fields: Mapping[str, Any]) -> list[Problem]:
+    """What the Trainer cannot make of valid arguments: it tries only once the model is loaded, so it is tried before.
+
+    Args:
+        fields: of `TrainingArguments`, which takes them.
+    """
+    arguments, problems = TrainingArguments(**fields), []
+    scheduler = "lr_scheduler_kwargs" if fields.get("lr_scheduler_kwargs") else "lr_scheduler_type"
+    for name, make in {"report_to": _make_reports, "optim": _find_optimizer, scheduler: _make_scheduler}.items():
+        try:
+            make(arguments)
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            problems.append(Problem(f"training.{name}", fields.get(name, getattr(arguments, name)), str(error)))
+    return problems
+
+
+def _make_reports(arguments: TrainingArguments) -> None:
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        callback()  # imports its package; nothing is sent before training
+
+
+def _find_optimizer(arguments: TrainingArguments) -> None:
+    with contextlib.suppress(ValueError):  # some want to see the model, which there is none of yet
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+
+
+def _make_scheduler(arguments: TrainingArguments) -> None:
+    steps = arguments.max_steps if arguments.max_steps > 0 else 1000
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig
 from ..presets import PRESETS
+from .arguments import check_parts
 from .base import check_model
 from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from .record import check_output_dir
@@ -277,6 +278,7 @@ def _build_training(
     elif isinstance(raw["output_dir"], str):
         values["output_dir"] = str((folder / Path(raw["output_dir"]).expanduser()).resolve())
     found += construct(TrainingArguments, _without(values, "training", found), "training")
+    found = found or check_parts(values)
     problems += found
     return None if found else values
 
