@@ -219,6 +219,12 @@ def test_empty_rows_of_a_dataset_are_left_out_like_those_of_a_file(tmp_path):
     assert sorted(texts(train) + texts(held_out)) == ["a", "b"]
 
 
+def test_what_datasets_cannot_read_says_why(tmp_path):
+    (tmp_path / "rows.json").write_text('{"text": "a"')
+    (fix,) = fixes(tmp_path)
+    assert fix.startswith("`datasets` cannot read it: JSON parse error")
+
+
 BAD_FILES = {
     "empty": (b"", "holds no text"),
     "blank": (b"\n  \n", "holds no text"),

@@ -96,7 +96,7 @@ MISTAKES = [
     ("mixture", [1], "must be a mapping"),
     ("model.name", "missing/model/folder", "no such folder"),
     ("model.name", "no such hub id", "neither a folder next to the recipe nor a hub id"),
-    ("model.name", "nobody/nothing", "transformers reads"),
+    ("model.name", "nobody/nothing", "no folder of that name, and from the hub not a causal language model"),
     ("model.name", ".", "lacks config.json, weights, tokenizer"),
     ("model.gguf_file", "x.gguf", "no such file"),
     ("model.dtype", "float23", "must be one of auto, float32, bfloat16, float16; did you mean `float32`?"),

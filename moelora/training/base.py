@@ -44,7 +44,9 @@ def check_model(model: ModelOptions, block_size: int | None, mixture: dict[str, 
         empty = empty_model(config)
     except Exception as error:
         reason = shorten(str(error).strip().partition("\n")[0], 200)
-        return [Problem("model.name", model.name, f"not a causal language model that transformers reads: {reason}")]
+        where = "" if Path(model.name).is_dir() else "no folder of that name, and from the hub "
+        fix = f"{where}not a causal language model that transformers reads: {reason}"
+        return [Problem("model.name", model.name, fix)]
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if block_size is not None and longest is not None and block_size > longest:
         found.append(Problem("block_size", block_size, f"the model reads at most {longest} tokens; lower it"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from rich import progress
 
 from .progress import console
@@ -227,8 +227,11 @@ def _check_dataset(domain: DomainOptions, path: str, split: str, key: str) -> li
     except KeyError:
         return [Problem(key, path, f"no split `{split}`; set `split` or `eval_split` to one that it has")]
     except (OSError, ValueError, DatasetsError) as error:
-        reason = shorten(str(error).strip().partition("\n")[0], 200)
-        return [Problem(key, path, f"no file of that name, and `datasets` cannot read it: {reason}")]
+        # This one says nothing but that there was another.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        reason = shorten(" ".join(str(cause).split()), 200)
+        where = "" if Path(path).is_dir() else "no file of that name, and "
+        return [Problem(key, path, f"{where}`datasets` cannot read it: {reason}")]
     if fields is not None and _field(domain) not in fields:
         return [Problem(key, path, _no_such_field(domain, fields))]
     fixes: list[str] = []
