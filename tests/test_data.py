@@ -213,10 +213,14 @@ def test_bad_rows_of_a_dataset_are_reported_with_domain_field_and_row(tmp_path, 
         split_documents(bad)
 
 
-def test_empty_rows_of_a_dataset_are_left_out_like_those_of_a_file(tmp_path):
-    datasets.Dataset.from_dict({"text": ["a", "", "b"]}).save_to_disk(tmp_path / "saved")
-    train, held_out = split_documents(domain(tmp_path / "saved"))
-    assert sorted(texts(train) + texts(held_out)) == ["a", "b"]
+def test_empty_rows_are_left_out_and_counted(tmp_path, capsys):
+    rows = {"text": ["a", "", "b", ""]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in rows["text"]])
+    for path in (tmp_path / "saved", tmp_path / "rows.jsonl"):
+        train, held_out = split_documents(domain(path))
+        assert sorted(texts(train) + texts(held_out)) == ["a", "b"]
+        assert f"`text` is empty: 2 of {path}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_datasets_cannot_read_says_why(tmp_path):

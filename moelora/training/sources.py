@@ -70,12 +70,21 @@ def load_documents(domain: DomainOptions, path: str, split: str) -> datasets.Dat
     if not _is_files(path):
         rows = _open_dataset(domain, path, split).select_columns(_field(domain))
         chosen = _usable_rows(rows, domain, fail)
+        _tell_empty(domain, path, len(rows) - len(chosen))
         rows = rows if len(chosen) == len(rows) else rows.select(chosen)
         return rows.rename_column(_field(domain), "document")
 
-    return datasets.Dataset.from_dict(
-        {"document": [text for file in _files(path) for text in _read(file, domain, fail)]}
-    )
+    read = [document for file in _files(path) for document in _read(file, domain, fail)]
+    documents = list(filter(None, read))
+    _tell_empty(domain, path, len(read) - len(documents))
+    return datasets.Dataset.from_dict({"document": documents})
+
+
+def _tell_empty(domain: DomainOptions, path: str, count: int) -> None:
+    if count:
+        console.print(
+            f"{domain.name}: rows left out, for `{_field(domain)}` is empty: {count:,} of {path}", soft_wrap=True
+        )
 
 
 def _field(domain: DomainOptions) -> str:
@@ -107,7 +116,7 @@ def _check_file(domain: DomainOptions, file: Path, key: str) -> list[Problem]:
         fix = f"`{file.suffix}` files are read by `datasets`: put the file in a folder of its own and give the folder"
         return [Problem(key, str(file), fix)]
     fixes: list[str] = []
-    count = sum(1 for _ in _read(file, domain, fixes.append))
+    count = sum(1 for document in _read(file, domain, fixes.append) if document)
     if count == 0 and not fixes:
         fixes.append("the file holds no text; remove it or fill it")
     return [Problem(key, str(file), fix) for fix in _few(fixes, "lines")]
@@ -119,7 +128,7 @@ def _few(fixes: list[str], what: str) -> list[str]:
 
 
 def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
-    """Yield a file's documents that are not blank, reporting what cannot be read."""
+    """Yield a file's documents, also the empty ones of a JSONL file, reporting what cannot be read."""
     size = file.stat().st_size
     disable = size < BYTES_WORTH_A_PROGRESS_BAR
     bar = progress.open(
@@ -161,7 +170,7 @@ def _read_json_lines(lines: Iterator[tuple[int, str]], domain: DomainOptions, re
         fix = _check_row(row, domain)
         if fix:
             report(f"line {number}: {fix}")
-        elif row[_field(domain)]:
+        else:
             yield row[_field(domain)]
 
 
