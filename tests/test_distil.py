@@ -282,9 +282,10 @@ def test_a_dry_run_and_mistakes_load_no_model(adapter_folder, capsys, monkeypatc
         ("distil", "adapter", *INSIDE, "--out", "kept", "--overwrite"): "one.jsonl, which is only read",
         ("distil", "adapter", *DATA, "--out", "o", "--to", "dora"): "--to = 'dora'",
         ("distil", "adapter", *DATA, "--out", "o", "--r", "0"): "--r = 0",
+        ("distil", "adapter", *DATA, "--out", "o", "--r", "9"): "exceeds 8, the highest rank",
         ("distil", "adapter", *DATA, "--out", "o", "--compare-scratch"): "needs --steps",
         ("distil", "gone", *DATA, "--out", "o"): "gone",
-        ("distil", "adapter", "--data", "one=one.jsonl", "--out", "o"): "0 training and 0 held-out blocks",
+        ("distil", "adapter", "--data", "one=one.jsonl", "--out", "o", "--r", "8"): "0 training and 0 held-out blocks",
     }
     write_jsonl(folder / "one.jsonl", [{"text": "<end>"}] * 3)  # of one token each
     (folder / "kept").mkdir()

@@ -155,6 +155,7 @@ def test_merge_says_what_becomes_of_whom(folder, capsys, method):
 
 
 ONE = ["--data", "one=one.jsonl"]
+TIES = ["--experts", "1,2", "--method", "ties"]
 INSIDE = ["--data", "one=kept/one.jsonl"]
 
 
@@ -184,6 +185,8 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, capsys, monkeypatch)
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1,5"): "--experts: there is no expert '5'",
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1,2", "--method", "sum"): "--method = 'sum'",
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1,2", "--method", "average", "--rank", "4"): "--rank",
+        ("merge", "adapter", *DATA, "--out", "o", "--experts", "1,2", "--rank", "5"): "exceeds 4, the",
+        ("merge", "adapter", *DATA, "--out", "o", *TIES, "--rank", "33"): "exceeds 32, the",
         ("merge", "adapter", *DATA, "--out", "o", "--experts", "1,2", "--density", "1.5"): "--density = 1.5",
     }
     for arguments, words in cases.items():

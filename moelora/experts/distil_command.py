@@ -52,6 +52,7 @@ def distil_command(options: DistilOptions) -> Path | None:
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
     except ValueError as error:
         raise UserError(f"{source.folder}: {error}") from error
+    source.check_rank("--r", options.r, source.experts)
     record = record_of(source.folder)
     learned = learned_domains(source.folder)
     tokenizer = load_tokenizer(source.base)
@@ -88,12 +89,11 @@ def _plan(options: DistilOptions, source: Source) -> Plan:
         if adapter.position is not None
         for name, pool in adapter.pools.items()
     }
-    experts = sum(adapter.num_experts for adapter in source.stored if adapter.position is not None)
     before = sum(adapter.num_parameters for adapter in source.stored if adapter.position is not None)
     training = f"{options.steps} steps of {options.batch_size} blocks" if options.steps else "none"
     names = ", ".join(given.partition("=")[0] for given in options.data)
     rows = [
-        ("mixture", f"{experts} experts, {before:,} parameters"),
+        ("mixture", f"{len(source.experts)} experts, {before:,} parameters"),
         ("LoRA", f"rank {options.r} on {len(shapes)} linears, {options.r * sum(shapes.values()):,} parameters"),
         ("fit", f"least squares on up to {options.max_tokens:,} tokens of {names}"),
         ("training towards the mixture", training),

@@ -37,12 +37,6 @@ class Opened:
     source: Source
     domains: list[DomainOptions]
 
-    @property
-    def experts(self) -> list[str]:
-        """[E] the adapter of every expert of the mixture, in order."""
-        active = (adapter for adapter in self.source.stored if adapter.position is not None)
-        return [adapter.name for adapter in active for _ in range(adapter.num_experts)]
-
     def find(self, wanted: Sequence[str], flag: str) -> list[int]:
         """Numbers of the experts that an option names, by number or adapter, apart or joined by commas.
 
@@ -50,7 +44,7 @@ class Opened:
             UserError: there is no such expert, or one is named twice.
         """
         try:
-            return find_experts([name.strip() for item in wanted for name in item.split(",")], self.experts)
+            return find_experts([name.strip() for item in wanted for name in item.split(",")], self.source.experts)
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from None
 

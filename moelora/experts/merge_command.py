@@ -28,6 +28,10 @@ def merge_command(options: MergeOptions) -> Path | None:
     numbers = opened.find(options.experts, "--experts")
     if len(numbers) < 2:
         raise UserError(str(Problem("--experts", options.experts, "name two experts or more, such as 0,1")))
+    names = opened.source.experts
+    if options.rank is not None:
+        chosen = [names[number] for number in numbers]
+        opened.source.check_rank("--rank", options.rank, chosen, by_entry=options.method in ("ties", "dare"))
     model, texts = opened.load()
     try:
         adapters = take_apart(model)
@@ -41,7 +45,7 @@ def merge_command(options: MergeOptions) -> Path | None:
     after = texts.read(model)
     outcome = {"becomes": merged.becomes, "domains": loss_record(texts, before, after)}
     notes = [*memory_notes(adapters, numbers), *loss_notes(texts, before, after)]
-    plan = _plan(options, opened.experts, numbers, merged, notes, before)
+    plan = _plan(options, names, numbers, merged, notes, before)
     return opened.write(model, plan, outcome)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,34 @@ class Source:
     folder: Path
     stored: list[StoredAdapter]
     base: ModelOptions
+
+    @property
+    def experts(self) -> list[str]:
+        """[E] the adapter of every expert of the mixture, in order."""
+        active = (adapter for adapter in self.stored if adapter.position is not None)
+        return [adapter.name for adapter in active for _ in range(adapter.num_experts)]
+
+    def check_rank(self, flag: str, rank: int, experts: Sequence[str], by_entry: bool = False) -> None:
+        """Refuse a rank for what is made of experts that is higher than theirs together: the rest would be zeros.
+
+        Args:
+            experts: [n] the adapter of each of them.
+            by_entry: whether entries of their products are changed, so that only the linears limit the rank.
+
+        Raises:
+            UserError: naming the highest rank there is a use for.
+        """
+        pools = {adapter.name: adapter.pools for adapter in self.stored}
+        ranks: Counter[str] = Counter()
+        sizes: dict[str, int] = {}
+        for name in experts:
+            for linear, pool in pools[name].items():
+                ranks[linear] += pool.rank
+                sizes[linear] = min(pool.lora_B.shape[0], pool.lora_A.shape[1])
+        highest = max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
+        if rank > highest:
+            fix = f"exceeds {highest}, the highest rank that the result has in any linear; lower it, the rest is zero"
+            raise UserError(str(Problem(flag, rank, fix)))
 
     def load(self, device: torch.device | None = None) -> PeftModel:
         """The base model with the adapter, in evaluation mode; on the GPU if there is one."""

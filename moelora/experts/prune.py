@@ -122,7 +122,7 @@ def prune_command(options: PruneOptions) -> Path | None:
     """
     both = [Problem("--keep", options.keep, "give either --keep N or --drop EXPERT")]
     opened = open_adapter(options, both if (options.keep is None) == (not options.drop) else [])
-    names = opened.experts
+    names = opened.source.experts
     numbers = opened.find(options.drop, "--drop") if options.drop else []
     if len(numbers) == len(names) or (options.keep or 0) >= len(names):
         key, value = ("--drop", options.drop) if numbers else ("--keep", options.keep)
