@@ -74,7 +74,8 @@ class TrainOptions:
     overwrite: bool = field(
         default=False,
         metadata=about(
-            "replace the recipe's output folder; the old one is kept beside it, and `moelora undo` brings it back"
+            "replace the recipe's output folder; the old one stays beside it as NAME.backup-N until you remove it, and "
+            "`moelora undo` brings it back"
         ),
     )
     grow: str | None = field(
@@ -154,7 +155,10 @@ class OperationOptions:
     out: str = field(metadata=about("folder to write"))
     overwrite: bool = field(
         default=False,
-        metadata=about("replace the folder if it exists; it is kept beside it, and `moelora undo` brings it back"),
+        metadata=about(
+            "replace the folder if it exists; the old one stays beside it as NAME.backup-N until you remove it, and "
+            "`moelora undo` brings it back"
+        ),
     )
     dry_run: bool = field(default=False, metadata=about("print what would be done and write nothing"))
 
