@@ -222,7 +222,8 @@ def generated(capsys, *arguments):
     return printed.out if status == 0 else printed.err
 
 
-def test_an_empty_prompt_is_refused(adapter, capsys):
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(adapter, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
     assert main(["generate", "--adapter", str(adapter), "--prompt", ""]) == 2
     assert "no token to continue from" in capsys.readouterr().err
 

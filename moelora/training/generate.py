@@ -28,9 +28,9 @@ def generate(options: GenerateOptions) -> str:
     console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
     tokenizer = load_tokenizer(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = _encode(tokenizer, options).to(device)
     model = load_mixture(base, adapter, device)
     set_seed(options.seed)
-    inputs = _encode(tokenizer, options).to(device)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     with torch.no_grad():
         output = model.generate(
