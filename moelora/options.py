@@ -10,10 +10,12 @@ from typing import Any
 
 from .training.schema import (
     Problem,
+    a_seed,
     about,
     at_least,
     between_0_and_1,
     check_values,
+    not_empty,
     not_negative,
     one_of,
     positive,
@@ -106,7 +108,7 @@ class GenerateOptions:
     temperature: float = field(
         default=0.0, metadata=about("0 takes the likeliest token; higher is more random", check=not_negative)
     )
-    seed: int = field(default=42, metadata=about("seed of the random choices", check=at_least(0)))
+    seed: int = field(default=42, metadata=about("seed of the random choices", check=a_seed))
     chat: bool = field(default=False, metadata=about("ask the prompt as a user's turn in the model's chat template"))
 
 
@@ -152,7 +154,7 @@ class ReportOptions:
 class OperationOptions:
     """What every operation that writes a folder lets one choose."""
 
-    out: str = field(metadata=about("folder to write"))
+    out: str = field(metadata=about("folder to write", check=not_empty))
     overwrite: bool = field(
         default=False,
         metadata=about(
@@ -204,7 +206,7 @@ class BuildOptions(OperationOptions):
     )
     steps: int = field(default=100, metadata=about("steps of router training", check=at_least(1)))
     learning_rate: float = field(default=1e-3, metadata=about("learning rate of router training", check=positive))
-    seed: int = field(default=42, metadata=about("seed of router training", check=at_least(0)))
+    seed: int = field(default=42, metadata=about("seed of router training", check=a_seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +330,7 @@ class MergeOptions(JudgedOptions):
     density: float = field(
         default=0.5, metadata=about("share of entries that ties and dare keep", check=between_0_and_1)
     )
-    seed: int = field(default=42, metadata=about("seed of the entries that dare drops", check=at_least(0)))
+    seed: int = field(default=42, metadata=about("seed of the entries that dare drops", check=a_seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +371,7 @@ class DistilOptions(OperationOptions):
         default=4.0,
         metadata=about("GiB that the fit's sums may take; less makes more passes over the data", check=positive),
     )
-    seed: int = field(default=42, metadata=about("seed of the order of the blocks", check=at_least(0)))
+    seed: int = field(default=42, metadata=about("seed of the order of the blocks", check=a_seed))
     base: str | None = field(default=None, metadata=about(BASE_HELP))
 
 
@@ -377,5 +379,5 @@ class DistilOptions(OperationOptions):
 class UndoOptions:
     """Bring back the folder that the latest operation with --overwrite replaced."""
 
-    folder: str = field(metadata=about("folder that an operation wrote", positional=True))
+    folder: str = field(metadata=about("folder that an operation wrote", check=not_empty, positional=True))
     dry_run: bool = field(default=False, metadata=about("print what would be done and change nothing"))

@@ -142,6 +142,8 @@ def test_every_problem_is_told_before_any_work(tmp_path):
     for place in ("file", "file/below"):
         with pytest.raises(UserError, match="--out"):
             check_output(HalveOptions(out=str(tmp_path / place), overwrite=True))
+    with pytest.raises(UserError, match="--out = ''"):
+        check_output(HalveOptions(out="", overwrite=True))
     if os.geteuid() != 0:
         (tmp_path / "out").chmod(0o500)
         with pytest.raises(UserError, match="may be written"):

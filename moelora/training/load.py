@@ -47,6 +47,8 @@ TRAINING_RULES: dict[str, Check] = {
     "logging_steps": positive,
     "save_steps": positive,
     "eval_steps": positive,
+    "label_smoothing_factor": lambda value: None if 0 <= value < 1 else "must be 0 or greater and less than 1",
+    "dataloader_num_workers": at_least(0),
 }
 """Rules that `TrainingArguments` leaves to fail, or to train on, later."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .schema import about, at_least, between_0_and_1, one_of, positive
+from .schema import a_seed, about, at_least, between_0_and_1, not_empty, one_of, positive
 
 MIXTURE_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 """What the job sets in `MoELoraConfig` unless the recipe says otherwise."""
@@ -32,7 +32,11 @@ def plain_name(value: str) -> str | None:
 class ModelOptions:
     """The pretrained causal language model to adapt."""
 
-    name: str = field(metadata=about("folder of a pretrained causal language model, or its id on the Hugging Face hub"))
+    name: str = field(
+        metadata=about(
+            "folder of a pretrained causal language model, or its id on the Hugging Face hub", check=not_empty
+        )
+    )
     gguf_file: str | None = field(
         default=None, metadata=about("name of the GGUF file to read inside that folder or repository")
     )
@@ -53,7 +57,8 @@ class DomainOptions:
     path: str = field(
         metadata=about(
             "a .jsonl file, a text file (one document), a pattern such as books/*.txt, "
-            "or what `datasets` reads: a folder or a hub id"
+            "or what `datasets` reads: a folder or a hub id",
+            check=not_empty,
         )
     )
     subset: str | None = field(
@@ -75,7 +80,8 @@ class DomainOptions:
         ),
     )
     eval_path: str | None = field(
-        default=None, metadata=about("held-out documents in place of a share of `path`; same forms as `path`")
+        default=None,
+        metadata=about("held-out documents in place of a share of `path`; same forms as `path`", check=not_empty),
     )
     eval_split: str | None = field(
         default=None, metadata=about("held-out split of a `datasets` path in place of a share of `split`")
@@ -117,7 +123,7 @@ class Recipe:
     )
     seed: int = field(
         default=42,
-        metadata=about("seed of the initial weights, the mixing and the order of the blocks", check=at_least(0)),
+        metadata=about("seed of the initial weights, the mixing and the order of the blocks", check=a_seed),
     )
 
     @property

@@ -70,6 +70,15 @@ def at_least(minimum: int) -> Check:
     return lambda value: None if value >= minimum else f"must be {minimum} or greater"
 
 
+def not_empty(value: str) -> str | None:
+    return None if value else "must not be empty"
+
+
+def a_seed(value: int) -> str | None:
+    """The range that NumPy takes."""
+    return None if 0 <= value < 2**32 else f"must be 0 to {2**32 - 1}"
+
+
 def one_of(*choices: str) -> Check:
     return lambda value: (
         None if value in choices else f"must be one of {', '.join(choices)}{did_you_mean(value, choices)}"
