@@ -18,7 +18,7 @@ from transformers import (
 
 from ..config import MoELoraConfig
 from .recipe import ModelOptions
-from .schema import Problem, culprit, shorten
+from .schema import Problem, culprit, did_you_mean, shorten
 
 NEEDED = {
     "config.json": ("config.json",),
@@ -88,6 +88,11 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def _check_mixture(empty: PreTrainedModel, mixture: dict[str, Any]) -> list[Problem]:
     """Inject the mixture into a model without weights, which finds target modules that do not exist."""
+    known = [name for name, _ in empty.named_modules()]
+    # PEFT passes over these without a word.
+    if lost := [name for name in mixture.get("modules_to_save") or [] if not any(key.endswith(name) for key in known)]:
+        near = did_you_mean(lost[0], {name.rpartition(".")[2] for name in known})
+        return [Problem("mixture.modules_to_save", lost, f"the model has no module of that name{near}")]
     try:
         with torch.device("meta"):
             get_peft_model(empty, MoELoraConfig(**mixture))
