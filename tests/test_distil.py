@@ -267,6 +267,14 @@ def test_training_and_a_lora_from_scratch_are_compared(adapter_folder, capsys):
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 2)
 
 
+def test_a_lora_whose_training_diverged_is_not_written(adapter_folder, capsys):
+    folder = adapter_folder()
+    options = ["--steps", "3", "--learning-rate", "1e30", "--max-tokens", "200", "--max-eval-blocks", "2"]
+    assert main(["distil", "adapter", "--r", "2", *DATA, "--out", "lora", *options]) == 2
+    assert "lower --learning-rate (1e+30)" in capsys.readouterr().err
+    assert not (folder / "lora").exists()
+
+
 INSIDE = ["--data", "kept=kept/one.jsonl"]
 
 

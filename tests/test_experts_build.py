@@ -63,6 +63,13 @@ def test_a_mixture_is_built_from_loras_alone(tmp_path, loras, router, capsys):
         assert routers and all(p.abs().max() > 0 for p in routers)
 
 
+def test_a_mixture_whose_router_diverged_is_not_written(tmp_path, loras, capsys):
+    texts = ["--router", "train", f"--data=count={tmp_path / 'count.jsonl'}", "--steps", "3", "--learning-rate", "1e38"]
+    assert main(["build", *loras[1], *texts, "--out", str(tmp_path / "out")]) == 2
+    assert "training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_says_what_would_be_built(tmp_path, loras, capsys):
     _, experts = loras
     assert main(["build", *experts, "--out", str(tmp_path / "out"), "--dry-run"]) == 0

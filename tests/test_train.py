@@ -179,6 +179,8 @@ def test_a_diverged_run_is_no_success(folder, recipe_file, capsys):
     text = (folder / "diverged" / "run.json").read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert record["status"] == "finished" and record["domains"]["counting"]["loss_after"] is None
+    assert main(["generate", "--adapter", str(folder / "diverged"), "--prompt", "a"]) == 2
+    assert "is not finite: its training diverged" in capsys.readouterr().err
     assert "→ -" in losses_table(record["domains"]).columns[3]._cells[0]
 
 

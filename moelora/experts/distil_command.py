@@ -24,7 +24,7 @@ from ..report.stored import scaling_of
 from ..training.arguments import training_arguments
 from ..training.base import load_config, load_tokenizer
 from ..training.data import DomainBlocks, load_domains, mix
-from ..training.evaluate import evaluate
+from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.progress import console
 from ..training.recipe import DomainOptions, Recipe
 from ..training.record import learned_domains, record_of
@@ -146,7 +146,8 @@ class _Job:
         self._measure("LoRA, closed form", student, took)
         if options.steps:
             took += self._train(student, options.learning_rate, teacher=model)
-            self._measure(f"LoRA, then {options.steps} steps of KL", student, took)
+            after = self._measure(f"LoRA, then {options.steps} steps of KL", student, took)
+            check_converged(after, f"lower --learning-rate ({options.learning_rate:g})")
         student.save_pretrained(str(folder))
         if options.compare_scratch:
             config = model.peft_config[model.base_model.routing.active_adapters[0]]
@@ -171,9 +172,10 @@ class _Job:
         for batch in DataLoader(chosen, batch_size=self.options.batch_size, collate_fn=self.collator):
             yield {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def _measure(self, name: str, model: PeftModel, seconds: float | None = None) -> None:
+    def _measure(self, name: str, model: PeftModel, seconds: float | None = None) -> dict[str, DomainResult]:
         found = evaluate(model, self.domains, self.collator, self.options.batch_size, name)
         self.rows.append(_Row(name, [result.loss for result in found.values()], seconds))
+        return found
 
     def _train(self, student: PeftModel, learning_rate: float, teacher: PeftModel | None = None) -> float:
         """Train a student and return the seconds it took."""

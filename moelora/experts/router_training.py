@@ -14,7 +14,7 @@ from ..router import MoELoraRouter
 from ..training.arguments import training_arguments
 from ..training.callback import MoELoraCallback
 from ..training.data import DomainBlocks, count_tokens, load_domains, mix
-from ..training.evaluate import DomainResult, evaluate
+from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.recipe import DomainOptions, ModelOptions, Recipe
 
 
@@ -46,7 +46,7 @@ def train_router(
 
     Raises:
         ValueError: the mixture has no router parameters.
-        UserError: a domain has too little text.
+        UserError: a domain has too little text, or training diverged.
     """
     training = training or RouterTraining()
     routers = [module for module in model.modules() if isinstance(module, MoELoraRouter)]
@@ -70,6 +70,7 @@ def train_router(
     for name in model.active_adapters:
         model.set_expert_maturity(name, 1.0)
     after = evaluate(model.eval(), blocks, trainer.data_collator, training.batch_size, "After")
+    check_converged(after, f"lower the learning rate ({training.learning_rate:g})")
     return {name: _losses(before[name], after[name]) for name in before}
 
 

@@ -1,7 +1,7 @@
 """Held-out loss of each domain, and which experts each domain used."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from .data import DomainBlocks
 from .progress import console
+from .schema import UserError
 
 Collator = Callable[[list[dict[str, Any]]], Any]
 
@@ -55,6 +56,21 @@ def evaluate(
             }
     finally:
         model.train(was_training)
+
+
+def check_converged(results: Mapping[str, DomainResult], fix: str) -> None:
+    """Refuse what training has made of a model if its losses are no numbers.
+
+    Args:
+        results: after training, by domain.
+        fix: what to do about it.
+
+    Raises:
+        UserError: naming the domains.
+    """
+    bad = [f"{name} ({result.loss})" for name, result in results.items() if not math.isfinite(result.loss)]
+    if bad:
+        raise UserError(f"training diverged: the loss after it is not a number on {', '.join(bad)}; {fix}")
 
 
 def _evaluate_domain(

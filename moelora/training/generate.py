@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..options import GenerateOptions, check_options
@@ -30,6 +30,9 @@ def generate(options: GenerateOptions) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = _encode(tokenizer, options).to(device)
     model = load_mixture(base, adapter, device)
+    bad = [key for key, tensor in get_peft_model_state_dict(model).items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"the adapter {adapter}: {bad[0]} is not finite: its training diverged; give another adapter")
     set_seed(options.seed)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     with torch.no_grad():

@@ -4,7 +4,6 @@ Reading a recipe file and checking it is `load.py`.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,6 @@ MIXTURE_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": 
 
 TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "ddp_find_unused_parameters": False}
 """What the job sets in `TrainingArguments` unless the recipe says otherwise."""
-
-
-def _positive_and_finite(value: float) -> str | None:
-    return positive(value) if math.isfinite(value) else "must be a finite number"
 
 
 def plain_name(value: str) -> str | None:
@@ -93,7 +88,7 @@ class DomainOptions:
         default=1.0,
         metadata=about(
             "how often training draws a block from this domain, relative to the other domains' weights",
-            check=_positive_and_finite,
+            check=positive,
         ),
     )
 

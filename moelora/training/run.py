@@ -1,6 +1,5 @@
 """The main job: fine-tune a causal language model with a mixture of LoRA experts, and measure what it learned."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from .arguments import training_arguments
 from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
 from .data import DomainBlocks, load_domains, mix
-from .evaluate import DomainResult, evaluate
+from .evaluate import DomainResult, check_converged, evaluate
 from .progress import console, is_main_process
 from .recipe import Recipe
 from .record import RUN_FILE, check_output_dir, environment, last_checkpoint, now, read_record, write_json
@@ -117,16 +116,10 @@ def _train(
         "log": trainer.state.log_history,
     }
     _write(run_file, record)
-    _check_converged(recipe, results)
+    rate = recipe.training.get("learning_rate", TrainingArguments.learning_rate)
+    useless = f"the adapter in {recipe.output_dir} is of no use"
+    check_converged(results, f"lower training.learning_rate ({rate:g}); {useless}")
     return record
-
-
-def _check_converged(recipe: Recipe, results: dict[str, DomainResult]) -> None:
-    bad = [f"{name} ({result.loss})" for name, result in results.items() if not math.isfinite(result.loss)]
-    if bad:
-        rate = recipe.training.get("learning_rate", TrainingArguments.learning_rate)
-        fix = f"lower training.learning_rate ({rate:g}); the adapter in {recipe.output_dir} is of no use"
-        raise UserError(f"training diverged: the loss after it is not a number on {', '.join(bad)}; {fix}")
 
 
 @contextmanager

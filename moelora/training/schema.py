@@ -6,6 +6,7 @@ the help text and the rule its value must obey.
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -55,6 +56,8 @@ def about(help_text: str, *, check: Check | None = None, **more: Any) -> dict[st
 
 
 def positive(value: float) -> str | None:
+    if math.isinf(value):
+        return "must be a finite number"
     return None if value > 0 else "must be greater than 0"
 
 
