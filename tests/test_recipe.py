@@ -212,7 +212,13 @@ def test_settings_replace_what_the_recipe_says(folder, recipe):
 
 @pytest.mark.parametrize(
     ("override", "expected"),
-    [("seed", "KEY=VALUE"), ("=3", "KEY=VALUE"), ("data.nobody.weight=2", "no section `data.nobody`"), ("a=[", "YAML")],
+    [
+        ("seed", "KEY=VALUE"),
+        ("=3", "KEY=VALUE"),
+        ("data.nobody.weight=2", "no section `data.nobody`"),
+        ("data.counting=5", "key by key, as in data.counting.weight=2"),
+        ("a=[", "YAML"),
+    ],
 )
 def test_bad_settings_are_reported(folder, recipe, override, expected):
     assert expected in problems(folder, recipe, override)["--set"]

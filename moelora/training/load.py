@@ -173,7 +173,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
         for name in parents:
             section = _descend(section, name)
         if not isinstance(section, dict):
-            problems.append(Problem("--set", override, f"the recipe has no section `{'.'.join(parents)}`"))
+            there = f"the recipe has no section `{'.'.join(parents)}`"
+            fix = f"a domain is changed key by key, as in {key}.weight=2" if isinstance(section, list) else there
+            problems.append(Problem("--set", override, fix))
             continue
         try:
             section[last] = yaml.load(text, _Loader)
