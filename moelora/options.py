@@ -339,7 +339,10 @@ class DistilOptions(OperationOptions):
 
     adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
     to: str = field(default="lora", metadata=about("what to make of the mixture", check=one_of("lora")))
-    r: int = field(default=16, metadata=about("rank of the LoRA", check=at_least(1)))
+    r: int | None = field(
+        default=None,
+        metadata=about("rank of the LoRA; by default 16, or that of all experts together if lower", check=at_least(1)),
+    )
     data: list[str] = field(
         default_factory=list,
         metadata=about(

@@ -32,8 +32,10 @@ from ..training.schema import Problem, UserError
 from .distil import closed_form, fresh_lora, lora_of
 from .exporting import check_only_factors
 from .moments import Batch
-from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
+from .operation import Plan, Source, carry_out, check_only_read, check_output, check_rank, read_source
 from .student import train_student
+
+DEFAULT_RANK = 16  # of --r; options.py says it in words
 
 
 def distil_command(options: DistilOptions) -> Path | None:
@@ -52,7 +54,9 @@ def distil_command(options: DistilOptions) -> Path | None:
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
     except ValueError as error:
         raise UserError(f"{source.folder}: {error}") from error
-    source.check_rank("--r", options.r, source.experts)
+    highest = source.highest_rank(source.experts)
+    rank = min(DEFAULT_RANK, highest) if options.r is None else options.r
+    check_rank("--r", rank, highest)
     record = record_of(source.folder)
     learned = learned_domains(source.folder)
     tokenizer = load_tokenizer(source.base)
@@ -67,11 +71,11 @@ def distil_command(options: DistilOptions) -> Path | None:
 
     def work(folder: Path) -> dict[str, Any]:
         try:
-            return _Job(options, source, blocks, tokenizer).run(folder)
+            return _Job(options, source, rank, blocks, tokenizer).run(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    return carry_out(options, _plan(options, source), work, inputs=[options.adapter], base=source.base)
+    return carry_out(options, _plan(options, source, rank), work, inputs=[options.adapter], base=source.base)
 
 
 def _as_trained(domain: DomainOptions, learned: Sequence[Mapping[str, Any]]) -> DomainOptions:
@@ -82,7 +86,7 @@ def _as_trained(domain: DomainOptions, learned: Sequence[Mapping[str, Any]]) -> 
     return domain
 
 
-def _plan(options: DistilOptions, source: Source) -> Plan:
+def _plan(options: DistilOptions, source: Source, rank: int) -> Plan:
     shapes = {
         name: pool.lora_A.shape[1] + pool.lora_B.shape[0]
         for adapter in source.stored
@@ -94,7 +98,7 @@ def _plan(options: DistilOptions, source: Source) -> Plan:
     names = ", ".join(given.partition("=")[0] for given in options.data)
     rows = [
         ("mixture", f"{len(source.experts)} experts, {before:,} parameters"),
-        ("LoRA", f"rank {options.r} on {len(shapes)} linears, {options.r * sum(shapes.values()):,} parameters"),
+        ("LoRA", f"rank {rank} on {len(shapes)} linears, {rank * sum(shapes.values()):,} parameters"),
         ("fit", f"least squares on up to {options.max_tokens:,} tokens of {names}"),
         ("training towards the mixture", training),
     ]
@@ -121,11 +125,13 @@ class _Job:
         self,
         options: DistilOptions,
         source: Source,
+        rank: int,
         domains: Sequence[DomainBlocks],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
         self.options = options
+        self.rank = rank
         self.model = source.load()
         self.domains = domains
         self.blocks = mix(self.domains, options.seed).shuffle(seed=options.seed)
@@ -139,7 +145,7 @@ class _Job:
             self._measure("base model", model)
         self._measure("mixture", model)
         began = time.perf_counter()
-        found = closed_form(model, self._batches, options.r, options.ridge, options.memory * 2**30)
+        found = closed_form(model, self._batches, self.rank, options.ridge, options.memory * 2**30)
         student = lora_of(model, found.factors)
         took = time.perf_counter() - began
         unexplained = sum(found.error.values()) / len(found.error)
@@ -152,7 +158,7 @@ class _Job:
         if options.compare_scratch:
             config = model.peft_config[model.base_model.routing.active_adapters[0]]
             set_seed(options.seed)
-            scratch = fresh_lora(model, options.r, scaling_of(config, "", config.r))
+            scratch = fresh_lora(model, self.rank, scaling_of(config, "", config.r))
             took = self._train(scratch, options.scratch_learning_rate)
             self._measure(f"LoRA from scratch, {options.steps} steps", scratch, took)
         stdout = Console(highlight=False)

@@ -9,7 +9,7 @@ from ..options import MergeOptions
 from ..training.schema import Problem, UserError
 from .judged import loss_notes, loss_record, open_adapter
 from .merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
-from .operation import Plan
+from .operation import Plan, check_rank
 from .parts import names_of, put_together, take_apart
 from .reading import Reading
 
@@ -31,7 +31,7 @@ def merge_command(options: MergeOptions) -> Path | None:
     names = opened.source.experts
     if options.rank is not None:
         chosen = [names[number] for number in numbers]
-        opened.source.check_rank("--rank", options.rank, chosen, by_entry=options.method in ("ties", "dare"))
+        check_rank("--rank", options.rank, opened.source.highest_rank(chosen, options.method in ("ties", "dare")))
     model, texts = opened.load()
     try:
         adapters = take_apart(model)

@@ -154,15 +154,12 @@ class Source:
         active = (adapter for adapter in self.stored if adapter.position is not None)
         return [adapter.name for adapter in active for _ in range(adapter.num_experts)]
 
-    def check_rank(self, flag: str, rank: int, experts: Sequence[str], by_entry: bool = False) -> None:
-        """Refuse a rank for what is made of experts that is higher than theirs together: the rest would be zeros.
+    def highest_rank(self, experts: Sequence[str], by_entry: bool = False) -> int:
+        """Of what is made of experts, in any linear; with a higher one it would be filled up with zeros.
 
         Args:
             experts: [n] the adapter of each of them.
             by_entry: whether entries of their products are changed, so that only the linears limit the rank.
-
-        Raises:
-            UserError: naming the highest rank there is a use for.
         """
         pools = {adapter.name: adapter.pools for adapter in self.stored}
         ranks: Counter[str] = Counter()
@@ -171,16 +168,24 @@ class Source:
             for linear, pool in pools[name].items():
                 ranks[linear] += pool.rank
                 sizes[linear] = min(pool.lora_B.shape[0], pool.lora_A.shape[1])
-        highest = max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
-        if rank > highest:
-            fix = f"exceeds {highest}, the highest rank that the result has in any linear; lower it, the rest is zero"
-            raise UserError(str(Problem(flag, rank, fix)))
+        return max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
 
     def load(self, device: torch.device | None = None) -> PeftModel:
         """The base model with the adapter, in evaluation mode; on the GPU if there is one."""
         return load_mixture(
             self.base, self.folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         )
+
+
+def check_rank(flag: str, rank: int, highest: int) -> None:
+    """Refuse a rank that would be made up with zeros.
+
+    Raises:
+        UserError: naming the highest rank there is a use for.
+    """
+    if rank > highest:
+        fix = f"exceeds {highest}, the highest rank that the result has in any linear; lower it, the rest is zero"
+        raise UserError(str(Problem(flag, rank, fix)))
 
 
 def read_source(folder: str | Path, base: str | None = None) -> Source:
