@@ -99,9 +99,7 @@ def environment(device: str, command: str, commit: str | None = None) -> list[st
     import transformers
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    lines = [
-        f"{_hardware(device)}; Python {platform.python_version()}, {versions}; commit {commit or current_commit()}"
-    ]
+    lines = [f"{hardware(device)}; Python {platform.python_version()}, {versions}; commit {commit or current_commit()}"]
     clocks = _output(
         "nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit", "--format=csv,noheader"
     )
@@ -122,7 +120,8 @@ def command_line(module: str, arguments: list[str]) -> str:
     return shlex.join(["python", "-m", module, *arguments])
 
 
-def _hardware(device: str) -> str:
+def hardware(device: str) -> str:
+    """The name of the GPU; of the processor, and how many threads are used."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     information = Path("/proc/cpuinfo")

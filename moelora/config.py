@@ -195,8 +195,9 @@ class MoELoraConfig(LoraConfig):
         """Settings that were measured for a purpose, with others added or put in their place.
 
         Args:
-            name: "multi-domain": several domains at once (docs/quality.md). "continual": one domain after another,
-                each with experts of its own (docs/experts-grow.md).
+            name: "multi-domain": several domains or tasks at once. "mergeable": the same without a router, as one LoRA
+                (docs/quality.md). "continual": one domain after another, each with experts of its own
+                (docs/experts-grow.md).
             options: fields of this class. `lora_alpha` does not follow `r`, nor `top_k_experts` and `routing_scale`
                 `num_experts`: set those too.
 

@@ -15,6 +15,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "router_temperature": 1.0,
         "expert_capacity_factor": None,
     },
+    # No routing: constant weights, which train the LoRA of rank E*r and merge into the base model like one.
+    "mergeable": {"r": 8, "lora_alpha": 16, "num_experts": 8, "router_type": "fixed", "routing_scale": 8.0},
     # One domain after another, each with experts of its own: `moelora train --grow`.
     "continual": {"r": 4, "lora_alpha": 8, "num_experts": 4, "top_k_experts": 2, "routing_scale": 4.0},
 }

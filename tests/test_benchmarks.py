@@ -277,7 +277,7 @@ def test_results_add_up_over_runs_and_files(tmp_path):
 
 
 def test_the_clocks_of_two_gpus_are_one_comment(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.record._hardware", lambda device: "NVIDIA H100")
+    monkeypatch.setattr("benchmarks.record.hardware", lambda device: "NVIDIA H100")
     monkeypatch.setattr("benchmarks.record._output", lambda *command: "1980 MHz, 700.00 W\n1965 MHz, 700.00 W")
     Recorder(tmp_path, "cuda", "x", commit="abc").add(ROW, arm="frozen", value=1.0)
     comments, (row,) = read([tmp_path / "results.csv"])

@@ -46,7 +46,9 @@ def test_a_preset_says_what_it_sets_where_an_option_contradicts_it():
 
 
 def test_an_unknown_preset_names_those_there_are():
-    with pytest.raises(ValueError, match=r"`preset` \('multi'\) is not known; choose one of multi-domain, continual"):
+    with pytest.raises(
+        ValueError, match=r"`preset` \('multi'\) is not known; choose one of multi-domain, mergeable, continual"
+    ):
         MoELoraConfig.preset("multi")
     with pytest.raises(ValueError, match=r"\['continual'\]"):
         MoELoraConfig.preset(["continual"])

@@ -32,6 +32,7 @@ from moelora.presets import PRESETS
 from moelora.router import MoELoraRouter
 
 SIZE = Size(experts=4, rank=2, top_k=2)
+ORIGIN = {"commit": "here", "hardware": "this"}
 
 
 def encode(texts):
@@ -245,7 +246,7 @@ def test_a_captured_step_computes_what_an_eager_one_does(name, suite):
 
 
 def test_the_sweep_goes_on_beyond_its_ends_fails_by_row_and_resumes(tmp_path, monkeypatch):
-    rows = Rows(tmp_path / "rows.jsonl", plan(), "here")
+    rows = Rows(tmp_path / "rows.jsonl", plan(), ORIGIN)
     bench = Bench(quick_base(), quick_data("lm"), plan())
     train, calls = bench.train, []
 
@@ -268,11 +269,11 @@ def test_the_sweep_goes_on_beyond_its_ends_fails_by_row_and_resumes(tmp_path, mo
     }
 
     done = len(calls)
-    again = Rows(tmp_path / "rows.jsonl", plan(), "here")
+    again = Rows(tmp_path / "rows.jsonl", plan(), ORIGIN)
     for name in ("lora", "dora"):
         Sweep(bench, again, seeds=2, test=True, deadline=math.inf).run(name)
     assert len(calls) == done
-    assert not any("error" in row for row in Rows(tmp_path / "rows.jsonl", plan(), "here", retry=True).found.values())
+    assert not any("error" in row for row in Rows(tmp_path / "rows.jsonl", plan(), ORIGIN, retry=True).found.values())
 
 
 def test_given_rates_are_the_only_ones(tmp_path, monkeypatch):
@@ -280,7 +281,7 @@ def test_given_rates_are_the_only_ones(tmp_path, monkeypatch):
     calls = []
     train = bench.train
     monkeypatch.setattr(bench, "train", lambda *call: (calls.append(call), train(*call))[1])
-    sweep = Sweep(bench, Rows(tmp_path / "rows.jsonl", plan(), "here"), 1, False, math.inf, rates=(4e-3,))
+    sweep = Sweep(bench, Rows(tmp_path / "rows.jsonl", plan(), ORIGIN), 1, False, math.inf, rates=(4e-3,))
     for name in ("frozen", "scale-2+plus-4"):
         sweep.run(name)
     assert calls == [("frozen", 0.0, 0), ("scale-2+plus-4", 4e-3, 0)]
@@ -290,7 +291,7 @@ def test_rows_of_another_batch_do_not_count(tmp_path):
     row = {"suite": "lm", "method": "lora", "split": "validation", "lr": 1e-3, "seed": 0, "steps": 6, "loss": 2.0}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row | more) + "\n" for more in ({"rows": 4, "loss": 3.0}, {}, {"rows": 8})))
-    assert [found["loss"] for found in Rows(path, plan(), "here").found.values()] == [3.0]
+    assert [found["loss"] for found in Rows(path, plan(), ORIGIN).found.values()] == [3.0]
 
 
 @pytest.mark.parametrize("rate", ["0", "-1e-3", "nan", "inf"])
@@ -308,11 +309,12 @@ def test_joined_variants_are_both():
         main(["--quick", "--device", "cpu", "--methods", "sparse+plus-5"])
 
 
-def test_the_preset_is_what_was_measured():
+@pytest.mark.parametrize(("name", "variant"), [("multi-domain", "dense-16+temperature-1"), ("mergeable", "uniform-8")])
+def test_a_preset_is_what_was_measured(name, variant):
     size = Size()
-    options = variant_of("dense-16+temperature-1").options
+    options = {"num_experts": size.experts} | variant_of(variant).options
     rank = size.experts * size.rank // options["num_experts"]
-    assert PRESETS["multi-domain"] == {"r": rank, "lora_alpha": SCALING * rank} | options
+    assert PRESETS[name] == {"r": rank, "lora_alpha": SCALING * rank} | options
 
 
 def test_a_router_without_normalisation_sees_how_large_its_input_is():
@@ -327,13 +329,16 @@ def test_a_router_without_normalisation_sees_how_large_its_input_is():
         assert torch.allclose(*weights, atol=1e-4) == is_blind, name
 
 
-def test_a_method_without_a_lora_of_as_many_steps_meets_the_one_of_nearest_time():
-    def entry(method, steps, seconds):
-        row = {"split": "test", "lr": 1e-3, "seed": 0, "loss": 2.0, "seconds": seconds}
-        return table.Entry(method, steps, [row, row | {"split": "validation"}], "test")
+def test_a_method_without_a_lora_of_as_many_steps_meets_the_one_of_nearest_time_on_the_same_hardware():
+    def entry(method, steps, **seconds):
+        row = {"split": "test", "lr": 1e-3, "loss": 2.0}
+        runs = [row | {"seed": s, "hardware": name, "seconds": seconds[name]} for s, name in enumerate(seconds)]
+        return table.Entry(method, steps, [*runs, runs[0] | {"split": "validation"}], "test")
 
-    done = [entry("lora", 6, 10.0), entry("lora", 12, 20.0), entry("ours", 6, 18.0), entry("ours", 14, 19.0)]
-    assert [table.baseline_of(each, done) for each in done] == [None, None, done[0], done[1]]
+    done = [entry("lora", 6, new=5.0, old=10.0), entry("lora", 12, old=20.0), entry("ours", 6, old=18.0)]
+    done += [entry("ours", 14, old=19.0), entry("ours", 15, new=19.0)]
+    assert [table.baseline_of(each, done) for each in done] == [None, None, done[0], done[1], done[0]]
+    assert [table.baseline_of(each, done, "ours@14") for each in done] == [done[3], done[3], done[3], None, done[3]]
 
 
 def test_methods_over_the_oracle_stay_in_its_process():
@@ -359,6 +364,11 @@ def test_the_command_and_its_tables(suite, names, tmp_path, capsys):
     assert {row["method"] for row in tested} == set(names)
     assert (tmp_path / f"{suite}-test.png").stat().st_size > 0
     assert len((tmp_path / "test.csv").read_text().splitlines()) == 1 + 3 * len(tested)
+    table.main([str(tmp_path / "rows.jsonl"), "--baseline", "frozen@6"])
+    assert "| minus frozen@6 |" in (tmp_path / "test-minus-frozen@6.md").read_text()
+    assert (tmp_path / "test.md").read_text() == text
+    with pytest.raises(SystemExit, match=r"--baseline frosen: the rows hold none of that name; they hold .*frozen"):
+        table.main([str(tmp_path / "rows.jsonl"), "--baseline", "frosen"])
 
 
 def test_intervals_are_students():

@@ -114,7 +114,11 @@ MISTAKES = [
     ("mixture.router_scope", "layer", "block, model, module"),
     ("mixture.use_dora", True, "use_dora"),
     ("mixture.inference_mode", True, "drop it"),
-    ("mixture.preset", "multi-domian", "must be one of multi-domain, continual; did you mean `multi-domain`?"),
+    (
+        "mixture.preset",
+        "multi-domian",
+        "must be one of multi-domain, mergeable, continual; did you mean `multi-domain`?",
+    ),
     ("mixture.preset", ["continual"], "must be one of"),
     ("mixture.presett", "continual", "unknown key; did you mean `preset`?"),
     ("mixture.num_experts", 2.5, "must be a whole number, not a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..options import make_parser
-from ..record import RESULTS, command_line, current_commit, environment
+from ..record import RESULTS, command_line, current_commit, environment, hardware
 from .experiment import Bench, Plan
 from .methods import MAIN, METHODS, Size, method_of
 from .sweep import DeviceLostError, OutOfBudgetError, Rows, Sweep
@@ -76,6 +77,13 @@ def method_name(text: str) -> str:
     return text
 
 
+def data_line(args: argparse.Namespace) -> list[str]:
+    """Which data: the hash of the manifest, which has those of all domains and tasks."""
+    path = args.data / "manifest.json"
+    known = path.exists() and not args.quick
+    return [f"data: manifest.json of sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"] if known else []
+
+
 def make_bench(args: argparse.Namespace) -> Bench:
     """The base model and data that the options ask for."""
     if args.quick:
@@ -96,7 +104,8 @@ def work(args: argparse.Namespace, started: float) -> int:
     names = args.methods or list(QUICK if args.quick else MAIN)
     mine = names if args.shard is None else share_of(names, args.shard, args.workers)
     bench = make_bench(args)
-    rows = Rows(args.out / "rows.jsonl", bench.plan, args.commit or current_commit(), args.retry)
+    origin = {"commit": args.commit or current_commit(), "hardware": hardware(args.device)}
+    rows = Rows(args.out / "rows.jsonl", bench.plan, origin, args.retry)
     sweep = Sweep(bench, rows, args.seeds, not args.no_test, started + args.budget, args.rates)
     try:
         for name in mine:
@@ -167,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_worker:
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / "environment.txt").open("a", encoding="utf-8") as file:
-            file.write("\n".join(environment(args.device, command_line(MODULE, arguments), args.commit)) + "\n\n")
+            lines = [*environment(args.device, command_line(MODULE, arguments), args.commit), *data_line(args)]
+            file.write("\n".join(lines) + "\n\n")
     inline = is_worker or args.device == "cpu"
     status = work(args, started) if inline else supervise(args, arguments, started)
     if status:

@@ -36,13 +36,13 @@ class Rows:
     """The results so far, of one suite and number of steps.
 
     Args:
-        commit: of the code that measures, for new rows.
+        origin: what new rows say of the code and the machine: commit, hardware.
         retry: forget the failures that the file holds, so that they are run again.
     """
 
     path: Path
     plan: Plan
-    commit: str
+    origin: dict[str, str]
     retry: bool = False
     found: dict[tuple, Row] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Rows:
     def add(self, method: str, split: str, lr: float, seed: int, **values: Any) -> Row:
         """Append a row; one write, so that several processes may append to one file."""
         row = {"suite": self.plan.suite, "method": method, "split": split, "lr": lr, "seed": seed}
-        row |= {"steps": self.plan.steps, "rows": self.plan.rows, "commit": self.commit, **values}
+        row |= {"steps": self.plan.steps, "rows": self.plan.rows, **self.origin, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.found[self._key(row)] = row

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from .methods import METHODS, method_of
 from .sweep import Row, loss_of, read_rows
 
 MODULE = "benchmarks.quality.table"
-EXAMPLES = ("benchmarks/results/quality/rows.jsonl", "first.jsonl second.jsonl --out docs/quality --split validation")
+EXAMPLES = (
+    "benchmarks/results/quality/rows.jsonl",
+    "first.jsonl second.jsonl --out build/tables --split validation --baseline dense-8",
+    "benchmarks/results/quality/rows.jsonl --out build/tables --baseline dense-16+temperature-1@350",
+)
 BASELINE = "lora"
-SUMMARY = ("method", "steps", "lr", "seeds", "mean loss", f"minus {BASELINE}", "parameters", "seconds", "peak MiB")
+SUMMARY = ("method", "steps", "lr", "seeds", "mean loss", "difference", "parameters", "seconds", "peak MiB")
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -80,9 +85,12 @@ class Entry:
         pairs = [row["loss"] - other.runs[seed]["loss"] for seed, row in self.runs.items() if seed in other.runs]
         return Interval.of(pairs) if pairs else None
 
-    def seconds(self) -> float:
-        """Median time of the training steps."""
-        return statistics.median(row["seconds"] for row in self.runs.values())
+    def seconds(self) -> dict[str, float]:
+        """Median time of the training steps, by hardware."""
+        by_hardware: dict[str, list[float]] = {}
+        for row in self.runs.values():
+            by_hardware.setdefault(row["hardware"], []).append(row["seconds"])
+        return {name: statistics.median(times) for name, times in sorted(by_hardware.items())}
 
 
 def entries(rows: Iterable[Row], suite: str, split: str) -> list[Entry]:
@@ -96,13 +104,14 @@ def entries(rows: Iterable[Row], suite: str, split: str) -> list[Entry]:
     return [Entry(*key, groups[key], split) for key in keys]
 
 
-def markdown(found: Sequence[Entry], suite: str, split: str) -> str:
-    """The tables of one suite."""
+def markdown(found: Sequence[Entry], suite: str, split: str, baseline: str = BASELINE) -> str:
+    """The tables of one suite; differences are from the baseline, as baseline_of takes it."""
     done = [entry for entry in found if entry.runs]
     if not done:
         return ""
     lines = [f"## {suite}, {split} data", ""]
-    lines += _table(SUMMARY, [summary(entry, baseline_of(entry, done)) for entry in done])
+    heads = [f"minus {baseline}" if head == "difference" else head for head in SUMMARY]
+    lines += _table(heads, [summary(entry, baseline_of(entry, done, baseline)) for entry in done])
     domains = list(done[0].first["scores"])
     lines += ["Loss by domain:", "", *_by_domain(done, domains, "loss")]
     if "accuracy" in done[0].first["scores"][domains[0]]:
@@ -114,13 +123,25 @@ def markdown(found: Sequence[Entry], suite: str, split: str) -> str:
     return "\n".join([*lines, *(["Failures:", "", *failures, ""] if failures else [])])
 
 
-def baseline_of(entry: Entry, done: Sequence[Entry]) -> Entry | None:
-    """The LoRA of equal total parameters trained for as many steps; where there is none, for the nearest time."""
-    baselines = [other for other in done if other.method == BASELINE]
-    if entry.method == BASELINE:
+def baseline_of(entry: Entry, done: Sequence[Entry], baseline: str = BASELINE) -> Entry | None:
+    """What a method is compared with: the baseline trained for as many steps; without one, for the nearest time.
+
+    Times are compared on the same hardware.
+
+    Args:
+        baseline: the name of a method, or NAME@STEPS for one with as many steps whatever the others have.
+    """
+    name, _, steps = baseline.partition("@")
+    baselines = [other for other in done if other.method == name and steps in ("", str(other.steps))]
+    if entry in baselines:
         return None
     same = [other for other in baselines if other.steps == entry.steps]
-    return min(same or baselines, key=lambda other: abs(other.seconds() - entry.seconds()), default=None)
+    return min(same or baselines, key=partial(_time_apart, entry.seconds()), default=None)
+
+
+def _time_apart(seconds: dict[str, float], other: Entry) -> float:
+    theirs = other.seconds()
+    return min((abs(seconds[name] - theirs[name]) for name in seconds if name in theirs), default=math.inf)
 
 
 def _name(entry: Entry) -> str:
@@ -131,6 +152,7 @@ def summary(entry: Entry, baseline: Entry | None) -> list[str]:
     """The cells of one method under the headings SUMMARY."""
     row = entry.first
     eager = "" if row["captured"] or not row["seconds"] else " (eager)"
+    seconds = ", ".join(f"{time:.1f} {short_name(name)}" for name, time in entry.seconds().items())
     return [
         f"**{entry.method}**: {method_of(entry.method).about}",
         str(entry.steps),
@@ -139,16 +161,26 @@ def summary(entry: Entry, baseline: Entry | None) -> list[str]:
         str(entry.loss()),
         _minus(entry, baseline),
         f"{row['parameters']:,}",
-        f"{entry.seconds():.1f}{eager}",
+        f"{seconds}{eager}",
         f"{entry.peak_mib:,}",
     ]
+
+
+def short_name(hardware: str) -> str:
+    """The word that tells it apart.
+
+    Example:
+        >>> short_name("NVIDIA H100 80GB HBM3"), short_name("AMD EPYC 9V74 80-Core Processor, 2 threads")
+        ('H100', 'AMD')
+    """
+    return hardware.removeprefix("NVIDIA ").split()[0]
 
 
 def _minus(entry: Entry, baseline: Entry | None) -> str:
     difference = None if baseline is None else entry.difference(baseline)
     if baseline is None or difference is None:
         return ""
-    at = "" if baseline.steps == entry.steps else f" ({BASELINE}, {baseline.steps} steps)"
+    at = "" if baseline.steps == entry.steps else f" ({_name(baseline)})"
     return f"{'+' if difference.mean > 0 else ''}{difference}{at}"
 
 
@@ -178,19 +210,21 @@ def write_csv(found: Sequence[Entry], suite: str, path: Path) -> None:
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
-            writer.writerow(["suite", "method", "steps", "lr", "seed", "domain", "loss", "accuracy", "seconds"])
+            writer.writerow(
+                ["suite", "method", "steps", "lr", "seed", "domain", "loss", "accuracy", "seconds", "hardware"]
+            )
         for entry in found:
             for seed, row in entry.runs.items():
                 for domain, scores in row["scores"].items():
-                    values = [scores["loss"], scores.get("accuracy", ""), row["seconds"]]
+                    values = [scores["loss"], scores.get("accuracy", ""), row["seconds"], row["hardware"]]
                     writer.writerow([suite, entry.method, entry.steps, entry.lr, seed, domain, *values])
 
 
 def draw(found: Sequence[Entry], suite: str, split: str, path: Path) -> None:
-    """Mean loss with its interval, best at the top; the frozen model, far away, is left out."""
+    """Mean loss with its interval, best at the top; what is not trained, far away, is left out."""
     from matplotlib.figure import Figure
 
-    done = [entry for entry in found if entry.runs and method_of(entry.method).kind != "frozen"]
+    done = [entry for entry in found if entry.runs and method_of(entry.method).kind not in ("frozen", "arrow")]
     done.sort(key=lambda entry: -entry.loss().mean)
     if not done:
         return
@@ -214,25 +248,41 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(MODULE, __doc__, EXAMPLES)
     parser.add_argument("rows", type=Path, nargs="+", help="files of rows; later ones replace earlier ones")
     parser.add_argument("--out", type=Path, help="folder (default: that of the first file)")
+    parser.add_argument(
+        "--baseline",
+        default=BASELINE,
+        metavar="NAME[@STEPS]",
+        help=f"method to take differences from, in a file of its own (default: {BASELINE})",
+    )
     parser.add_argument("--split", default="test", choices=["test", "validation"], help="default: test")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write `<split>.md`, `<split>.csv` and `<suite>-<split>.png`."""
+    """Write `<split>.md` (`<split>-minus-<baseline>.md`), `<split>.csv` and `<suite>-<split>.png`.
+
+    Raises:
+        SystemExit: the rows hold no such baseline.
+    """
     args = parse(argv)
+    rows = list(read_rows(args.rows))
+    known = {name for row in rows for name in (row["method"], f"{row['method']}@{row['steps']}")}
+    if args.baseline not in {BASELINE, *known}:
+        raise SystemExit(
+            f"--baseline {args.baseline}: the rows hold none of that name; they hold {', '.join(sorted(known))}"
+        )
     out = args.out or args.rows[0].parent
     out.mkdir(parents=True, exist_ok=True)
-    rows = list(read_rows(args.rows))
     (out / f"{args.split}.csv").unlink(missing_ok=True)
     texts = []
     for suite in dict.fromkeys(row["suite"] for row in rows):
         found = entries(rows, suite, args.split)
-        texts.append(markdown(found, suite, args.split))
+        texts.append(markdown(found, suite, args.split, args.baseline))
         write_csv(found, suite, out / f"{args.split}.csv")
         draw(found, suite, args.split, out / f"{suite}-{args.split}.png")
-    (out / f"{args.split}.md").write_text("\n".join(texts), encoding="utf-8")
-    print(f"written: {out}/{args.split}.md", flush=True)
+    name = args.split if args.baseline == BASELINE else f"{args.split}-minus-{args.baseline}"
+    (out / f"{name}.md").write_text("\n".join(texts), encoding="utf-8")
+    print(f"written: {out / name}.md", flush=True)
 
 
 if __name__ == "__main__":
