@@ -15,7 +15,7 @@ from benchmarks.arms import shared_copy
 from benchmarks.peers import SCALING
 from benchmarks.quality import data as data_module
 from benchmarks.quality import table
-from benchmarks.quality.__main__ import main, share_of
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.batches import make_batches
 from benchmarks.quality.data import IGNORED, Examples, build_task, build_text, load_suite, split_of
 from benchmarks.quality.experiment import Bench, Plan, put_state, state_of
@@ -339,12 +339,6 @@ def test_a_method_without_a_lora_of_as_many_steps_meets_the_one_of_nearest_time_
     done += [entry("ours", 14, old=19.0), entry("ours", 15, new=19.0)]
     assert [table.baseline_of(each, done) for each in done] == [None, None, done[0], done[1], done[0]]
     assert [table.baseline_of(each, done, "ours@14") for each in done] == [done[3], done[3], done[3], None, done[3]]
-
-
-def test_methods_over_the_oracle_stay_in_its_process():
-    names = ["lora", "oracle", "xlora", "arrow", "ours"]
-    assert [share_of(names, shard, 2) for shard in (0, 1)] == [["lora", "ours"], ["oracle", "xlora", "arrow"]]
-    assert share_of(["arrow", "lora", "ours"], 0, 2) == ["arrow", "lora"]
 
 
 @pytest.mark.parametrize(

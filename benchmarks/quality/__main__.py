@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="processes that share the methods, each with a GPU (default: one a GPU)")
     add("--retry", action="store_true", help="run again what failed before")
     add("--commit", help="commit to name in the results, where there is no git checkout")
-    add("--shard", type=int, help=argparse.SUPPRESS)  # which of the workers this process is
+    # What the first process tells its workers: which of them this is, and where they claim methods.
+    add("--worker", type=int, help=argparse.SUPPRESS)
+    add("--claims", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if any(not 0 < rate < float("inf") for rate in args.rates or ()):
         parser.error(f"--rates {args.rates}: give numbers greater than 0")
@@ -101,14 +104,14 @@ def make_bench(args: argparse.Namespace) -> Bench:
 
 def work(args: argparse.Namespace, started: float) -> int:
     """Run this process's methods; the exit status."""
-    names = args.methods or list(QUICK if args.quick else MAIN)
-    mine = names if args.shard is None else share_of(names, args.shard, args.workers)
+    jobs = jobs_of(args.methods or (QUICK if args.quick else MAIN))
+    mine = jobs if args.claims is None else claimed(jobs, args.claims, args.worker)
     bench = make_bench(args)
     origin = {"commit": args.commit or current_commit(), "hardware": hardware(args.device)}
     rows = Rows(args.out / "rows.jsonl", bench.plan, origin, args.retry)
     sweep = Sweep(bench, rows, args.seeds, not args.no_test, started + args.budget, args.rates)
     try:
-        for name in mine:
+        for name in chain.from_iterable(mine):
             sweep.run(name)
     except OutOfBudgetError:
         print("the budget is spent; run the same command again to go on", flush=True)
@@ -117,17 +120,32 @@ def work(args: argparse.Namespace, started: float) -> int:
     return 0
 
 
-def share_of(names: Sequence[str], shard: int, workers: int) -> list[str]:
-    """The methods of one worker; those that stand on the oracle's experts go where the oracle goes.
+def jobs_of(names: Sequence[str]) -> list[list[str]]:
+    """What one process has to run together: X-LoRA and Arrow stand on the oracle's experts, so they follow the oracle.
 
     Example:
-        >>> share_of(["lora", "oracle", "arrow", "ours"], 1, 2)
-        ['oracle', 'arrow']
+        >>> jobs_of(["arrow", "lora", "oracle"])
+        [['lora'], ['oracle', 'arrow']]
     """
-    alone = [name for name in names if method_of(name).kind not in ("xlora", "arrow")]
-    mine = alone[shard::workers]
-    takes_rest = "oracle" in mine or ("oracle" not in alone and shard == 0)
-    return [name for name in names if name in mine or (takes_rest and name not in alone)]
+    followers = [name for name in names if "oracle" in names and method_of(name).kind in ("xlora", "arrow")]
+    return [[name, *followers] if name == "oracle" else [name] for name in names if name not in followers]
+
+
+def claimed(jobs: Sequence[Sequence[str]], claims: Path, worker: int) -> Iterator[Sequence[str]]:
+    """A worker's jobs: the next one that no other worker has claimed, each time it has done one.
+
+    Args:
+        claims: folder of a file for each claim, which names the worker, so that one started anew has its own again.
+    """
+    for job in jobs:
+        claim = claims / job[0]
+        try:
+            with claim.open("x", encoding="utf-8") as file:
+                file.write(str(worker))
+        except FileExistsError:
+            if claim.read_text(encoding="utf-8") != str(worker):
+                continue
+        yield job
 
 
 def supervise(args: argparse.Namespace, arguments: list[str], started: float) -> int:
@@ -135,23 +153,24 @@ def supervise(args: argparse.Namespace, arguments: list[str], started: float) ->
     running: dict[int, subprocess.Popen | None] = dict.fromkeys(range(args.workers))
     again = [argument for argument in arguments if argument != "--retry"]
     worst = 0
-    while running:
-        for shard, process in list(running.items()):
-            if process is not None and process.poll() is None:
-                continue
-            if process is not None and process.returncode != AGAIN:
-                worst = max(worst, abs(process.returncode))
-                del running[shard]
-                continue
-            left = args.budget - (time.monotonic() - started)
-            options = [*(arguments if process is None else again), "--shard", str(shard), "--budget", str(left)]
-            command = [sys.executable, "-m", MODULE, *options, "--workers", str(args.workers)]
-            running[shard] = subprocess.Popen(command, env=os.environ | gpu_of(shard, os.environ))
-        time.sleep(0.2)
+    with tempfile.TemporaryDirectory() as claims:
+        while running:
+            for worker, process in list(running.items()):
+                if process is not None and process.poll() is None:
+                    continue
+                if process is not None and process.returncode != AGAIN:
+                    worst = max(worst, abs(process.returncode))
+                    del running[worker]
+                    continue
+                left = args.budget - (time.monotonic() - started)
+                options = [*(arguments if process is None else again), "--worker", str(worker), "--claims", claims]
+                command = [sys.executable, "-m", MODULE, *options, "--budget", str(left)]
+                running[worker] = subprocess.Popen(command, env=os.environ | gpu_of(worker, os.environ))
+            time.sleep(0.2)
     return worst
 
 
-def gpu_of(shard: int, environment: Mapping[str, str]) -> dict[str, str]:
+def gpu_of(worker: int, environment: Mapping[str, str]) -> dict[str, str]:
     """What shows one worker one GPU, in turn; nothing where there is at most one.
 
     Example:
@@ -160,7 +179,7 @@ def gpu_of(shard: int, environment: Mapping[str, str]) -> dict[str, str]:
     """
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     names = [str(n) for n in range(torch.cuda.device_count())] if shown is None else shown.split(",")
-    return {"CUDA_VISIBLE_DEVICES": names[shard % len(names)]} if len(names) > 1 else {}
+    return {"CUDA_VISIBLE_DEVICES": names[worker % len(names)]} if len(names) > 1 else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -172,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     args = parse(argv)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    is_worker = args.shard is not None
+    is_worker = args.claims is not None
     if not is_worker:
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / "environment.txt").open("a", encoding="utf-8") as file:
