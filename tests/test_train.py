@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import save_tiny_model, shouting, tiny_recipe, write_jsonl, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import moelora.training.run
+from moelora import MoELoraConfig
 from moelora.cli import main
 from moelora.staging import only_process_in
 from moelora.training import UserError, load_recipe, train
@@ -263,6 +264,19 @@ def test_generate_finds_a_moved_base_only_when_told(folder, adapter, capsys):
 def test_generate_refuses_a_base_of_another_shape(tmp_path, adapter, capsys):
     wide = save_tiny_model(tmp_path / "wide", hidden_size=64)
     assert "does not load onto" in generated(capsys, "--adapter", adapter, "--base", wide)
+
+
+def test_generate_reads_every_adapter_of_a_mixture_whatever_their_names(tmp_path, folder, adapter, capsys):
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = MoELoraConfig(r=2, num_experts=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, adapter_name="code")
+    model.add_adapter("docs", config)
+    model.save_pretrained(tmp_path / "both")
+    assert generated(capsys, "--adapter", tmp_path / "both").startswith("HELLO")
+    next(parameter for name, parameter in model.named_parameters() if "lora_B.docs" in name).data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "bad")
+    error = generated(capsys, "--adapter", tmp_path / "bad")
+    assert "lora_B.weight of docs is not finite" in error
 
 
 # The real thing

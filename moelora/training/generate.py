@@ -30,9 +30,8 @@ def generate(options: GenerateOptions) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = _encode(tokenizer, options).to(device)
     model = load_mixture(base, adapter, device)
-    bad = [key for key, tensor in get_peft_model_state_dict(model).items() if not tensor.isfinite().all()]
-    if bad:
-        raise UserError(f"the adapter {adapter}: {bad[0]} is not finite: its training diverged; give another adapter")
+    if bad := _not_finite(model):
+        raise UserError(f"the adapter {adapter}: {bad} is not finite: its training diverged; give another adapter")
     set_seed(options.seed)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     with torch.no_grad():
@@ -44,6 +43,16 @@ def generate(options: GenerateOptions) -> str:
             streamer=TextStreamer(tokenizer, skip_prompt=options.chat, skip_special_tokens=True),
         )
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _not_finite(model: PeftModel) -> str | None:
+    """The first tensor of the adapters that holds what is no finite number."""
+    for name in model.peft_config:
+        # Left to itself PEFT asks the hub whether the embeddings were changed.
+        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
+            return f"{bad} of {name}"
+    return None
 
 
 def find_base(adapter: Path, base: str | None) -> ModelOptions:
