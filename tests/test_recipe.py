@@ -131,6 +131,11 @@ MISTAKES = [
     ("training.dataloader_num_workers", -1, "0 or greater"),
     ("training.optim", "sgdd", "sgd"),
     ("training.optim", "lomo", "install `lomo_optim`"),
+    ("training.optim", "grokadamw", "install grokadamw"),
+    ("training.optim_args", "alpha", "must be KEY=VALUE"),
+    ("training.adam_beta1", 1, "must be 0 or greater and less than 1"),
+    ("training.adam_epsilon", -1, "must be 0 or greater"),
+    ("training.use_liger_kernel", True, "pip install liger-kernel"),
     ("training.report_to", "wandbb", "wandbb is not supported, only"),
     ("training.report_to", ["swanlab"], "pip install swanlab"),
     ("training.lr_scheduler_type", "cosine_with_min_lr", "`lr_scheduler_kwargs`"),
@@ -144,6 +149,25 @@ def test_a_mistake_is_reported_with_key_and_fix(folder, recipe, key, value, expe
     found = problems(folder, recipe, f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
     assert expected in found[key]
     assert len(found) == 1
+
+
+def test_a_tracker_that_is_not_installed_leaves_no_traceback(folder, recipe, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda error: left.append(error.exc_value))
+    left = []
+    assert "pip install mlflow" in problems(folder, recipe, "training.report_to=mlflow")["training.report_to"]
+    assert not left
+
+
+def test_an_optimizer_that_wants_to_see_the_model_is_not_refused(folder, recipe, monkeypatch):
+    def wants_model(arguments, model=None):
+        raise ValueError("You need to pass a model")
+
+    monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", staticmethod(wants_model))
+    for settings in (
+        ["training.optim=lomo"],
+        ["training.optim=galore_adamw", "training.optim_target_modules=all-linear"],
+    ):
+        assert load_recipe(write_recipe(folder, recipe), settings)
 
 
 @pytest.mark.parametrize("section", ["model", "data", "training"])

@@ -1,12 +1,13 @@
 """The Trainer's arguments: with one GPU for a process, and checked further than the arguments check themselves."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 
 from .progress import console
 from .schema import Problem
@@ -31,22 +32,24 @@ def check_parts(fields: Mapping[str, Any]) -> list[Problem]:
         fields: of `TrainingArguments`, which takes them.
     """
     arguments, problems = TrainingArguments(**fields), []
-    scheduler = "lr_scheduler_kwargs" if fields.get("lr_scheduler_kwargs") else "lr_scheduler_type"
-    for name, make in {"report_to": _make_reports, "optim": _find_optimizer, scheduler: _make_scheduler}.items():
+    for names, make in _PARTS.items():
         try:
             make(arguments)
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            name = next((name for name in names if fields.get(name)), names[-1])
             problems.append(Problem(f"training.{name}", fields.get(name, getattr(arguments, name)), str(error)))
     return problems
 
 
 def _make_reports(arguments: TrainingArguments) -> None:
     for callback in get_reporting_integration_callbacks(arguments.report_to):
-        callback()  # imports its package; nothing is sent before training
+        # Imports its package; nothing is sent before training. The `__del__` of some fails where that failed.
+        type(callback.__name__, (callback,), {"__del__": lambda self: None})()
 
 
 def _find_optimizer(arguments: TrainingArguments) -> None:
-    with contextlib.suppress(ValueError):  # some want to see the model, which there is none of yet
+    wants_model = arguments.optim_target_modules or "lomo" in arguments.optim  # there is none yet
+    with contextlib.suppress(ValueError) if wants_model else contextlib.nullcontext():
         Trainer.get_optimizer_cls_and_kwargs(arguments)
 
 
@@ -59,3 +62,17 @@ def _make_scheduler(arguments: TrainingArguments) -> None:
         num_training_steps=steps,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
+
+
+def _find_liger(arguments: TrainingArguments) -> None:
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("needs the package liger-kernel: pip install liger-kernel")
+
+
+_PARTS: dict[tuple[str, ...], Callable[[TrainingArguments], None]] = {
+    ("report_to",): _make_reports,
+    ("optim_args", "optim"): _find_optimizer,
+    ("lr_scheduler_kwargs", "lr_scheduler_type"): _make_scheduler,
+    ("use_liger_kernel",): _find_liger,
+}
+"""What makes each part, by the fields that say how: of these an error is told of the first that is given."""

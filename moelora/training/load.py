@@ -34,6 +34,16 @@ from .sources import check_domain, paths_read, resolve_path
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
 
+
+def _below_1(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be 0 or greater and less than 1"
+
+
+def _settings(value: str) -> str | None:
+    good = all(part.count("=") == 1 for part in value.split(","))
+    return None if good or not value else "must be KEY=VALUE, or several with commas between them"
+
+
 TRAINING_RULES: dict[str, Check] = {
     "learning_rate": positive,
     "weight_decay": not_negative,
@@ -47,7 +57,11 @@ TRAINING_RULES: dict[str, Check] = {
     "logging_steps": positive,
     "save_steps": positive,
     "eval_steps": positive,
-    "label_smoothing_factor": lambda value: None if 0 <= value < 1 else "must be 0 or greater and less than 1",
+    "label_smoothing_factor": _below_1,
+    "adam_beta1": _below_1,
+    "adam_beta2": _below_1,
+    "adam_epsilon": not_negative,
+    "optim_args": _settings,
     "dataloader_num_workers": at_least(0),
 }
 """Rules that `TrainingArguments` leaves to fail, or to train on, later."""
