@@ -350,6 +350,13 @@ def test_resume_refuses_another_recipe(folder, recipe, record, checkpoint):
     assert load_recipe(write_recipe(folder, recipe), ["training.max_steps=8"], resume=True).training["max_steps"] == 8
 
 
+def test_resume_refuses_fewer_steps_than_the_checkpoint_has(folder, recipe, record, checkpoint):
+    record("training")
+    found = problems(folder, recipe, "training.max_steps=1", resume=True)["training.max_steps"]
+    assert found == "checkpoint-2 is beyond it; give 2 to end the run there, or more to train on"
+    assert load_recipe(write_recipe(folder, recipe), ["training.max_steps=2"], resume=True)
+
+
 @pytest.mark.parametrize(
     ("override", "epoch", "is_done"),
     [("training.max_steps=4", 0.1, True), ("training.max_steps=2", 0.1, True), ("training.max_steps=5", 0.1, False),

@@ -137,8 +137,13 @@ class Interrupted(MoELoraCallback):
             raise KeyboardInterrupt
 
 
-def interrupt(monkeypatch, recipe):
-    monkeypatch.setattr(moelora.training.run, "MoELoraCallback", Interrupted)
+class InterruptedAtItsEnd(MoELoraCallback):
+    def on_train_end(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def interrupt(monkeypatch, recipe, callback=Interrupted):
+    monkeypatch.setattr(moelora.training.run, "MoELoraCallback", callback)
     with pytest.raises(KeyboardInterrupt):
         train(recipe)
     monkeypatch.undo()
@@ -162,6 +167,18 @@ def test_resuming_equals_an_uninterrupted_run(folder, recipe_file, monkeypatch):
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
+
+
+@pytest.mark.parametrize("schedule", ["constant", "polynomial"])
+def test_a_run_that_stopped_after_its_last_step_makes_no_more(folder, recipe_file, monkeypatch, capsys, schedule):
+    overrides = settings(folder, f"at-its-end-{schedule}", f"training.lr_scheduler_type={schedule}")
+    recipe = load_recipe(recipe_file, overrides)
+    interrupt(monkeypatch, recipe, InterruptedAtItsEnd)
+    resumed = train(load_recipe(recipe_file, overrides, resume=True), resume=True)
+    assert "checkpoint-4 has all steps" in capsys.readouterr().err
+    assert (resumed["status"], resumed["steps"], resumed["train_loss"]) == ("finished", 4, None)
+    expected, got = weights(recipe.output_dir / "checkpoint-4"), weights(recipe.output_dir)
+    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
 
 
 def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):

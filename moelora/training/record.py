@@ -126,7 +126,11 @@ def noted_base(adapter: Path) -> dict[str, Any] | None:
 def _checkpoints(output_dir: Path) -> list[Path]:
     """The Trainer's checkpoints, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -175,9 +179,12 @@ def _check_resume(recipe: Recipe, record: dict[str, Any] | None, checkpoint: Pat
     except (OSError, SafetensorError) as error:
         fix = f"{checkpoint.name} is damaged ({error}); remove it to continue from the one before"
         return [_folder_problem(folder, fix)]
-    if record["status"] == "finished" and _has_all_steps(recipe, record.get("steps", 0), checkpoint):
+    if record["status"] == "finished" and has_all_steps(recipe, checkpoint, record.get("steps", 0)):
         done = f"the run is finished, at step {record['steps']}"
         return [_folder_problem(folder, f"{done}; raise training.max_steps or num_train_epochs to go on from there")]
+    if 0 < (max_steps := recipe.training.get("max_steps", -1)) < _step(checkpoint):
+        fix = f"{checkpoint.name} is beyond it; give {_step(checkpoint)} to end the run there, or more to train on"
+        return [Problem("training.max_steps", max_steps, fix)]
     before, after = _identity(record["recipe"]), _identity(json.loads(json.dumps(recipe.as_dict())))
     return [
         Problem(
@@ -190,11 +197,15 @@ def _check_resume(recipe: Recipe, record: dict[str, Any] | None, checkpoint: Pat
     ]
 
 
-def _has_all_steps(recipe: Recipe, steps: int, checkpoint: Path) -> bool:
-    """Whether nothing is left to train; the Trainer would make one step more all the same."""
+def has_all_steps(recipe: Recipe, checkpoint: Path, steps: int = 0) -> bool:
+    """Whether nothing is left to train from a checkpoint; the Trainer would make one step more all the same.
+
+    Args:
+        steps: of the run, which may have gone on from the checkpoint.
+    """
     max_steps = recipe.training.get("max_steps", -1)
     if max_steps > 0:
-        return steps >= max_steps
+        return max(steps, _step(checkpoint)) >= max_steps
     epoch = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
     return epoch >= recipe.training.get("num_train_epochs", TrainingArguments.num_train_epochs)
 

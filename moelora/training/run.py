@@ -26,7 +26,16 @@ from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, check_converged, evaluate
 from .progress import console, is_main_process
 from .recipe import Recipe
-from .record import RUN_FILE, check_output_dir, environment, last_checkpoint, now, read_record, write_json
+from .record import (
+    RUN_FILE,
+    check_output_dir,
+    environment,
+    has_all_steps,
+    last_checkpoint,
+    now,
+    read_record,
+    write_json,
+)
 from .schema import Problem, UserError
 
 
@@ -96,6 +105,10 @@ def _train(
         record, checkpoint = _new_record(recipe, trainer, domains) | start.describe(), None
         trainer.add_callback(_AtStart(lambda: _measure_before(trainer, domains, record, seconds, run_file)))
     _write(run_file, record)
+    complete = checkpoint if checkpoint and has_all_steps(recipe, checkpoint) else None
+    if complete:
+        console.print(f"{complete.name} has all steps: nothing is left to train")
+        _make_no_step(trainer.args)
     with _timed(seconds, "train"):
         outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start.finish(trainer.model)
@@ -110,7 +123,7 @@ def _train(
         "finished": now(),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "steps": outcome.global_step,
-        "train_loss": outcome.training_loss,
+        "train_loss": None if complete else outcome.training_loss,
         "maturity": _maturity(trainer.model),
         "seconds": record["seconds"] | seconds,
         "log": trainer.state.log_history,
@@ -120,6 +133,12 @@ def _train(
     useless = f"the adapter in {recipe.output_dir} is of no use"
     check_converged(results, f"lower training.learning_rate ({rate:g}); {useless}")
     return record
+
+
+def _make_no_step(arguments: TrainingArguments) -> None:
+    """Let the Trainer load a checkpoint and leave it at that; by the recipe's own numbers it would make one step."""
+    arguments.max_steps, arguments.num_train_epochs = -1, 0
+    arguments.warmup_steps = 1  # else the polynomial schedule divides by its length, which is 0
 
 
 @contextmanager
