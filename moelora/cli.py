@@ -190,8 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"moelora: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        hint = "; --resume continues from the last checkpoint" if name == "train" else ""
-        print(f"moelora: stopped{hint}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join(["moelora: stopped", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 130
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_recipe, write_recipe
 
-from moelora import options
+from moelora import MoELoraCallback, options
 from moelora.cli import COMMANDS, build_parser, main
 from moelora.experts.importing import MIXTURES
 from moelora.experts.prune import CRITERIA
@@ -111,13 +111,16 @@ def test_resume_and_overwrite_exclude_each_other(capsys):
     assert "exclude each other" in capsys.readouterr().err
 
 
-def test_interrupting_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("step", "said"), [(1, "stopped\n"), (3, "stopped; --resume continues from checkpoint-2\n")])
+def test_interrupting_says_how_to_go_on_if_there_is_a_checkpoint(tmp_path, capsys, monkeypatch, step, said):
+    class Interrupted(MoELoraCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr("moelora.training.load.load_recipe", interrupted)
-    assert main(["train", EXAMPLE]) == 130
-    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr("moelora.training.run.MoELoraCallback", Interrupted)
+    assert main(["train", str(write_recipe(tmp_path, tiny_recipe(tmp_path)))]) == 130
+    assert capsys.readouterr().err.endswith(f"moelora: {said}")
 
 
 def test_an_unreadable_file_is_named(tmp_path, capsys, monkeypatch):

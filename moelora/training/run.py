@@ -85,7 +85,7 @@ def train(
     start = start or Start()
     with _timed(seconds, "load"):
         trainer, domains = _prepare(recipe, start)
-    with _alone_in_output_dir(recipe, resume=resume, overwrite=overwrite):
+    with _alone_in_output_dir(recipe, resume=resume, overwrite=overwrite), _telling_how_to_go_on(recipe.output_dir):
         return _train(recipe, trainer, domains, start, seconds, resume)
 
 
@@ -153,6 +153,16 @@ def _alone_in_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> It
                 _put_aside(recipe.output_dir)
                 _hold(recipe.output_dir, stack)
         yield
+
+
+@contextmanager
+def _telling_how_to_go_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if checkpoint := last_checkpoint(folder):
+            error.add_note(f"--resume continues from {checkpoint.name}")
+        raise
 
 
 def _hold(folder: Path, stack: ExitStack) -> None:
