@@ -265,6 +265,22 @@ def test_a_folder_that_holds_texts_is_not_replaced(tmp_path, given, kind):
         check_only_read(kind(out=str(tmp_path / "out"), overwrite=True), [], None, [texts])
 
 
+def test_a_folder_among_texts_is_not_written(tmp_path):
+    texts = DomainOptions(name="a", path=str(tmp_path / "texts"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").touch()
+    options = HalveOptions(out=str(tmp_path / "texts" / "new" / "out"))
+    with pytest.raises(UserError, match=r"lies in .*texts, where `datasets` would read the files written as texts"):
+        check_only_read(options, [], None, [texts])
+
+
+@pytest.mark.parametrize("told_by", ["train.jsonl", "train/a.jsonl", "dataset_info.json"])
+def test_a_folder_beside_texts_that_are_told_apart_is_written(tmp_path, told_by):
+    (tmp_path / told_by).parent.mkdir(exist_ok=True)
+    (tmp_path / told_by).touch()
+    check_only_read(HalveOptions(out=str(tmp_path / "out")), [], None, [DomainOptions(name="a", path=str(tmp_path))])
+
+
 @pytest.mark.parametrize("given", ["adapter", "link", "adapter/../adapter"])
 def test_a_folder_that_is_read_is_not_replaced(tmp_path, given):
     adapter = tmp_path / "adapter"

@@ -312,6 +312,14 @@ def test_overwriting_a_folder_that_holds_texts_is_refused(folder, recipe, path):
         (folder / "link.jsonl").unlink()
 
 
+@pytest.mark.parametrize("out", ["texts", "texts/new/out"])
+def test_an_output_folder_among_texts_is_refused(folder, recipe, out):
+    (folder / "texts").mkdir(exist_ok=True)
+    write_jsonl(folder / "texts" / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    found = problems(folder, recipe, "data.counting.path=texts", f"training.output_dir={out}")
+    assert f"lies in {folder / 'texts'}, where `datasets` would read" in found["training.output_dir"]
+
+
 def test_an_unfinished_run_is_resumed_or_overwritten(folder, recipe, record, checkpoint):
     record("training")
     assert "--resume" in problems(folder, recipe)["training.output_dir"]

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..training.progress import is_main_process
 from ..training.recipe import DomainOptions, ModelOptions
 from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, may_write, now, write_json
 from ..training.schema import Problem, UserError
-from ..training.sources import paths_read
+from ..training.sources import LIES_IN_TEXTS, folder_read_around, paths_read
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def check_only_read(
     options: OperationOptions,
     inputs: Sequence[str | Path],
     base: ModelOptions | None = None,
-    domains: Iterable[DomainOptions] = (),
+    domains: Sequence[DomainOptions] = (),
 ) -> None:
-    """Refuse a folder that is or holds what is read, which would be put aside with it.
+    """Refuse a folder that is or holds what is read, which would be put aside with it, or lies among texts.
 
     Where the options say `in_place`, the inputs' own folder may be it.
 
@@ -132,6 +132,8 @@ def check_only_read(
         else:
             continue
         raise UserError(str(Problem("--out", str(options.out_folder), fix)))
+    if around := folder_read_around(domains, options.out_folder):
+        raise UserError(str(Problem("--out", str(options.out_folder), LIES_IN_TEXTS.format(around))))
 
 
 def _entry(folder: str | Path) -> Path:

@@ -29,7 +29,7 @@ from .schema import (
     positive,
     settable_fields,
 )
-from .sources import check_domain, paths_read, resolve_path
+from .sources import LIES_IN_TEXTS, check_domain, folder_read_around, paths_read, resolve_path
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
@@ -135,7 +135,7 @@ def load_recipe(
     if recipe is not None:
         problems += _check_best_model(recipe)
         problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
-        problems += _check_what_is_read(recipe, path.resolve()) if overwrite else []
+        problems += _check_what_is_read(recipe, path.resolve(), overwrite)
     if problems or recipe is None:
         raise RecipeError(path, problems)
     return recipe
@@ -152,12 +152,17 @@ def _check_best_model(recipe: Recipe) -> list[Problem]:
     return [Problem("training.metric_for_best_model", metric or MISSING, fix)]
 
 
-def _check_what_is_read(recipe: Recipe, path: Path) -> list[Problem]:
-    """Whether anything that a run reads would be put aside with all else in its output folder."""
-    reads = (str(path), recipe.model.name, *paths_read(recipe.data))
-    inside = [read for read in reads if Path(read).resolve().is_relative_to(recipe.output_dir)]
-    fix = "holds {}, which is only read, and would be put aside with all else in it; give another folder"
-    return [Problem("training.output_dir", str(recipe.output_dir), fix.format(inside[0]))] if inside else []
+def _check_what_is_read(recipe: Recipe, path: Path, overwrite: bool) -> list[Problem]:
+    """Whether a run would put aside what it reads with all else in its output folder, or be read as texts itself."""
+    out = recipe.output_dir
+    reads = (str(path), recipe.model.name, *paths_read(recipe.data)) if overwrite else ()
+    if inside := [read for read in reads if Path(read).resolve().is_relative_to(out)]:
+        fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
+    elif around := folder_read_around(recipe.data, out):
+        fix = LIES_IN_TEXTS.format(around)
+    else:
+        return []
+    return [Problem("training.output_dir", str(out), fix)]
 
 
 def _parse(path: Path) -> dict[str, Any]:

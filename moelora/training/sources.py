@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from rich import progress
 
@@ -22,6 +23,8 @@ NEEDS_A_FOLDER = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", 
 TEXT = {".txt", ".md", ".rst", ".py", ".html", ".tex"}
 PROBLEMS_SHOWN_PER_FILE = 5
 BYTES_WORTH_A_PROGRESS_BAR = 50_000_000
+
+LIES_IN_TEXTS = "lies in {}, where `datasets` would read the files written as texts; give a folder outside it"
 
 Report = Callable[[str], None]
 
@@ -36,8 +39,25 @@ def resolve_path(path: str, folder: Path) -> str:
 
 def paths_read(domains: Iterable[DomainOptions]) -> list[str]:
     """Every file and folder that domains name, files by pattern one by one; ids of the hub among them."""
-    named = (path for domain in domains for path in (domain.path, domain.eval_path) if path is not None)
-    return [str(read) for path in named for read in (_files(path) if _is_files(path) else [path])]
+    return [str(read) for path in _named(domains) for read in (_files(path) if _is_files(path) else [path])]
+
+
+def folder_read_around(domains: Iterable[DomainOptions], out: Path) -> str | None:
+    """The folder of texts that an output folder lies in, if `datasets` would read what is written there too."""
+    around = (path for path in _named(domains) if Path(path).is_dir() and out.resolve().is_relative_to(path))
+    return next((path for path in around if _is_read_whole(path)), None)
+
+
+def _is_read_whole(folder: str) -> bool:
+    """Whether `datasets` reads every file in a folder, not those alone whose names tell a split or that it saved."""
+    try:
+        return not _is_saved(folder) and ["**"] in get_data_patterns(folder).values()
+    except FileNotFoundError:  # there are no data, which is told elsewhere
+        return False
+
+
+def _named(domains: Iterable[DomainOptions]) -> list[str]:
+    return [path for domain in domains for path in (domain.path, domain.eval_path) if path is not None]
 
 
 def check_domain(domain: DomainOptions, key: str) -> list[Problem]:
@@ -216,10 +236,15 @@ def _no_such_field(domain: DomainOptions, fields: list[str]) -> str:
 
 
 def _open_dataset(domain: DomainOptions, path: str, split: str) -> datasets.Dataset:
-    if any((Path(path) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+    if _is_saved(path):
         saved = datasets.load_from_disk(path)
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
     return datasets.load_dataset(path, domain.subset, split=split)
+
+
+def _is_saved(path: str) -> bool:
+    """Whether `datasets` saved a folder, which then lists its own files."""
+    return any((Path(path) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _check_dataset(domain: DomainOptions, path: str, split: str, key: str) -> list[Problem]:
