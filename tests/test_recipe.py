@@ -107,6 +107,7 @@ MISTAKES = [
     ("data.counting.eval_fraction", 1.0, "less than 1"),
     ("data.counting.weight", float("inf"), "finite"),
     ("training.learning_rate", float("inf"), "finite"),
+    ("training.num_train_epochs", 10**310, "finite"),
     ("mixture.target_modules", ["no_proj"], "no_proj"),
     ("mixture.modules_to_save", ["lm_heda"], "no module of that name; did you mean `lm_head`?"),
     ("mixture.lora_dropout", 3, "pass a number in [0, 1)"),

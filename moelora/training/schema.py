@@ -6,8 +6,8 @@ the help text and the rule its value must obey.
 
 import dataclasses
 import difflib
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -56,7 +56,7 @@ def about(help_text: str, *, check: Check | None = None, **more: Any) -> dict[st
 
 
 def positive(value: float) -> str | None:
-    if math.isinf(value):
+    if value > sys.float_info.max:  # infinity, or a whole number that has no float
         return "must be a finite number"
     return None if value > 0 else "must be greater than 0"
 
