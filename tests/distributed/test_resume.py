@@ -60,6 +60,24 @@ def test_a_killed_run_continues_exactly_and_its_adapter_loads_everywhere(tmp_pat
             assert torch.equal(loaded.get(place, loaded.get(_router_place(name))), tensor), name
 
 
+@pytest.mark.parametrize(
+    "engine", ["ddp", "fsdp2", *(pytest.param(e, marks=pytest.mark.engines) for e in ("zero2", "zero3"))]
+)
+def test_a_run_that_was_killed_after_its_last_step_ends_there(tmp_path, engine):
+    prepare(tmp_path, engine)
+    words, run_file = f"--set,training.output_dir={tmp_path / 'out'}", tmp_path / "out" / "run.json"
+    launch(engine, "recipe", tmp_path, words)
+    whole = json.loads(run_file.read_text())
+    expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    run_file.write_text(json.dumps(whole | {"status": "training"}))
+    launch(engine, "recipe", tmp_path, f"{words},--resume")
+    resumed, actual = json.loads(run_file.read_text()), load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert (resumed["status"], resumed["steps"]) == ("finished", 6)
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[n], t) for n, t in expected.items())
+    for name, domain in whole["domains"].items():
+        assert resumed["domains"][name]["loss_after"] == domain["loss_after"]
+
+
 def _maturity(tensors):
     return torch.stack([tensor for name, tensor in tensors.items() if name.endswith("maturity")]).mean(0)
 
