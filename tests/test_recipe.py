@@ -300,6 +300,12 @@ def test_overwriting_a_folder_that_holds_what_is_read_is_refused(folder, recipe)
     assert f"holds {folder / 'model'}, which is only read" in found["training.output_dir"]
 
 
+def test_an_id_of_the_hub_lies_in_no_output_folder(folder, recipe, monkeypatch):
+    (folder / "out").mkdir(exist_ok=True)
+    monkeypatch.chdir(folder / "out")
+    assert set(problems(folder, recipe, "data.counting.path=nobody/nothing", overwrite=True)) == {"data.counting.path"}
+
+
 @pytest.mark.parametrize("path", ["out/text.jsonl", "*/text.jsonl", "link.jsonl"])
 def test_overwriting_a_folder_that_holds_texts_is_refused(folder, recipe, path):
     text = write_jsonl((folder / "out").joinpath("text.jsonl"), [{"text": "a"}, {"text": "b"}])

@@ -156,7 +156,8 @@ def _check_what_is_read(recipe: Recipe, path: Path, overwrite: bool) -> list[Pro
     """Whether a run would put aside what it reads with all else in its output folder, or be read as texts itself."""
     out = recipe.output_dir
     reads = (str(path), recipe.model.name, *paths_read(recipe.data)) if overwrite else ()
-    if inside := [read for read in reads if Path(read).resolve().is_relative_to(out)]:
+    local = (Path(read) for read in reads if Path(read).is_absolute())  # not an id of the hub
+    if inside := [str(read) for read in local if read.resolve().is_relative_to(out)]:
         fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
     elif around := folder_read_around(recipe.data, out):
         fix = LIES_IN_TEXTS.format(around)
