@@ -7,6 +7,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tiny import save_tiny_model, tiny_recipe, write_jsonl, write_recipe
+from transformers import PreTrainedModel
 
 from moelora.presets import PRESETS
 from moelora.training import RecipeError, load_recipe
@@ -136,6 +137,7 @@ MISTAKES = [
     ("training.optim_args", "alpha", "must be KEY=VALUE"),
     ("training.adam_beta1", 1, "must be 0 or greater and less than 1"),
     ("training.adam_epsilon", -1, "must be 0 or greater"),
+    ("training.neftune_noise_alpha", -1, "must be 0 or greater"),
     ("training.use_liger_kernel", True, "pip install liger-kernel"),
     ("training.report_to", "wandbb", "wandbb is not supported, only"),
     ("training.report_to", ["swanlab"], "pip install swanlab"),
@@ -150,6 +152,27 @@ def test_a_mistake_is_reported_with_key_and_fix(folder, recipe, key, value, expe
     found = problems(folder, recipe, f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
     assert expected in found[key]
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [("{use_reentrnt: false}", "use_reentrnt"), ("{determinism_check: x}", "['default', 'none']"), ("x", "dictionary"),
+     ("{use_reentrant: false}", None), ("{use_reentrant: true, preserve_rng_state: false}", None)],
+)  # fmt: skip
+def test_options_of_gradient_checkpoints_are_tried(folder, recipe, options, error):
+    given = ["training.gradient_checkpointing=true", f"training.gradient_checkpointing_kwargs={options}"]
+    if error is None:
+        assert load_recipe(write_recipe(folder, recipe), given)
+    else:
+        assert error in problems(folder, recipe, *given)["training.gradient_checkpointing_kwargs"]
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="needs transformers 5.23")
+def test_options_that_transformers_keeps_to_itself_are_not_refused(folder, recipe):
+    recipe["training"] |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}
+    assert load_recipe(write_recipe(folder, recipe))
+    key = "training.activation_checkpointing_kwargs"
+    assert "use_reentrnt" in problems(folder, recipe, f"{key}.use_reentrnt=true")[key]
 
 
 def test_a_tracker_that_is_not_installed_leaves_no_traceback(folder, recipe, monkeypatch):

@@ -1,11 +1,13 @@
 """The Trainer's arguments: with one GPU for a process, and checked further than the arguments check themselves."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
@@ -64,6 +66,16 @@ def _make_scheduler(arguments: TrainingArguments) -> None:
     )
 
 
+def _try_checkpointing(arguments: TrainingArguments) -> None:
+    options = dict(arguments.gradient_checkpointing_kwargs or {})
+    if arguments.gradient_checkpointing and options:
+        # Releases of transformers keep options of their own to themselves; torch takes the rest.
+        enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
+        own = inspect.signature(enable or PreTrainedModel.gradient_checkpointing_enable).parameters
+        passed_on = {name: value for name, value in options.items() if name not in own}
+        checkpoint(torch.neg, torch.zeros(1, requires_grad=True), **{"use_reentrant": False} | passed_on)
+
+
 def _find_liger(arguments: TrainingArguments) -> None:
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError("needs the package liger-kernel: pip install liger-kernel")
@@ -73,6 +85,7 @@ _PARTS: dict[tuple[str, ...], Callable[[TrainingArguments], None]] = {
     ("report_to",): _make_reports,
     ("optim_args", "optim"): _find_optimizer,
     ("lr_scheduler_kwargs", "lr_scheduler_type"): _make_scheduler,
+    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"): _try_checkpointing,
     ("use_liger_kernel",): _find_liger,
 }
 """What makes each part, by the fields that say how: of these an error is told of the first that is given."""

@@ -62,6 +62,7 @@ TRAINING_RULES: dict[str, Check] = {
     "adam_beta2": _below_1,
     "adam_epsilon": not_negative,
     "optim_args": _settings,
+    "neftune_noise_alpha": not_negative,
     "dataloader_num_workers": at_least(0),
 }
 """Rules that `TrainingArguments` leaves to fail, or to train on, later."""
