@@ -4,11 +4,18 @@ import json
 import time
 
 from benchmarks.quality.__main__ import AGAIN, claimed, jobs_of, parse, supervise
+from benchmarks.quality.methods import MAIN, SETTINGS, method_of, names_of
 
 
 def test_methods_over_the_oracle_follow_it():
     assert jobs_of(["xlora", "lora", "oracle", "arrow"]) == [["lora"], ["oracle", "xlora", "arrow"]]
     assert jobs_of(["arrow", "lora"]) == [["arrow"], ["lora"]]
+
+
+def test_a_group_stands_for_its_methods():
+    names = names_of(parse(["--device", "cpu", "--methods", "ours", "main", "settings"]).methods)
+    assert len(names) == len(set(names)) and set(names) == {*MAIN, *SETTINGS} and names[0] == "ours"
+    assert all(method_of(name) for name in names)
 
 
 def test_workers_share_the_jobs(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from ..options import make_parser
 from ..record import RESULTS, command_line, current_commit, environment, hardware
 from .experiment import Bench, Plan
-from .methods import MAIN, METHODS, Size, method_of
+from .methods import GROUPS, METHODS, Size, method_of, names_of
 from .sweep import DeviceLostError, OutOfBudgetError, Rows, Sweep
 
 MODULE = "benchmarks.quality"
@@ -26,6 +26,7 @@ EXAMPLES = (
     "--device cpu --quick",
     "--device cuda",
     "--device cuda --suite tasks --budget 540",
+    "--device cuda --methods settings --no-test",
     "--device cuda --methods ours top-4 dense-8+orthogonal --no-test --seeds 1 --rates 1e-3 2e-3",
     "--data .scratch/quality --model .scratch --methods lora dense-16+temperature-1 --workers 2 --budget 560",
 )
@@ -42,7 +43,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a tiny random model on made-up data, in seconds: whether the code works")
     add("--suite", default="lm", choices=["lm", "tasks"])
     legend = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
-    legend = f"{legend}; several of ours joined by + (default: {' '.join(MAIN)})"
+    groups = "; ".join(f"{name}: {' '.join(members)}" for name, members in GROUPS.items())
+    legend = f"{legend}; several of ours joined by +; {groups} (default: main)"
     add("--methods", nargs="+", type=method_name, metavar="NAME", help=legend)
     add("--rates", nargs="+", type=float, help="to choose from (default: each method's grid, and beyond)")
     add("--data", type=Path, default=build / "data", help="folder that python -m benchmarks.quality.data wrote")
@@ -67,15 +69,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def method_name(text: str) -> str:
-    """The name of a method, checked.
+    """The name of a method, or of a group of them, checked.
 
     Raises:
         argparse.ArgumentTypeError: there is none of that name.
     """
     try:
-        method_of(text)
+        text in GROUPS or method_of(text)
     except KeyError as error:
-        known = ", ".join(METHODS)
+        known = ", ".join([*GROUPS, *METHODS])
         raise argparse.ArgumentTypeError(f"{text!r}: there is no method {error}; there are {known}") from None
     return text
 
@@ -104,7 +106,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
 
 def work(args: argparse.Namespace, started: float) -> int:
     """Run this process's methods; the exit status."""
-    jobs = jobs_of(args.methods or (QUICK if args.quick else MAIN))
+    jobs = jobs_of(names_of(args.methods or (QUICK if args.quick else ["main"])))
     mine = jobs if args.claims is None else claimed(jobs, args.claims, args.worker)
     bench = make_bench(args)
     origin = {"commit": args.commit or current_commit(), "hardware": hardware(args.device)}

@@ -6,7 +6,7 @@ total parameters" one with as many trainable parameters as the whole mixture, ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -183,8 +183,29 @@ METHODS: dict[str, Method] = {
 }
 MAIN = (
     *("frozen", "lora-active", "lora", "rslora", "dora", "lora-plus", "oracle", "xlora", "arrow"),
-    *("mixlora", "loramoe", "hydralora", "ours", "dense-16+temperature-1"),
+    *("mixlora", "loramoe", "hydralora", "ours", "dense-16+temperature-1", "uniform-8"),
 )
+# What docs/quality.md compares under Settings, on validation data.
+SETTINGS = (
+    *("scale-2", "scale-4", "scale-8", "top-1", "top-4", "maturity-10k", "maturity-1m", "sparse", "dropless"),
+    *("dense-8", "dense-sum-1", "dense-sum-4", "dense-16", "dense-32", "dense-64"),
+    *("dense-8+temperature-4", "dense-8+temperature-1", "dense-16+temperature-1+scope-model"),
+    *("dense-8+scope-model", "dense-8+scope-module", "dense-8+router-64", "dense-8+router-raw"),
+    *("dense-8+balance-0", "dense-8+balance-01", "dense-8+balance-switch", "dense-8+balance-z"),
+    *("dense-8+orthogonal", "dense-8+identical", "dense-8+plus-4", "dense-16+plus-4"),
+    *("dense-8+temperature-1+plus-4", "dense-8+router-fast"),
+)
+GROUPS = {"main": MAIN, "settings": SETTINGS}
+
+
+def names_of(asked: Iterable[str]) -> list[str]:
+    """The names of methods, those of a group's members in place of the group's, each once.
+
+    Example:
+        >>> names_of(["ours", "main"])[:3]
+        ['ours', 'frozen', 'lora-active']
+    """
+    return list(dict.fromkeys(name for group in asked for name in GROUPS.get(group, [group])))
 
 
 def method_of(name: str) -> Method:
