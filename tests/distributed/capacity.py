@@ -101,18 +101,20 @@ def check_triton(
 
 
 def check_router(counts: tuple[int, ...], generator: torch.Generator) -> None:
-    """From hidden states on; so few tokens are routed one by one, so that not even their scores differ in a bit."""
+    """From hidden states on. Scores are products of 16 tokens, whose rounding may hang on a token's place among them;
+    experts are half mature at least, so that what is dropped changes a weight by more than that."""
     from moelora.ops.triton.router import route_fused
 
     hidden = torch.randn(sum(counts), 20, generator=generator)
     weight = torch.randn(EXPERTS, 20, generator=generator, requires_grad=True)
-    options = {"top_k": TOP_K, "capacity_factor": 0.5, "maturity_E": torch.rand(EXPERTS, generator=generator)}
+    maturity = 0.5 + torch.rand(EXPERTS, generator=generator) / 2
+    options = {"top_k": TOP_K, "capacity_factor": 0.5, "maturity_E": maturity}
     upstream = torch.randn(sum(counts), EXPERTS, generator=generator)
     mine, weights, gradients = part(counts), [], []
     for tokens, over_ranks in ((slice(None), False), (mine, True)):
         weights.append(route_fused(hidden[tokens], weight, over_ranks=over_ranks, **options)[0])
         gradients.append(torch.autograd.grad((weights[-1] * upstream[tokens]).sum(), weight)[0])
-    assert torch.equal(weights[1], weights[0][mine]), counts
+    torch.testing.assert_close(weights[1], weights[0][mine], rtol=1e-5, atol=1e-6)  # float32 sums of 20 terms
     dist.all_reduce(gradients[1])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)  # sums in another order
 
