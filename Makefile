@@ -3,6 +3,7 @@
 # make bench        speed against the frozen model, PEFT's LoRA and other mixtures; BENCH="--device cpu --quick" for a taste
 # make quality      quality against LoRA and other mixtures, each at its own learning rate; wants a GPU (docs/quality.md)
 # make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
+# make newest       the fast tests with the newest releases of the ecosystem, which users get, in place of the pinned ones
 # make lint types doctest slow peft-suite
 #
 # Each target works from a bare clone: it makes .venv and installs the pinned versions first.
@@ -13,12 +14,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLD_TRL := $(VENV)/trl-1.14
 EXAMPLE := $(VENV)/.example
+NEWEST := $(VENV)/newest
 ENGINES := $(VENV)/engines
 QUALITY_DATA := build/quality/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test engines slow lint types doctest peft-suite bench quality clean
+.PHONY: quickstart test newest engines slow lint types doctest peft-suite bench quality clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -45,6 +47,12 @@ quickstart: $(EXAMPLE)
 # One thread a process: two processes that spin over two cores slow each other tenfold.
 test: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Not torch, whose newest build comes with gigabytes of CUDA.
+newest: $(INSTALLED) $(OLD_TRL)
+	rm -rf $(NEWEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST) accelerate datasets "peft<0.22" safetensors transformers trl
+	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # In a folder of their own: transformers and accelerate import whatever of these they find. --no-deps leaves torch alone;
 # what DeepSpeed, hqq and quanto need besides is listed. DeepSpeed compiles nothing here.

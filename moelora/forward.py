@@ -18,7 +18,7 @@ from .balance import finish_forward
 from .recomputation import make_checkpoint_routed
 from .routing import sole_expert
 from .shared_input import SharedInput
-from .state import ForwardContext, RoutingState, call_attached_router
+from .state import ForwardContext, RoutingState, call_attached_router, kv_cache
 
 if TYPE_CHECKING:
     from .router import MoELoraRouter, Pool
@@ -147,8 +147,7 @@ class ForwardHook:
             return None
         self.state.context = None
         self.state.prefilled = True
-        given = context.inputs.get("past_key_values")
-        context.said.keep_on(getattr(output, "past_key_values", None) if given is None else given)
+        context.said.keep_on(kv_cache(output) if context.cache is None else context.cache)
         return None if output is None else finish_forward(context, module, output)
 
 

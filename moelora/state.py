@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, E experts of all active adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +128,9 @@ class ForwardContext:
         self.stack_weights: dict[str, Tensor] = {}  # "model" scope, by stack
         self.latest: BlockRouting | None = None  # of the block that ran last
         self.grad_enabled = torch.is_grad_enabled()
-        self.past_length = _past_length(inputs.get("past_key_values"))  # now: the blocks' attention lets it grow
-        self.said = Said.on(inputs.get("past_key_values"))
+        self.cache = kv_cache(inputs)
+        self.past_length = _past_length(self.cache)  # now: the blocks' attention lets it grow
+        self.said = Said.on(self.cache)
         says_nothing = inputs.get("attention_mask") is None
         self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
@@ -235,6 +236,14 @@ class ForwardContext:
 def _wrong_weights(weights: Tensor, lead: torch.Size, num_experts: int) -> ValueError:
     expected = " or ".join(dict.fromkeys(str([*tokens, num_experts]) for tokens in (lead, lead[:1])))
     return ValueError(f"`routing_weights` has shape {list(weights.shape)}, expected {expected}")
+
+
+def kv_cache(values: Any) -> Any:
+    """The KV cache among a model's inputs or outputs, if there is one; tuples have no names to find it by."""
+    if not isinstance(values, Mapping):
+        return None
+    cache = values.get("cache")  # from transformers 5.24 on
+    return values.get("past_key_values") if cache is None else cache
 
 
 def _past_length(cache: Any) -> int | Tensor:

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from moelora import MoELoraConfig
+from moelora.state import ForwardContext, RoutingState, kv_cache
 
 E = 4
 
@@ -218,6 +219,19 @@ def test_generate_gives_each_token_its_row(name, rows, use_cache):
     ids, logits = generate(model, inputs, routing_weights=weights, use_cache=use_cache)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert ids.tolist() == expected_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_counts_whatever_it_is_called(name):
+    """transformers renamed it in 5.24; one release has one name alone."""
+    with torch.no_grad():
+        output = mixture_of("llama")(input_ids=torch.ones(1, 5, dtype=torch.long), use_cache=True)
+    cache = kv_cache(output)
+    assert kv_cache({name: cache}) is cache and kv_cache((cache,)) is None
+    inputs = {name: cache, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    context = ForwardContext(RoutingState({}), inputs, training=False)
+    assert context.past_length == 5
+    assert context.mask(torch.zeros(1, 1, 8), is_decoder=False).tolist() == [[True]]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
