@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from peft import get_peft_model
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moelora import MoELoraConfig
+from moelora.training import RecipeError, load_recipe
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -107,3 +109,13 @@ def save_tiny_adapter(folder: Path, **options: Any) -> None:
     model.save_pretrained(folder / "adapter")
     write_jsonl(folder / "counting.jsonl", counting(10))
     write_jsonl(folder / "shouting.jsonl", shouting(10))
+
+
+def problems(folder, recipe, *overrides, **options):
+    """The problems of a recipe as {key: fix}, and a check that the message holds them all."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_recipe(folder, recipe), overrides, **options)
+    for problem in caught.value.problems:
+        assert problem.key in str(caught.value)
+        assert problem.fix in str(caught.value)
+    return {problem.key: problem.fix for problem in caught.value.problems}
