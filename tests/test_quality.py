@@ -294,11 +294,15 @@ def test_rows_of_another_batch_do_not_count(tmp_path):
     assert [found["loss"] for found in Rows(path, plan(), ORIGIN).found.values()] == [3.0]
 
 
-@pytest.mark.parametrize("rate", ["0", "-1e-3", "nan", "inf"])
-def test_a_rate_that_cannot_train_is_refused(rate, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--rates", "0"), ("--rates", "-1e-3"), ("--rates", "nan"), ("--rates", "inf"), ("--steps", "0"), ("--seeds", "0"),
+     ("--workers", "0"), ("--workers", "-1")],
+)  # fmt: skip
+def test_a_number_that_nothing_can_be_run_with_is_refused(option, value, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["--quick", "--device", "cpu", "--out", str(tmp_path / "out"), "--rates", rate])
-    assert "--rates" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        main(["--quick", "--device", "cpu", "--out", str(tmp_path / "out"), option, value])
+    assert f"{option} " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_joined_variants_are_both():
@@ -361,6 +365,9 @@ def test_the_command_and_its_tables(suite, names, tmp_path, capsys):
     table.main([str(tmp_path / "rows.jsonl"), "--baseline", "frozen@6"])
     assert "| minus frozen@6 |" in (tmp_path / "test-minus-frozen@6.md").read_text()
     assert (tmp_path / "test.md").read_text() == text
+    with pytest.raises(SystemExit):
+        table.main([str(tmp_path / "rows.json")])
+    assert "rows.json: no such file; give rows.jsonl" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"--baseline frosen: the rows hold none of that name; they hold .*frozen"):
         table.main([str(tmp_path / "rows.jsonl"), "--baseline", "frosen"])
 

@@ -3,13 +3,21 @@
 import json
 import time
 
-from benchmarks.quality.__main__ import AGAIN, claimed, jobs_of, parse, supervise
+from benchmarks.quality.__main__ import AGAIN, claimed, data_line, jobs_of, parse, supervise
 from benchmarks.quality.methods import MAIN, SETTINGS, method_of, names_of
 
 
 def test_methods_over_the_oracle_follow_it():
     assert jobs_of(["xlora", "lora", "oracle", "arrow"]) == [["lora"], ["oracle", "xlora", "arrow"]]
     assert jobs_of(["arrow", "lora"]) == [["arrow"], ["lora"]]
+
+
+def test_the_record_of_a_run_tells_its_data(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    known = parse(["--device", "cpu", "--data", str(tmp_path)])
+    sha256 = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # of {}, by sha256sum
+    assert data_line(known) == [f"data: manifest.json of sha256 {sha256}"]
+    assert data_line(parse(["--device", "cpu", "--data", str(tmp_path / "none")])) == []
 
 
 def test_a_group_stands_for_its_methods():

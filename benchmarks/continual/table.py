@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 from ..options import make_parser
 from ..quality.sweep import read_rows
+from ..quality.table import Interval
 from ..record import RESULTS
 from .learners import LEARNERS
 
 MODULE = "benchmarks.continual.table"
 TABLE_FILE = "table.md"
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # of Student's distribution, two-sided, by degrees of freedom
 Row = dict[str, Any]
 Run = dict[int, Row]  # by stage
 
@@ -62,11 +63,8 @@ def final_loss(run: Run, key: str = "test") -> float:
 
 def interval(values: Sequence[float]) -> str:
     """Mean and half the width of its 95% confidence interval."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = T_95[min(len(values) - 1, 4)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.3f} ± {half:.3f}"
+    found = Interval.of(values)
+    return f"{found.mean:.3f}" if math.isnan(found.half) else f"{found.mean:.3f} ± {found.half:.3f}"
 
 
 def render(rows: Sequence[Row]) -> str:

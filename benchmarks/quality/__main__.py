@@ -64,7 +64,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if any(not 0 < rate < float("inf") for rate in args.rates or ()):
         parser.error(f"--rates {args.rates}: give numbers greater than 0")
-    args.workers = args.workers or max(1, torch.cuda.device_count())
+    args.workers = max(1, torch.cuda.device_count()) if args.workers is None else args.workers
+    for name in ("steps", "seeds", "workers"):
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name} {value}: give 1 or more")
     return args
 
 

@@ -255,7 +255,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"method to take differences from, in a file of its own (default: {BASELINE})",
     )
     parser.add_argument("--split", default="test", choices=["test", "validation"], help="default: test")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if lost := [str(path) for path in args.rows if not path.is_file()]:
+        parser.error(f"{', '.join(lost)}: no such file; give rows.jsonl of python -m benchmarks.quality")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
