@@ -8,7 +8,6 @@ machine runs.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,17 +46,11 @@ def launch(
     if device == "cpu":
         env |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
-    command += ["--mixed_precision", precision, "--num_processes", str(WORLD), "--main_process_port", str(_free_port())]
+    command += ["--mixed_precision", precision, "--num_processes", str(WORLD), "--main_process_port", "0"]
     command += [str(WORKER), engine, *map(str, arguments)]
     result = subprocess.run(command, env=env | environment, capture_output=True, text=True, check=False)
     assert not check or result.returncode == 0, result.stdout[-1000:] + result.stderr[-6000:]
     return result
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def pretend_accelerator() -> None:

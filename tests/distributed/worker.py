@@ -151,6 +151,8 @@ def main() -> None:
     engine, task, out, *names = sys.argv[1:]
     if engine != "ddp" and DEVICE == "cpu":
         pretend_accelerator()
+    if DEVICE == "cuda" and torch.cuda.device_count() < WORLD:  # ranks share a GPU
+        os.environ["LOCAL_RANK"] = "0"
     TASKS[task](engine, Path(out), names)
     dist.destroy_process_group()
 
