@@ -157,7 +157,8 @@ class MoELoraConfig(LoraConfig):
         metadata={"help": "Routing mass (tokens times weight) after which a new expert counts as mature."},
     )
     routing_scale: float = field(
-        default=1.0, metadata={"help": "Factor on the routers' weights, which sum to 1 for each token."}
+        default=1.0,
+        metadata={"help": "Factor on the routers' weights, which sum to 1 for each token; num_experts in all presets."},
     )
     single_expert: bool = field(
         default=False,
