@@ -1,4 +1,4 @@
-"""Decoding: one token a sequence and step from a static cache; on a GPU each step is a replayed CUDA graph."""
+"""Decoding: one token a sequence and step from a static cache; on a GPU by default as the replay of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from .timing import Arms, attempt, take_turns
 
 MODULE = "benchmarks.decode"
 ARM_NAMES = ("frozen", "lora", "lora-equal", "ours", "ours-default", "ours-fixed")
-EXAMPLES = ("--device cuda", "--device cuda --batches 1 8 --arms frozen lora ours", "--preset tiny --device cpu")
+EXAMPLES = (
+    "--device cuda",
+    "--device cuda --eager --batches 1 8 --arms frozen lora ours",
+    "--preset tiny --device cpu",
+)
 
 
 class Prompt:
@@ -84,7 +88,7 @@ def measure(
     """Record the seconds of one step of each arm whose step can be captured."""
     arms: Arms = {}
     for arm, model in models.items():
-        build = partial(make_call, model, prompt, args.steps, args.device == "cuda")
+        build = partial(make_call, model, prompt, args.steps, not args.eager)
         call = attempt(build, recorder, row, arm, RuntimeError)
         if call is not None:
             arms[arm] = call
@@ -104,7 +108,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="tokens before decoding (default: the preset's)")
     parser.add_argument("--cache", type=int, help="tokens that the cache has room for (default: the preset's)")
     parser.add_argument("--steps", type=int, help="tokens decoded in one call (default: the preset's)")
+    launched = "launch every step from the host, as `generate` does, instead of replaying a CUDA graph (CPU: always)"
+    parser.add_argument("--eager", action="store_true", help=launched)
     args = parse_with_preset(parser, argv, "decoding")
+    args.eager |= args.device == "cpu"
     if args.prompt + max(args.steps, 3) > args.cache:
         parser.error(f"--cache ({args.cache}) has no room for --prompt ({args.prompt}) and --steps ({args.steps})")
     return args
@@ -117,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     base = build_base(args).eval()
     models = {arm: adapt(base, arm, mixture_of(args)).eval() for arm in args.arms}
-    how = "CUDA graph" if args.device == "cuda" else "eager"
+    how = "eager" if args.eager else "CUDA graph"
     for batch in args.batches:
         prompt = Prompt(base, batch, args.prompt, args.cache)
         case = case_name(args, base, f"batch {batch}", f"{args.prompt} tokens before", how)

@@ -89,7 +89,7 @@ class BlockRouting:
             return self.weights[:, :1].expand(*x.shape[:-1], -1)
         assert self.router is not None
         weights = self.router.decide(x, self.context.maturity(self.router))
-        return weights * self.context.state.config.routing_scale
+        return weights * self.context.config.routing_scale
 
 
 def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tensor | None:
@@ -194,9 +194,9 @@ class BlockHook:
     def decide(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Route the tokens that the block's arguments bring."""
         self.routing = None
-        if not self.state.enabled:
-            return
-        if self.state.context is None:
+        if self.state.context is None:  # else the forward in progress is a routed one
+            if not self.state.enabled:
+                return
             _refuse_foreign_checkpoint(self.name)
         context = self.state.current_context()
         hidden = _hidden_states(args, kwargs)
@@ -207,7 +207,7 @@ class BlockHook:
             context=context,
             lead=hidden.shape[:-1],
             mask=mask,
-            pool=self.state.pool if shared is not None or self.router is None else self.router.pool,
+            pool=context.pool if shared is not None or self.router is None else self.router.pool,
             weights=weights,
             shared_by_user=shared is not None,
             router=self.router,

@@ -5,6 +5,7 @@ Shapes: D in, O out, E experts, r rank of one expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .config import MoELoraConfig, count_experts
-from .forward import BlockHook
+from .forward import BlockHook, BlockRouting
 from .ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from .router import MoELoraRouter, Pool
 from .routing import sole_expert
@@ -30,6 +31,11 @@ class LayerLink:
     state: RoutingState
     hook: BlockHook | None  # of the block around it; None outside every block
     followers: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
+
+    @property
+    def routing(self) -> BlockRouting | None:
+        """That of the block around it, while it runs."""
+        return None if self.hook is None else self.hook.routing
 
 
 # Python lets an object change its class only where the memory layouts agree, so at run time the mixin has no base.
@@ -60,8 +66,8 @@ class MoELoraLayer(_LayerBase):
             RuntimeError: the layer is called outside its block, which decides its routing.
             ValueError: x does not line up with the tokens that were routed.
         """
-        pools = self.expert_pools()
-        if not pools:
+        names = self._routed_adapters()
+        if not names:
             return super().forward(x, *args, **kwargs)
         inputs = None if args or kwargs else self._shared_input()
         if inputs is not None and (ready := inputs.take(self, x)) is not None:
@@ -69,7 +75,8 @@ class MoELoraLayer(_LayerBase):
         weights, pool = self._weights_of_pool(x)
         if self._may_be_plain_lora() and (sole := self._sole_expert(x, weights, pool)) is not None:
             return self._as_plain_lora(x, *sole, *args, **kwargs)
-        reader, weights = Reader(self.base_layer, pools), self._own_columns(weights, pool).to(x.device)
+        reader = Reader(self.base_layer, [self.expert_pool(name) for name in names])
+        weights = _columns(weights, pool, names).to(x.device)
         if inputs is None:
             return mixture_linear(x, reader, weights, *args, **kwargs)
         return inputs.run(x, self, reader, weights)
@@ -79,14 +86,15 @@ class MoELoraLayer(_LayerBase):
 
         Not in training, where dropout, and soon the expert itself, are other than they were.
         """
-        state = self.link.state
-        if self.training or not state.may_single_out:
+        if self.training:
             return False
-        return any(state.configs[name].single_expert for name in state.active_adapters)
+        routing = self.link.routing
+        context = self.link.state.current_context() if routing is None else routing.context
+        return context.may_single_out
 
     def _sole_expert(self, x: Tensor, weights: Tensor, pool: Pool) -> tuple[str, Tensor] | None:
         """The imported LoRA that has all tokens to itself, with its weights [..., 1]; None if there is none."""
-        routing = self.link.hook.routing if self.link.hook else None
+        routing = self.link.routing
         column = sole_expert(weights) if routing is None or routing.weights is None else routing.sole_expert(x)
         if column is None:
             return None
@@ -101,16 +109,18 @@ class MoELoraLayer(_LayerBase):
 
     def _shared_input(self) -> SharedInput | None:
         """Where linears of the block leave each other results; None where each has weights of its own."""
-        routing = self.link.hook.routing if self.link.hook else None
+        routing = self.link.routing
         return None if routing is None or routing.weights is None else routing.shared_input
 
     def _routed_adapters(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
-
-    def expert_pools(self) -> list[ExpertPool]:
-        """The factors of every routed adapter, in expert order; none where PEFT computes: disabled or merged."""
+        """The adapters whose experts this layer computes, in their order; none where PEFT does: disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
+        adapted = self.lora_A
+        return [name for name in self.active_adapters if name in adapted]
+
+    def expert_pools(self) -> list[ExpertPool]:
+        """The factors of every adapter whose experts this layer computes, in expert order."""
         return [self.expert_pool(name) for name in self._routed_adapters()]
 
     def expert_pool(self, adapter_name: str) -> ExpertPool:
@@ -125,21 +135,13 @@ class MoELoraLayer(_LayerBase):
 
     def weights_for(self, x: Tensor) -> Tensor:
         """Routing weights [..., E] for x [..., D], E being the experts of this layer's routed adapters."""
-        return self._own_columns(*self._weights_of_pool(x)).to(x.device)
-
-    def _own_columns(self, weights: Tensor, pool: Pool) -> Tensor:
-        """The columns of weights [..., E], whose experts are those of pool, of this layer's routed adapters."""
-        names = self._routed_adapters()
-        if [name for name, _ in pool] == names:
-            return weights
-        pieces = dict(zip((name for name, _ in pool), weights.split([count for _, count in pool], dim=-1), strict=True))
-        return torch.cat([pieces[name] for name in names], dim=-1)
+        return _columns(*self._weights_of_pool(x), self._routed_adapters()).to(x.device)
 
     def _weights_of_pool(self, x: Tensor) -> tuple[Tensor, Pool]:
         link = self.link
         if link.hook is None:
             return self._weights_outside_blocks(x)
-        routing = link.hook.routing
+        routing = link.routing
         if routing is None:
             raise RuntimeError(
                 f"`{link.name}` was called outside its block `{link.hook.name}`, which decides its routing; call the "
@@ -153,7 +155,7 @@ class MoELoraLayer(_LayerBase):
         state = self.link.state
         context = state.current_context()
         if (weights := context.user_weights(x.shape[:-1])) is not None:
-            return weights, state.pool
+            return weights, context.pool
         routing = context.latest
         if state.attached is None and "moe_router" in self._modules:
             return self.moe_router(x, context, context.mask(x, is_decoder=False)), self.moe_router.pool
@@ -206,6 +208,15 @@ class MoELoraLayer(_LayerBase):
         hook = self.link.hook
         router = hook.router if hook is not None else None
         return router or next(iter(self.link.state.routers.values()))
+
+
+def _columns(weights: Tensor, pool: Pool, names: Sequence[str]) -> Tensor:
+    """The columns of weights [..., E], whose experts are those of pool, of the adapters of these names."""
+    pooled = [name for name, _ in pool]
+    if pooled == names:
+        return weights
+    pieces = dict(zip(pooled, weights.split([count for _, count in pool], dim=-1), strict=True))
+    return torch.cat([pieces[name] for name in names], dim=-1)
 
 
 _CLASS_PREFIX = "MoELora"

@@ -75,7 +75,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
     @property
     def pool(self) -> Pool:
         """The active adapters that this router scores, with their numbers of experts."""
-        return tuple((name, self[name].num_experts) for name in self.active_adapters if name in self.lora_router)
+        routers = self.lora_router
+        return tuple((name, self[name].num_experts) for name in self.active_adapters if name in routers)
 
     def __getitem__(self, adapter_name: str) -> Router | FixedRouter:
         """One adapter's router."""
@@ -83,7 +84,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     def active_routers(self) -> list[Router | FixedRouter]:
         """The active adapters' routers, in expert order."""
-        return [self[name] for name, _ in self.pool]
+        routers = self.lora_router
+        return [self[name] for name in self.active_adapters if name in routers]
 
     def maturity(self, copy: bool = True) -> Tensor:
         """[E] float32; a copy, or the buffer itself where one adapter holds all experts."""
@@ -112,7 +114,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         Raises:
             ValueError: hidden has another width than the router.
         """
-        config = self.state.config
+        config = context.config
         if config.router_type == "fixed":
             weights = self._fixed_weights().expand(*hidden.shape[:-1], -1)
             return self._finish(weights, config.routing_scale, context)
@@ -136,7 +138,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], weights_TE.shape[-1])
 
     def _finish(self, weights: Tensor, scale: float, context: ForwardContext) -> Tensor:
-        weights = F.dropout(weights, self.state.config.expert_dropout, training=context.training)
+        if context.training and context.config.expert_dropout > 0:
+            weights = F.dropout(weights, context.config.expert_dropout)
         return weights if scale == 1.0 else weights * scale
 
     def _checked(self, hidden: Tensor) -> Tensor:

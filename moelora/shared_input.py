@@ -106,11 +106,12 @@ class SharedInput:
     def run(self, x: Tensor, layer: MoELoraLayer, reader: Reader, weights: Tensor) -> Tensor:
         """The layer's output [..., O] for x [..., D] under weights [..., E]; those of its followers are kept."""
         self.close()
-        followers = _followers(layer, reader, x, weights)
-        if not followers:
+        if not can_fuse(reader.pools):
             return mixture_linear(x, reader, weights)
+        followers = _followers(layer, reader, x, weights)
         first, *others = mixture_fused(x, [reader, *followers.values()], weights)
-        self._key, self._x, self._outputs = _key(x), x, dict(zip(followers, others, strict=True))
+        if followers:
+            self._key, self._x, self._outputs = _key(x), x, dict(zip(followers, others, strict=True))
         return first
 
     def close(self) -> None:
@@ -125,13 +126,13 @@ def _key(x: Tensor) -> tuple[Any, ...]:
 
 def _followers(layer: MoELoraLayer, reader: Reader, x: Tensor, weights: Tensor) -> dict[MoELoraLayer, Reader]:
     """The linears that are about to read x, as their module's source says, and that one product serves as well."""
-    if not can_fuse(reader.pools) or x.is_inference():  # without a version counter, a change of x goes unseen
+    if not layer.link.followers or x.is_inference():  # without a version counter, a change of x goes unseen
         return {}
-    found = {}
+    found, dtype = {}, compute_dtype(x)
     for other in layer.link.followers:
         theirs = Reader(other.base_layer, other.expert_pools())
         is_near = bool(theirs.pools) and theirs.pools[0].lora_A.device == x.device
-        is_bare = is_plain(theirs.base_layer, compute_dtype(x))  # others may count how often, or when, they are called
+        is_bare = is_plain(theirs.base_layer, dtype)  # others may count how often, or when, they are called
         if is_near and is_bare and reader.goes_with(theirs) and other.weights_for(x) is weights:
             found[other] = theirs
     return found

@@ -76,7 +76,9 @@ class RoutingState:
 
     @property
     def may_single_out(self) -> bool:
-        """Whether tokens can be one expert's alone: by weights given by hand or by a fixed router, or by top-1."""
+        """Whether tokens can be an imported LoRA's alone: by weights given by hand, by a fixed router, or by top-1."""
+        if not any(self.configs[name].single_expert for name in self.active_adapters):
+            return False
         is_given = self.routing_weights is not None or self.attached is not None
         return is_given or self.config.router_type == "fixed" or min(self.config.top_k_experts, self.num_experts) == 1
 
@@ -119,6 +121,9 @@ class ForwardContext:
 
     def __init__(self, state: RoutingState, inputs: dict[str, Any], training: bool) -> None:
         self.state = state
+        self.config = state.config  # these three are the same for all layers, and looked up once
+        self.pool = state.pool
+        self.may_single_out = state.may_single_out
         self.inputs = inputs
         self.training = training
         self.recomputing = False  # inside a checkpointed region's second run
@@ -157,7 +162,7 @@ class ForwardContext:
         if self.recomputing or self is not self.state.context:
             return
         loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
-        if self.training and loses_gradient and self.state.config.router_aux_loss_coef > 0:
+        if self.training and loses_gradient and self.config.router_aux_loss_coef > 0:
             raise RuntimeError(
                 f"the balancing loss of router `{router.name}` would be lost: it runs inside a reentrant gradient "
                 'checkpoint. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="block", '
@@ -200,7 +205,7 @@ class ForwardContext:
         weights = self.state.routing_weights
         if weights is None:
             return None
-        batch, num_experts = lead[0], self.state.num_experts
+        batch, num_experts = lead[0], sum(count for _, count in self.pool)
         if weights.shape[-1:] != (num_experts,) or weights.dim() not in (2, len(lead) + 1):
             raise _wrong_weights(weights, lead, num_experts)
         if weights.dim() > 2 and is_encoder_decoder:

@@ -8,7 +8,8 @@ from peft import get_peft_model
 from torch import nn
 
 from moelora import MoELoraConfig
-from moelora.state import ForwardContext, RoutingState, kv_cache
+from moelora.router import MoELoraRouter
+from moelora.state import ForwardContext, kv_cache
 
 E = 4
 
@@ -224,12 +225,14 @@ def test_generate_gives_each_token_its_row(name, rows, use_cache):
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_the_cache_counts_whatever_it_is_called(name):
     """transformers renamed it in 5.24; one release has one name alone."""
+    model = mixture_of("llama")
     with torch.no_grad():
-        output = mixture_of("llama")(input_ids=torch.ones(1, 5, dtype=torch.long), use_cache=True)
+        output = model(input_ids=torch.ones(1, 5, dtype=torch.long), use_cache=True)
     cache = kv_cache(output)
     assert kv_cache({name: cache}) is cache and kv_cache((cache,)) is None
     inputs = {name: cache, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
-    context = ForwardContext(RoutingState({}), inputs, training=False)
+    state = next(module.state for module in model.modules() if isinstance(module, MoELoraRouter))
+    context = ForwardContext(state, inputs, training=False)
     assert context.past_length == 5
     assert context.mask(torch.zeros(1, 1, 8), is_decoder=False).tolist() == [[True]]
 

@@ -71,14 +71,7 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, weights: Tensor, *tensors: Any):
         frozen, As, Bs = plan.split(tensors)
-        read, kept = torch.native_dropout(x, plan.drop_rate, True) if plan.drop_rate > 0 else (x, None)
-        h = read @ _stacked(As, x.dtype).t()
-        if h.shape[0] <= FEW_TOKENS and kernels_for(h):
-            hs = h.chunk(plan.num_readers, dim=1)
-            ys = tuple(_expand_few(x, h_i, weights, B, plan, part) for h_i, B, part in zip(hs, Bs, frozen, strict=True))
-        else:
-            hws = weighted(h, weights, plan.rank, plan.scale).chunk(plan.num_readers, dim=1)
-            ys = tuple(_expand(x, hw, B, *parts) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
+        ys, h, kept = _outputs(plan, x, weights, frozen, As, Bs)
         ctx.save_for_backward(x, h, weights, kept, *(weight for _, weight, _ in frozen), *As, *_joined(Bs))
         ctx.plan, ctx.device = plan, x.device.type
         ctx.set_materialize_grads(False)
@@ -125,6 +118,26 @@ class _Mixture(torch.autograd.Function):
         return None, dx, dw if needs_weights else None, *_joined(d_frozen), *dAs, *dBs
 
 
+def _outputs(
+    plan: _Plan,
+    x: Tensor,
+    weights: Tensor,
+    frozen: Sequence[Sequence[Any]],
+    As: Sequence[Tensor],
+    Bs: Sequence[Sequence[Tensor]],
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+    """y [T, O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
+    read, kept = torch.native_dropout(x, plan.drop_rate, True) if plan.drop_rate > 0 else (x, None)
+    h = F.linear(read, _stacked(As, x.dtype))
+    if h.shape[0] <= FEW_TOKENS and kernels_for(h):
+        hs = h.chunk(plan.num_readers, dim=1)
+        ys = tuple(_expand_few(x, h_i, weights, B, plan, part) for h_i, B, part in zip(hs, Bs, frozen, strict=True))
+    else:
+        hws = weighted(h, weights, plan.rank, plan.scale).chunk(plan.num_readers, dim=1)
+        ys = tuple(_expand(x, hw, B, *parts) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
+    return ys, h, kept
+
+
 def _without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -133,7 +146,7 @@ def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, we
     """hw [T, R] times B^T, plus what is frozen: [T, O]."""
     B = _stacked(factors_B, hw.dtype, dim=1)
     if outside is None:
-        return (hw @ B.t() if bias is None else torch.addmm(bias, hw, B.t())).addmm_(x, weight.t())
+        return F.linear(hw, B, bias).addmm_(x, weight.t())
     return torch.addmm(outside, hw, B.t()) if outside.dtype == hw.dtype else (outside + hw @ B.t()).to(outside.dtype)
 
 
@@ -161,11 +174,14 @@ def _products(dys: Sequence[Tensor | None], factors_B: Sequence[Sequence[Tensor]
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:
-    cast = [factor.to(dtype) for factor in factors]
-    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=dim)
+    if len(factors) == 1:
+        return factors[0].to(dtype)
+    return torch.cat([factor.to(dtype) for factor in factors], dim=dim)
 
 
 def _unstacked(gradient: Tensor, factors: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+    if len(factors) == 1:
+        return [gradient.to(factors[0].dtype)]
     pieces = gradient.split([factor.shape[dim] for factor in factors], dim=dim)
     return [piece.to(factor.dtype) for piece, factor in zip(pieces, factors, strict=True)]
 
@@ -198,19 +214,23 @@ def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> list
     Args:
         readers: linears that all go with each other ([`Reader.goes_with`]) and whose pools can be fused.
     """
-    pools, device = readers[0].pools, x.device.type
-    compute = x.to(compute_dtype(x))
+    pools, dtype = readers[0].pools, compute_dtype(x)
     scale = pools[0].scaling
     if any(pool.scaling != scale for pool in pools):
         shares = weights.split([pool.num_experts for pool in pools], dim=-1)
         scale, weights = 1.0, torch.cat([share * p.scaling for share, p in zip(shares, pools, strict=True)], dim=-1)
     plan = _Plan(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
-    frozen = _joined(_frozen_part(reader.base_layer, x) for reader in readers)
+    frozen = [_frozen_part(reader.base_layer, x, dtype) for reader in readers]
     As = [pool.lora_A for reader in readers for pool in reader.pools]
-    Bs = [pool.lora_B for reader in readers for pool in reader.pools]
-    with _without_autocast(device):
-        ys = _Mixture.apply(plan, compute.flatten(0, -2), weights.flatten(0, -2), *frozen, *As, *Bs)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    Bs = [[pool.lora_B for pool in reader.pools] for reader in readers]
+    x_TD, weights_TE = x.to(dtype).flatten(0, -2), weights.flatten(0, -2)
+    with _without_autocast(x.device.type):
+        if torch.is_grad_enabled():
+            ys = _Mixture.apply(plan, x_TD, weights_TE, *_joined(frozen), *As, *_joined(Bs))
+        else:  # to one token the way through autograd costs as much as all the arithmetic
+            ys = _outputs(plan, x_TD, weights_TE, frozen, As, Bs)[0]
+    lead = x.shape[:-1]
+    return [y.view(*lead, y.shape[-1]) for y in ys]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -220,9 +240,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
-def _frozen_part(base_layer: nn.Module, x: Tensor) -> tuple[Tensor | None, ...]:
-    """(None, weight, bias) of a plain linear; of others (what they make of x as [T, O], None, None)."""
-    if is_plain(base_layer, compute_dtype(x)):
+def _frozen_part(base_layer: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """(None, weight, bias) of a plain linear that computes in dtype; of others (what they make of x as [T, O], None,
+    None)."""
+    if is_plain(base_layer, dtype):
         return None, base_layer.weight, base_layer.bias  # type: ignore[return-value]
     outside = base_layer(x)
     return outside.reshape(-1, outside.shape[-1]), None, None

@@ -20,10 +20,7 @@ EPS = 1e-6
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_NH: Tensor) -> Tensor:
-        exact = torch.promote_types(weight_NH.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(hidden_TH, dim=-1, keepdim=True, dtype=exact).square()
-        rstd = (squares / hidden_TH.shape[-1] + EPS).rsqrt()
-        z = _exact_product(hidden_TH, weight_NH.to(exact).t()) * rstd
+        z, rstd = _scores(hidden_TH, weight_NH)
         ctx.save_for_backward(hidden_TH, weight_NH, rstd, z)
         return z
 
@@ -43,7 +40,17 @@ class _NormLinear(torch.autograd.Function):
 
 def norm_linear(hidden: Tensor, weight_NH: Tensor) -> Tensor:
     """``F.linear(rms_norm(hidden), weight)``: hidden [..., H] of any floating dtype -> [..., N], float32 or wider."""
-    return _NormLinear.apply(hidden.flatten(0, -2), weight_NH).view(*hidden.shape[:-1], weight_NH.shape[0])
+    hidden_TH = hidden.flatten(0, -2)
+    z = _NormLinear.apply(hidden_TH, weight_NH) if torch.is_grad_enabled() else _scores(hidden_TH, weight_NH)[0]
+    return z.view(*hidden.shape[:-1], weight_NH.shape[0])
+
+
+def _scores(hidden_TH: Tensor, weight_NH: Tensor) -> tuple[Tensor, Tensor]:
+    """z [T, N] and 1 / rms(h) [T, 1], float32 or wider."""
+    exact = torch.promote_types(weight_NH.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(hidden_TH, dim=-1, keepdim=True, dtype=exact).square()
+    rstd = (squares / hidden_TH.shape[-1] + EPS).rsqrt()
+    return _exact_product(hidden_TH, weight_NH.to(exact).t()) * rstd, rstd
 
 
 def _uses_tensor_cores(hidden: Tensor) -> bool:

@@ -27,12 +27,18 @@ def weighted_backward(
         from .triton.weighted import weighted_backward as kernel
 
         return kernel(g_TN, h_TN, weights_TE, rank, scale)
-    products = (g_TN * h_TN).unflatten(-1, (-1, weights_TE.shape[-1], rank))
+    products = _blocks(g_TN * h_TN, weights_TE, rank)
     dw_TE = products.sum(dim=(1, 3), dtype=weights_TE.dtype) * scale
     scaled_TE = weights_TE * scale
     return _times(h_TN, scaled_TE, rank), _times(g_TN, scaled_TE, rank), dw_TE
 
 
 def _times(values_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:
-    blocks = values_TN.unflatten(-1, (-1, weights_TE.shape[-1], rank))
-    return (blocks * weights_TE.to(values_TN.dtype)[:, None, :, None]).flatten(1)
+    weights = weights_TE.to(values_TN.dtype)[:, None, :, None]
+    return (_blocks(values_TN, weights_TE, rank) * weights).view(values_TN.shape)
+
+
+def _blocks(values_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:
+    """[T, G, E, r]."""
+    T, E = weights_TE.shape
+    return values_TN.view(T, values_TN.shape[1] // (E * rank), E, rank)
