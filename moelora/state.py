@@ -139,6 +139,7 @@ class ForwardContext:
         says_nothing = inputs.get("attention_mask") is None
         self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
+        self._masks: dict[tuple[int, bool], Tensor | None] = {}  # by length and is_decoder
 
     @property
     def over_ranks(self) -> bool:
@@ -185,16 +186,23 @@ class ForwardContext:
         if hidden.dim() != 3:
             return None
         batch, length = hidden.shape[:2]
+        if torch.compiler.is_compiling():  # a compiled block would be compiled anew where it finds another's mask
+            mask = self._mask_of(length, is_decoder)
+        elif (length, is_decoder) in self._masks:
+            mask = self._masks[length, is_decoder]
+        else:
+            mask = self._masks[length, is_decoder] = self._mask_of(length, is_decoder)
+        return mask if mask is not None and mask.shape == (batch, length) else None
+
+    def _mask_of(self, length: int, is_decoder: bool) -> Tensor | None:
         if is_decoder:
             given = self.inputs.get("decoder_attention_mask")
             if given is None:
                 given = decoder_mask_from_labels(self.inputs.get("labels"))
-            mask = token_mask(given, length, self.past_length)
-        else:
-            mask = self.packed
-            if mask is None:
-                mask = token_mask(self.inputs.get("attention_mask"), length, self.past_length)
-        return mask if mask is not None and mask.shape == (batch, length) else None
+            return token_mask(given, length, self.past_length)
+        if self.packed is not None:
+            return self.packed
+        return token_mask(self.inputs.get("attention_mask"), length, self.past_length)
 
     def user_weights(self, lead: torch.Size, is_encoder_decoder: bool = False) -> Tensor | None:
         """The user's `routing_weights` as [*lead, E] for hidden states [*lead, H]; None if there are none.

@@ -68,6 +68,19 @@ def test_equals_the_reference(shape, outside):
     assert_equal_gradients(mixture_fused(base, x, pools, weights), reference(base, pools, x, weights), leaves)
 
 
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_no_gradient_is_wanted_it_is_the_same_to_the_last_bit(shape, drop_rate):
+    base, pools, x, weights = build(shape)
+    pools = [replace(pool, dropout=nn.Dropout(drop_rate)) for pool in pools]
+    torch.manual_seed(1)
+    expected = mixture_fused(base, x, pools, weights)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        actual = mixture_fused(base, x, pools, weights)
+    assert torch.equal(actual, expected) and expected.requires_grad and not actual.requires_grad
+
+
 @pytest.mark.parametrize("outside", [False, True], ids=["base-inside", "base-outside"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradcheck(shape, outside):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from helpers import ARCHITECTURES, mixture_of
 
+from moelora import state
 from moelora.masks import decoder_mask_from_labels, token_mask
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
@@ -83,3 +85,13 @@ def test_decoder_mask_from_labels():
     assert decoder_mask_from_labels(labels).tolist() == expected
     assert decoder_mask_from_labels(None) is None and decoder_mask_from_labels(torch.tensor([1])) is None
     assert decoder_mask_from_labels(torch.tensor([[5]])).tolist() == [[True]]
+
+
+@pytest.mark.parametrize(("name", "stacks"), [("llama", 1), ("t5", 2)])
+def test_blocks_share_the_mask_of_their_stack(name, stacks, monkeypatch):
+    calls, original = [], state.token_mask
+    monkeypatch.setattr(state, "token_mask", lambda *arguments: calls.append(1) or original(*arguments))
+    model, inputs = mixture_of(name), ARCHITECTURES[name].batch(2, 5)
+    for forwards in (1, 2):
+        model(**inputs)
+        assert len(calls) == stacks * forwards
