@@ -85,7 +85,7 @@ def make_call(model: nn.Module, prompt: Prompt, steps: int, is_graph: bool) -> C
 def measure(
     models: dict[str, nn.Module], prompt: Prompt, row: Row, args: argparse.Namespace, recorder: Recorder
 ) -> None:
-    """Record the seconds of one step of each arm whose step can be captured."""
+    """Record the seconds of one step of each arm; a step that has to be captured and cannot is left out."""
     arms: Arms = {}
     for arm, model in models.items():
         build = partial(make_call, model, prompt, args.steps, not args.eager)

@@ -194,9 +194,9 @@ class BlockHook:
     def decide(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Route the tokens that the block's arguments bring."""
         self.routing = None
-        if self.state.context is None:  # else the forward in progress is a routed one
-            if not self.state.enabled:
-                return
+        if not self.state.enabled:
+            return
+        if self.state.context is None:
             _refuse_foreign_checkpoint(self.name)
         context = self.state.current_context()
         hidden = _hidden_states(args, kwargs)

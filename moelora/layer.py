@@ -66,7 +66,7 @@ class MoELoraLayer(_LayerBase):
             RuntimeError: the layer is called outside its block, which decides its routing.
             ValueError: x does not line up with the tokens that were routed.
         """
-        names = self._routed_adapters()
+        names = [] if self._is_left_to_peft else self._routed_adapters()
         if not names:
             return super().forward(x, *args, **kwargs)
         inputs = None if args or kwargs else self._shared_input()
@@ -112,16 +112,17 @@ class MoELoraLayer(_LayerBase):
         routing = self.link.routing
         return None if routing is None or routing.weights is None else routing.shared_input
 
+    @property
+    def _is_left_to_peft(self) -> bool:
+        return self.disable_adapters or self.merged
+
     def _routed_adapters(self) -> list[str]:
-        """The adapters whose experts this layer computes, in their order; none where PEFT does: disabled or merged."""
-        if self.disable_adapters or self.merged:
-            return []
         adapted = self.lora_A
         return [name for name in self.active_adapters if name in adapted]
 
     def expert_pools(self) -> list[ExpertPool]:
-        """The factors of every adapter whose experts this layer computes, in expert order."""
-        return [self.expert_pool(name) for name in self._routed_adapters()]
+        """The factors of every routed adapter, in expert order; none where PEFT computes: disabled or merged."""
+        return [] if self._is_left_to_peft else [self.expert_pool(name) for name in self._routed_adapters()]
 
     def expert_pool(self, adapter_name: str) -> ExpertPool:
         """The factors of one adapter's experts."""

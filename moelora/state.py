@@ -121,9 +121,7 @@ class ForwardContext:
 
     def __init__(self, state: RoutingState, inputs: dict[str, Any], training: bool) -> None:
         self.state = state
-        self.config = state.config  # these three are the same for all layers, and looked up once
-        self.pool = state.pool
-        self.may_single_out = state.may_single_out
+        self.look_up()
         self.inputs = inputs
         self.training = training
         self.recomputing = False  # inside a checkpointed region's second run
@@ -140,6 +138,16 @@ class ForwardContext:
         self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
         self._masks: dict[tuple[int, bool], Tensor | None] = {}  # by length and is_decoder
+
+    def look_up(self) -> None:
+        """Note what the active adapters are, which is the same for all blocks and layers of a forward.
+
+        Raises:
+            ValueError: no adapter is active.
+        """
+        self.config = self.state.config
+        self.pool = self.state.pool
+        self.may_single_out = self.state.may_single_out
 
     @property
     def over_ranks(self) -> bool:
@@ -213,7 +221,7 @@ class ForwardContext:
         weights = self.state.routing_weights
         if weights is None:
             return None
-        batch, num_experts = lead[0], sum(count for _, count in self.pool)
+        batch, num_experts = lead[0], self.state.num_experts
         if weights.shape[-1:] != (num_experts,) or weights.dim() not in (2, len(lead) + 1):
             raise _wrong_weights(weights, lead, num_experts)
         if weights.dim() > 2 and is_encoder_decoder:

@@ -1,5 +1,7 @@
 """routing_weights= by hand, in forward and generate, and what layers really do with weights."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -345,3 +347,28 @@ def test_wrong_rows_per_sample_are_named_on_the_first_forward():
 def test_weights_that_are_no_tensor_are_named():
     with pytest.raises(TypeError, match=r"`routing_weights` \(list\) must be a tensor"):
         mixture_of("llama")(input_ids=torch.ones(1, 3, dtype=torch.long), routing_weights=[[0.25] * 4])
+
+
+def test_adapters_that_change_within_a_forward_route_from_there_on():
+    """As a forward that was interrupted leaves it, too: what is looked up for all blocks at once does not go stale."""
+    model = mixture_of("llama", expert_capacity_factor=None).eval()
+    model.add_adapter("loud", copy.copy(model.peft_config["default"]))
+    model.peft_config["loud"].routing_scale = 4.0
+    model.set_adapter("default")
+    layers, seen = model.get_base_model().model.layers, []
+    layers[1].register_forward_pre_hook(lambda *_: model.base_model.set_adapter("loud"), prepend=True)
+    for layer in layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(m.weights_for(args[0])))
+    model(**ARCHITECTURES["llama"].batch(2, 5))
+    for weights, scale in zip(seen, (1.0, 4.0), strict=True):
+        torch.testing.assert_close(weights.sum(-1), torch.full((2, 5), scale))
+
+
+def test_a_merged_layer_still_tells_its_weights():
+    model = mixture_of("llama", router_type="fixed").eval()
+    model.merge_adapter()
+    seen = []
+    q_proj = model.get_base_model().model.layers[0].self_attn.q_proj
+    q_proj.register_forward_pre_hook(lambda m, args: seen.append(m.weights_for(args[0])))
+    model(**ARCHITECTURES["llama"].batch(2, 5))
+    torch.testing.assert_close(seen[0], torch.full((2, 5, E), 1 / E))

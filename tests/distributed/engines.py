@@ -1,4 +1,4 @@
-"""accelerate's engines on CPU processes, and on GPUs where there are two.
+"""accelerate's engines on CPU processes, and on two GPUs or one that the processes share.
 
 accelerate runs FSDP and DeepSpeed only where it finds an accelerator. Nothing in either needs one, so on CPUs the
 worker tells it that there is one, whose device is the CPU and whose backend is gloo; all the rest is what a GPU

@@ -16,11 +16,11 @@ from peft import PeftModel
 TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
 # NCCL 2.30 and later lets ranks share a GPU where this variable of its own is 1.
 NUM_GPUS = 1 if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" else WORLD
-TWO_GPUS = [
+ON_GPUS = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < NUM_GPUS, reason=f"needs {NUM_GPUS} CUDA devices"),
 ]
-DEVICES = ["cpu", pytest.param("cuda", marks=TWO_GPUS)]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPUS)]
 # What is missing fails in the engine or the package, before or beside the mixture; docs/support.md says how.
 QUANTISED_UNDER = {
     "ddp": ("bnb-nf4", "bnb-int8", "hqq", "quanto-int8", "quanto-int4"),
