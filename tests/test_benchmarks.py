@@ -202,6 +202,13 @@ def test_a_plot_of_nothing_says_what_to_run(tmp_path):
         plot.main([str(tmp_path / "results.csv"), str(tmp_path / "growth.png")])
 
 
+@pytest.mark.parametrize(
+    ("words", "is_eager"), [("--device cuda", False), ("--device cuda --eager", True), ("--device cpu", True)]
+)
+def test_decoding_is_a_graph_only_on_a_gpu_that_is_not_told_otherwise(words, is_eager):
+    assert decode.parse(words.split()).eager is is_eager
+
+
 def test_decoding_equals_full_forwards():
     args = decode.parse(["--preset", "tiny", "--device", "cpu"])
     base = decode.build_base(args).eval()

@@ -44,6 +44,14 @@ def test_is_float32_maths_whatever_the_hidden_states(dtype):
     torch.testing.assert_close(actual, F.linear(rms_norm(hidden), weight), rtol=1e-5, atol=1e-5)
 
 
+def test_where_no_gradient_is_wanted_it_is_the_same_to_the_last_bit():
+    hidden, weight = torch.randn(2, 5, 64).bfloat16(), torch.randn(3, 64, requires_grad=True)
+    expected = norm_linear(hidden, weight)
+    with torch.no_grad():
+        actual = norm_linear(hidden, weight)
+    assert torch.equal(actual, expected) and expected.requires_grad and not actual.requires_grad
+
+
 def test_zero_hidden_states_score_zero():
     hidden = torch.zeros(2, 4, requires_grad=True)
     norm_linear(hidden, torch.ones(3, 4)).sum().backward()

@@ -372,3 +372,11 @@ def test_a_merged_layer_still_tells_its_weights():
     q_proj.register_forward_pre_hook(lambda m, args: seen.append(m.weights_for(args[0])))
     model(**ARCHITECTURES["llama"].batch(2, 5))
     torch.testing.assert_close(seen[0], torch.full((2, 5, E), 1 / E))
+
+
+def test_adapters_disabled_within_a_forward_are_not_routed_from_there_on():
+    model = mixture_of("llama").eval()
+    layers = model.get_base_model().model.layers
+    layers[1].register_forward_pre_hook(lambda *_: model.base_model.disable_adapter_layers(), prepend=True)
+    model(**ARCHITECTURES["llama"].batch(2, 5))
+    assert list(model.base_model.routing_stats()) == ["model.layers.0"]
