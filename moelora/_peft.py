@@ -93,6 +93,10 @@ class TunerModel(LoraModel):
     """LoraModel with its private hooks translated into the public methods below."""
 
     @abstractmethod
+    def check_adapter(self, adapter_name: str, config: MoELoraConfig) -> None:
+        """Raise for an adapter that cannot be saved and loaded whole, before any module is replaced."""
+
+    @abstractmethod
     def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
         """Raise for targets that cannot be routed, before any module is replaced."""
 
@@ -133,6 +137,7 @@ class TunerModel(LoraModel):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
+        self.check_adapter(adapter_name, config)
         self.check_targets(config, self.resolve_targets(config) if config.use_moe_routing else [])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 

@@ -6,36 +6,24 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 
 from ._peft import MOELORA
+from .config_rules import (
+    LORA_RULES,
+    MIXTURE_RULES,
+    REFUSED_OPTIONS,
+    check_fields,
+    is_int,
+    shown,
+)
 from .presets import PRESETS
-
-ROUTER_TYPES = ("learned", "learned_with_maturity", "fixed")
-ROUTER_SCOPES = ("block", "model", "module")
-LOSS_TYPES = ("aux_loss", "z_loss", "switch")
-
-# One weight per expert scales that expert's B A x. Each of these adds something that is not of that form, is shared
-# between experts, or changes the base weights, so a mixture would ignore it or compute something else.
-REFUSED_OPTIONS: dict[str, str] = {
-    "use_dora": "DoRA normalises base and delta together, so experts cannot be weighted per token",
-    "use_qalora": "QALoRA pools the input before A",
-    "velora_config": "VeLoRA replaces the LoRA backward pass",
-    "alora_invocation_tokens": "aLoRA switches the adapter on by position, which contradicts a router",
-    "monteclora_config": "MonteCLoRA samples A inside the layer",
-    "arrow_config": "Arrow is a router of its own",
-    "kasa_config": "KaSA changes the base weights",
-    "use_bdlora": "BD-LoRA's block-diagonal factors conflict with the rank blocks of the experts",
-    "lora_bias": "a bias on B is shared by all experts and would escape the router",
-    "target_parameters": "parameters are adapted through weight parametrisations, which see no tokens",
-    "ensure_weight_tying": "a tied layer's input has no router",
-    "layer_replication": "replicated blocks would share one router's state",
-    "megatron_config": "Megatron's parallel layers are not supported",
-}
+from .storage.adapter_files import parse_config
+from .storage.generation import part
 
 # What the first active adapter decides for the whole mixture; adapters that disagree cannot be active together.
 SHARED_FIELDS = (
@@ -49,44 +37,6 @@ SHARED_FIELDS = (
     "router_scope",
     "maturity_tokens",
     "routing_scale",
-)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-@dataclass(frozen=True)
-class _Rule:
-    name: str
-    valid: Callable[[Any], bool]
-    fix: str
-
-
-_RULES = (
-    _Rule("use_moe_routing", lambda v: isinstance(v, bool), "pass True or False"),
-    # PEFT takes a negative one for none, and leaves others to fail where the layers are built.
-    _Rule("lora_dropout", lambda v: _is_number(v) and 0 <= v < 1, "pass a number in [0, 1)"),
-    _Rule("router_hidden_size", lambda v: v is None or (_is_int(v) and v >= 1), "pass None or an integer of 1 or more"),
-    _Rule("router_aux_loss_coef", lambda v: _is_number(v) and 0 <= v < float("inf"), "pass a number of 0 or more"),
-    _Rule("router_temperature", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
-    _Rule("router_type", lambda v: v in ROUTER_TYPES, f"choose one of {', '.join(ROUTER_TYPES)}"),
-    _Rule(
-        "expert_capacity_factor",
-        lambda v: v is None or (_is_number(v) and 0 < v < float("inf")),
-        "pass a number greater than 0, or None for dropless",
-    ),
-    _Rule("expert_dropout", lambda v: _is_number(v) and 0 <= v < 1, "pass a number in [0, 1)"),
-    _Rule("load_balance_loss_type", lambda v: v in LOSS_TYPES, f"choose one of {', '.join(LOSS_TYPES)}"),
-    _Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
-    _Rule("maturity_tokens", lambda v: _is_int(v) and v >= 1, "pass an integer of 1 or more"),
-    _Rule("router_memory", lambda v: _is_int(v) and v >= 0, "pass an integer of 0 or more"),
-    _Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
-    _Rule("routing_scale", lambda v: _is_number(v) and 0 < v < float("inf"), "pass a number greater than 0"),
 )
 
 
@@ -175,21 +125,43 @@ class MoELoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Written by save_pretrained: name, activity and configuration of each adapter in the file."},
     )
+    checkpoint: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Written by save_pretrained: id of the save, checksums of its files, its attached router."},
+    )
+
+    # Where `from_pretrained` read it, and the id of that save: by the time its weights are read there may be another.
+    # A class variable for the dataclass, so that it is no field.
+    read_from: ClassVar[tuple[str, str | None] | None] = None
 
     def __post_init__(self) -> None:
+        check_fields(self, LORA_RULES)
         super().__post_init__()
         self.peft_type = MOELORA
         if self.adapters:
             check_entries(self.adapters)
-        for rule in _RULES:
-            value = getattr(self, rule.name)
-            if not rule.valid(value):
-                raise ValueError(f"`{rule.name}` ({value!r}) is not valid; {rule.fix}")
+        check_fields(self, MIXTURE_RULES)
         if self.use_moe_routing:
             self._check_experts()
             self._check_lora_options()
         else:
             self._warn_unused_mixture_fields()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """See PEFT."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if isinstance(config, MoELoraConfig):
+            config.__dict__["read_from"] = str(pretrained_model_name_or_path), (config.checkpoint or {}).get("id")
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """See PEFT; the file is that of the save in force, and refused where it is no configuration."""
+        path = Path(path_json_file)
+        settings = parse_config(part(path.parent, path.name))
+        settings.pop("runtime_config", None)
+        return settings
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> MoELoraConfig:
@@ -219,13 +191,15 @@ class MoELoraConfig(LoraConfig):
             raise ValueError(f"{error}. The preset {name!r} sets {kept}") from error
 
     def _check_experts(self) -> None:
-        if not _is_int(self.num_experts) or self.num_experts < 2:
+        if not is_int(self.num_experts) or not 2 <= self.num_experts < 2**31:
             raise ValueError(
-                f"`num_experts` ({self.num_experts!r}) is not valid; pass an integer of 2 or more, or "
+                f"`num_experts` ({shown(self.num_experts)}) is not valid; pass an integer of 2 or more, or "
                 "`use_moe_routing=False` for plain LoRA"
             )
-        if not _is_int(self.top_k_experts) or self.top_k_experts < 1:
-            raise ValueError(f"`top_k_experts` ({self.top_k_experts!r}) is not valid; pass an integer of 1 or more")
+        if not is_int(self.top_k_experts) or self.top_k_experts < 1:
+            raise ValueError(
+                f"`top_k_experts` ({shown(self.top_k_experts)}) is not valid; pass an integer of 1 or more"
+            )
         if self.top_k_experts > self.num_experts:
             raise ValueError(
                 f"`top_k_experts` ({self.top_k_experts}) exceeds `num_experts` ({self.num_experts}); lower "
@@ -236,11 +210,11 @@ class MoELoraConfig(LoraConfig):
         for name, reason in REFUSED_OPTIONS.items():
             value = getattr(self, name)
             if value:
-                raise ValueError(f"`{name}` ({value!r}) cannot be honoured by a mixture: {reason}; leave it unset")
+                raise ValueError(f"`{name}` ({shown(value)}) cannot be honoured by a mixture: {reason}; leave it unset")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
-                f"`init_lora_weights` ({self.init_lora_weights!r}) cannot be honoured by a mixture: it derives the "
-                "factors from the base weights for one adapter, not for experts that are weighted per token; use "
+                f"`init_lora_weights` ({shown(self.init_lora_weights)}) cannot be honoured by a mixture: it derives "
+                "the factors from the base weights for one adapter, not for experts that are weighted per token; use "
                 "True, False or 'gaussian'"
             )
 
@@ -267,13 +241,21 @@ def check_entries(adapters: Any) -> None:
         ValueError: naming the first entry that is not in order.
     """
     kinds = {"name": str, "active": int | None, "config": dict}
+    taken: list[Any] = []
     for number, entry in enumerate(adapters if isinstance(adapters, list) else [adapters]):
         given = entry if isinstance(entry, dict) else {}
         wrong = [key for key, kind in kinds.items() if key not in given or not isinstance(given[key], kind)]
+        if not wrong:
+            own, place = given["config"], given["active"]
+            is_ours = own.get("peft_type") == "MOELORA" and not own.get("adapters")
+            is_taken = given["name"] in taken or (place is not None and place in taken)
+            wrong = [] if is_ours else ["config"]
+            wrong += ["name"] if is_taken or isinstance(place, bool) else []
+            taken += [given["name"], *([] if place is None else [place])]
         if wrong:
             raise ValueError(
-                f"entry {number} of `adapters` ({entry!r}) has no usable `{wrong[0]}`; restore adapter_config.json "
-                "from a copy or save the mixture again"
+                f"entry {number} of `adapters` ({shown(entry)}) has no usable `{wrong[0]}`; restore "
+                "adapter_config.json from a copy or save the mixture again"
             )
     if not any(entry["active"] is not None for entry in adapters):
         raise ValueError("`adapters` lists no active adapter; restore adapter_config.json from a copy")

@@ -17,6 +17,7 @@ from .router import MoELoraRouter
 from .routing import FixedRouter
 from .state import RoutingState, call_attached_router
 from .stats import RouterStats
+from .storage.attached_router import AwaitedRouter
 
 STATE_ATTRIBUTE = "_moelora_state"  # on the base model, which outlives tuners (transformers discards them)
 
@@ -87,15 +88,18 @@ class RoutingControls:
         Args:
             module: hidden_states [B, S, H] -> routing_weights [B, S, E]. It is called once per forward (once each for
                 encoder and decoder) on what enters the first block, and every layer obeys. Its weights are used as
-                given; no balancing loss is added.
+                given; no balancing loss is added. Where the mixture was loaded without the router that it was saved
+                with, the saved weights are loaded into module.
 
         Raises:
             TypeError: module is no nn.Module.
-            ValueError: there is no mixture.
+            ValueError: there is no mixture, or the saved weights that wait for module do not fit it.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"`attach_router` takes an nn.Module, got {type(module).__name__}")
         state = self.routing
+        if isinstance(state.attached, AwaitedRouter):
+            state.attached.fill(module)
         device = next(self.model.parameters()).device
         self.router = module if device.type == "meta" else module.to(device)
         state.attached = self.router

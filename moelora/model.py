@@ -17,6 +17,7 @@ from .config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
 from .controls import STATE_ATTRIBUTE, RoutingControls
 from .forward import BlockHook, ForwardHook, encoder_argument_position
 from .layer import LayerLink, MoELoraLayer, make_routed
+from .names import check_adapter_name, check_patterns_end
 from .peft_model import adopt_peft_model
 from .recomputation import make_checkpoint_plain
 from .router import MoELoraRouter
@@ -72,6 +73,11 @@ class MoELoraModel(RoutingControls, TunerModel):
             adopt_peft_model(self)
 
     # ---- building ----------------------------------------------------------------------------------------------------
+
+    def check_adapter(self, adapter_name: str, config: MoELoraConfig) -> None:
+        """Raise for a name that PEFT's tensors cannot be told apart by, and for patterns that never end."""
+        check_adapter_name(adapter_name, self.model)
+        check_patterns_end(config, (name for name, _ in self.model.named_modules()))
 
     def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
         """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
@@ -382,4 +388,5 @@ def _saved_adapters(config: MoELoraConfig) -> dict[str, MoELoraConfig]:
     for entry in config.adapters or []:
         saved[entry["name"]] = MoELoraConfig.from_peft_type(**entry["config"])
         saved[entry["name"]].inference_mode = config.inference_mode
+        saved[entry["name"]].__dict__["read_from"] = config.read_from
     return saved

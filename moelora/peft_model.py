@@ -10,8 +10,8 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import checkpoint
 from .config import MoELoraConfig
+from .storage import loading, saving
 
 if TYPE_CHECKING:
     from .model import MoELoraModel
@@ -80,22 +80,38 @@ class MixturePeftModel(PeftModel):
         return self.active_adapter in self.peft_config and _has_active_enabled_adapter(self)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """See PEFT; writes everything to a temporary directory first and moves it into place when complete.
+        """See PEFT; all files are written out of sight, and take the place of an earlier save's in one moment.
+
+        Whoever is killed before that moment leaves the earlier save, whoever is killed after it leaves this one, and a
+        process that loads meanwhile gets one of the two.
 
         A lone adapter "default", and adapters named by `selected_adapters`, are saved as PEFT lays them out. Otherwise
-        the directory holds one file with every adapter of the mixture, which `from_pretrained` restores in one call.
+        the directory holds one file with every adapter of the mixture, which `from_pretrained` restores in one call. An
+        attached router's weights are saved with all active adapters; a stack of torch.nn's own layers comes back by
+        itself, any other module has to be given when it is loaded.
+
+        Raises:
+            ValueError: save_directory is a file, an adapter does not exist, several adapters are to be pickled, or what
+                was gathered of an adapter is not all of it; nothing has been written then.
         """
-        checkpoint.save(self, super().save_pretrained, save_directory, *args, **kwargs)
+        saving.save(self, save_directory, *args, **kwargs)
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """See PEFT; a directory that holds a mixture restores all its adapters, whatever adapter_name says.
 
         A new adapter is not activated. Loading over existing adapters changes neither activity nor trainability.
+        `PeftModel.from_pretrained` takes the same keyword arguments.
+
+        Args:
+            router: the module that was attached when the mixture was saved; its saved weights are loaded into it.
+            allow_pickled_router: load a `router.pt` of November 2026 or before, which can run any code.
+            load_embedding_layers: let the file's input and output embeddings replace the base model's, for good.
 
         Raises:
-            ValueError: the checkpoint is damaged or does not fit the model; no weight has changed then.
+            ValueError: the checkpoint is damaged, holds files of different saves, or does not fit the model; nothing
+                has changed then.
         """
-        return checkpoint.load(self, super().load_adapter, str(model_id), adapter_name, *args, **kwargs)
+        return loading.load(self, super().load_adapter, str(model_id), adapter_name, *args, **kwargs)
 
 
 def _mixture_class(cls: type[PeftModel]) -> type[PeftModel]:

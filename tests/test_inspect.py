@@ -16,7 +16,7 @@ def saved(tmp_path, **options):
     with torch.no_grad():
         for index, router in enumerate(routers_of(model).values()):
             for number, adapter in enumerate(router.lora_router.values()):
-                adapter.maturity.fill_(0.25 * (index + 1))
+                adapter.maturity.fill_(min(0.25 * (index + 1), 1.0))
                 adapter.tokens_per_expert.copy_(torch.arange(adapter.num_experts) + 10 * number + 1)
     model.save_pretrained(tmp_path / "adapter")
     return model, tmp_path / "adapter"

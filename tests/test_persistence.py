@@ -4,15 +4,14 @@ import json
 import zlib
 from pathlib import Path
 
-import peft.peft_model
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moelora import MoELoraConfig, checkpoint
+from moelora import MoELoraConfig
+from moelora.storage import saving
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -132,60 +131,6 @@ def test_one_expert_moves_to_another_mixture(tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
-class Gate(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.score = nn.Linear(16, 3)
-
-    def forward(self, hidden):
-        return self.score(hidden).softmax(-1)
-
-
-@pytest.mark.parametrize("names", [("default",), EXPERTS[:3]], ids=["default", "experts"])
-def test_an_attached_router_comes_back(tmp_path, names):
-    model = trained(names)
-    built_in = logits(model)
-    model.save_pretrained(tmp_path)  # an old checkpoint without one
-    assert torch.equal(logits(PeftModel.from_pretrained(base_model(), tmp_path)), built_in)
-    model.attach_router(Gate())
-    router_keys = {name for name in model.base_model.state_dict() if name.startswith("router.")}
-    assert router_keys == {"router.score.weight", "router.score.bias"}
-    routed = logits(model)
-    assert not torch.equal(routed, built_in)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
-    assert torch.equal(logits(loaded), routed)
-    loaded.detach_router()
-    assert torch.equal(logits(loaded), built_in)
-    loaded.save_pretrained(tmp_path)  # without one: the old file must not return
-    assert torch.equal(logits(PeftModel.from_pretrained(base_model(), tmp_path)), built_in)
-
-
-def test_a_router_file_runs_no_foreign_code(tmp_path):
-    model = trained()
-    model.attach_router(Gate())
-    model.save_pretrained(tmp_path)
-
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "owned",)
-
-    torch.save(Evil(), tmp_path / "router.pt")
-    with pytest.raises(ValueError, match="import it before loading"):
-        PeftModel.from_pretrained(base_model(), tmp_path)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_an_unpicklable_router_is_refused_and_nothing_is_written(tmp_path):
-    model = trained()
-    gate = Gate()
-    gate.activation = lambda x: x
-    model.attach_router(gate)
-    with pytest.raises(ValueError, match="Gate cannot be saved"):
-        model.save_pretrained(tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 def damage(folder, change):
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)
@@ -271,8 +216,7 @@ def test_a_crash_while_saving_leaves_the_previous_save(tmp_path, monkeypatch, na
         Path(filename).write_bytes(b"half a file")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
-    monkeypatch.setattr(peft.peft_model, "safe_save_file", crash)
+    monkeypatch.setattr(saving, "save_file", crash)
     model.set_expert_maturity(0, 1.0)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_persistence import IDS, Gate, adapter_state, assert_same_state, base_model, config, logits, trained
+from test_attached_router_files import Gate
+from test_persistence import IDS, adapter_state, assert_same_state, base_model, config, logits, trained
 
 NAMES = pytest.mark.parametrize(
     "names", [("default",), ("skills",), ("expert_0", "expert_1", "expert_2")], ids=" ".join
@@ -90,5 +91,5 @@ def test_an_attached_router_comes_from_the_hub_too(tmp_path, names):
     assert torch.equal(logits(plain), logits(model))
     model.attach_router(Gate())
     model.save_pretrained(snapshot)
-    loaded = PeftModel.from_pretrained(base_model(), "me/mixture", **options)
+    loaded = PeftModel.from_pretrained(base_model(), "me/mixture", router=Gate(), **options)
     assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(loaded), logits(plain))

@@ -6,6 +6,7 @@ Shapes: D in, O out, E experts, r rank of one expert.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..ops.pool import ExpertPool
 from ..report.geometry import owner_of
 from ..report.stored import StoredAdapter
 from ..staging import holds_something, staging
+from ..storage.adapter_files import is_finite
 from ..training.schema import settable_fields
 from .lora_file import Factors, LoraFile
 
@@ -79,7 +81,7 @@ def stored_adapters(model: PeftModel) -> list[StoredAdapter]:
 def lora_of_expert(adapters: Sequence[StoredAdapter], expert: int | str) -> LoraFile:
     """See [`to_lora`]; of adapters as they are stored."""
     adapter, index = locate(adapters, expert)
-    check_only_factors({adapter.name: adapter.config})
+    _check_exportable([adapter])
     config = adapter.config
     scale = config.routing_scale  # what a router multiplies a lone expert's weight of 1 by
     settings = _plain(config) | {
@@ -88,6 +90,20 @@ def lora_of_expert(adapters: Sequence[StoredAdapter], expert: int | str) -> Lora
     }
     factors = {name: _expert_factors(pool, index) for name, pool in adapter.pools.items()}
     return LoraFile(f"expert {expert}", LoraConfig(**settings), factors)
+
+
+def _given(weights: Sequence[float] | None) -> str:
+    return "those of the fixed router" if weights is None else ", ".join(f"{weight:g}" for weight in weights)
+
+
+def _check_exportable(adapters: Sequence[StoredAdapter]) -> None:
+    check_only_factors({adapter.name: adapter.config for adapter in adapters})
+    for adapter in adapters:
+        if adapter.others:
+            raise ValueError(
+                f"`{adapter.others[0]}` of adapter {adapter.name!r} is no part of its experts' factors, so no LoRA "
+                "made of them computes what the mixture computes"
+            )
 
 
 def check_only_factors(configs: Mapping[str, MoELoraConfig]) -> None:
@@ -144,7 +160,10 @@ def _plain(config: MoELoraConfig) -> dict[str, Any]:
 
 
 def _scaled(alpha: float, factor: float) -> float:
-    return alpha if factor == 1 else alpha * factor
+    scaled = alpha if factor == 1 else alpha * factor
+    if not math.isfinite(scaled):
+        raise ValueError(f"`lora_alpha` ({alpha:g}) times `routing_scale` ({factor:g}) is no finite number")
+    return scaled
 
 
 # ---- the mixture -----------------------------------------------------------------------------------------------------
@@ -153,7 +172,7 @@ def _scaled(alpha: float, factor: float) -> float:
 def lora_of_mixture(adapters: Sequence[StoredAdapter], weights: Sequence[float] | None = None) -> LoraFile:
     """See [`to_lora_mixture`]; of adapters as they are stored."""
     active = [adapter for adapter in adapters if adapter.position is not None]
-    check_only_factors({adapter.name: adapter.config for adapter in active})
+    _check_exportable(active)
     given = None if weights is None else _split(active, weights)
     factors: Factors = {}
     for name in dict.fromkeys(name for adapter in active for name in adapter.pools):
@@ -165,6 +184,11 @@ def lora_of_mixture(adapters: Sequence[StoredAdapter], weights: Sequence[float] 
             for pool, weights_E in here
         ]
         factors[name] = torch.cat(As), torch.cat(Bs, dim=1).to(As[0].dtype)
+        if not is_finite(factors[name][1]):
+            raise ValueError(
+                f"`weights` ({_given(weights)}) are too large: times the experts of `{name}` they are no finite "
+                f"{str(As[0].dtype).removeprefix('torch.')}; give smaller ones"
+            )
     return LoraFile("mixture", _mixture_config(active[0].config, factors), factors)
 
 

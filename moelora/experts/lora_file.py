@@ -5,21 +5,20 @@ Shapes: D in, O out, r rank.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ..checkpoint import read_weights
-from ..config import REFUSED_OPTIONS
-from ..report.stored import FACTOR
+from ..config_rules import LORA_RULES, REFUSED_OPTIONS, check_fields
+from ..storage import adapter_files
+from ..storage.adapter_files import Place, wrong_kind
+from ..storage.structure import FACTOR
 from ..training.schema import UserError, settable_fields
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # linear -> A [r, D], B [O, r]
@@ -79,13 +78,13 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
     if kind != "LORA":
         hint = _NOT_LORA.get(str(kind), "only LoRA has factors that can be weighted as an expert")
         raise LoraError(f"{source}: `peft_type` is {kind!r}, not 'LORA': {hint}")
-    config = LoraConfig.from_peft_type(**settings)
-    check_carries_over(source, config)
     try:
-        tensors = read_weights(source)
-    except (ValueError, OSError) as error:
-        raise LoraError(f"{source}: {error}") from error
-    factors = factors_of(source, tensors)
+        config = LoraConfig.from_peft_type(**settings)
+        check_fields(config, LORA_RULES)
+    except (ValueError, TypeError) as error:
+        raise LoraError(f"{source}: {CONFIG_NAME}: {error}") from error
+    check_carries_over(source, config)
+    factors = factors_of(source, read_tensors(source))
     _check_ranks(source, config, factors)
     return LoraFile(source, config, factors)
 
@@ -96,16 +95,24 @@ def read_config(source: str) -> dict[str, Any]:
     Raises:
         LoraError: there is none, or it is not readable.
     """
-    folder = Path(source).expanduser()
     try:
-        path = folder / CONFIG_NAME if folder.is_dir() else Path(hf_hub_download(source, CONFIG_NAME))
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        return adapter_files.read_config(Place(source))
     except (OSError, ValueError) as error:
-        hint = "" if folder.is_dir() else "no such folder, and not to be had from the hub: "
-        raise LoraError(f"{source}: no readable {CONFIG_NAME}: {hint}{error}") from error
-    if not isinstance(settings, dict):
-        raise LoraError(f"{source}: {CONFIG_NAME} is no JSON object; restore it from a copy")
-    return settings
+        raise LoraError(f"{source}: no readable {CONFIG_NAME}: {error}") from error
+
+
+def read_tensors(source: str) -> dict[str, Tensor]:
+    """The tensors of an adapter in a folder or on the hub, by their names in its file.
+
+    Raises:
+        LoraError: there are none, or they are damaged.
+    """
+    try:
+        files = adapter_files.read_adapter(source)
+        files.refuse_damage()
+    except (OSError, ValueError) as error:
+        raise LoraError(f"{source}: {error}") from error
+    return files.weights
 
 
 def check_carries_over(source: str, config: LoraConfig) -> None:
@@ -155,15 +162,17 @@ def factors_of(source: str, tensors: Mapping[str, Tensor]) -> Factors:
             f"{source} cannot become an expert: {_some(strange)} {'is' if len(strange) == 1 else 'are'} no factor of a "
             "linear layer, so no routing weight could scale it"
         )
-    broken = [
-        name
-        for name, pair in pairs.items()
-        if len(pair) != 2 or pair["A"].dim() != 2 or pair["B"].dim() != 2 or pair["A"].shape[0] != pair["B"].shape[1]
-    ]
+    broken = [name for name, pair in pairs.items() if len(pair) != 2 or _is_broken(pair["A"], pair["B"])]
     if broken or not pairs:
         what = f"the factors of {_some(broken)} are incomplete or no matrices" if broken else "it holds no factors"
         raise LoraError(f"{source}: {what}; only linear layers can be experts, and both factors are needed")
     return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
+
+
+def _is_broken(lora_A: Tensor, lora_B: Tensor) -> bool:
+    if any(factor.dim() != 2 or factor.numel() == 0 or wrong_kind("", factor) for factor in (lora_A, lora_B)):
+        return True
+    return lora_A.shape[0] != lora_B.shape[1]
 
 
 def _check_ranks(source: str, config: LoraConfig, factors: Factors) -> None:

@@ -16,9 +16,8 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..checkpoint import read_weights
 from ..training.recipe import plain_name
-from .lora_file import LoraError, LoraFile, check_carries_over, factors_of, read_config, read_lora
+from .lora_file import LoraError, LoraFile, check_carries_over, factors_of, read_config, read_lora, read_tensors
 
 _LAYER = r"mixlora\.layers\.(?P<layer>\d+)"
 _MIXLORA_KEYS = (
@@ -129,10 +128,7 @@ def _from_mixlora(folder: Path, settings: dict[str, Any]) -> Migration:
         raise LoraError(
             f"{folder}: `num_experts` ({num_experts!r}) is no number of experts; restore adapter_config.json"
         )
-    try:
-        tensors = read_weights(str(folder))
-    except (ValueError, OSError) as error:
-        raise LoraError(f"{folder}: {error}") from error
+    tensors = read_tensors(str(folder))
     shared, per_expert = _sorted_tensors(folder, tensors, num_experts)
     config = {name: settings.get(name, default) for name, default in _LORA_FIELDS.items()}
     experts = {}

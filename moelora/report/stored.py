@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..config import MoELoraConfig, check_entries
+from ..config import MoELoraConfig, count_experts
 from ..ops.pool import ExpertPool
 from ..routing import Router
+from ..storage.adapter_files import Place, check_tensors, read_adapter, read_config, refuse
+from ..storage.loading import configurations
+from ..storage.structure import check_structure, sort_tensors
 from ..training.base import empty_model, load_config
-from ..training.generate import missing_adapter
+from ..training.generate import find_base, missing_adapter
 from ..training.recipe import ModelOptions
 from ..training.schema import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PROBLEMS_SHOWN = 3
-FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_ROUTER = re.compile(r"(?:base_model\.model\.)?(?P<router>.*?)\.?moe_router\.lora_router\.(?P<tensor>\w+)")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class StoredAdapter:
         pools: the experts by linear.
         routers: router tensors by router name; "" is the model's.
         num_parameters: numbers in its factors and router weights; counters and maturity are none.
+        others: names of tensors that are neither factors nor routers'.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StoredAdapter:
     pools: dict[str, ExpertPool] = field(default_factory=dict)
     routers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     num_parameters: int = 0
+    others: list[str] = field(default_factory=list)
 
     def router(self, name: str) -> Router | None:
         """The router of that name with its weights; None where routing is fixed."""
@@ -64,86 +66,74 @@ def read_mixture(folder: Path) -> list[StoredAdapter]:
     """The adapters that a folder holds: the active ones first, in expert order.
 
     Raises:
-        UserError: there is no adapter, it is no mixture, or its file is damaged, incomplete or holds weights that are
-            not finite.
+        UserError: there is no adapter, it is no mixture, or its files are damaged, incomplete, of different saves, or
+            hold weights that are not finite.
     """
-    config = _read_config(folder)
-    weights = _read_weights(folder)
-    entries = config.pop("adapters", None)
-    if not entries:
-        found = [_adapter(folder, "default", config, 0, weights)]
-    else:
-        found = []
-        for entry in entries:
-            prefix = f"{entry['name']}/"
-            own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
-            found.append(_adapter(folder, entry["name"], entry["config"], entry["active"], own))
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(missing_adapter(folder))
+    try:
+        return _read_mixture(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _read_mixture(folder: Path) -> list[StoredAdapter]:
+    settings = read_config(Place(str(folder)))
+    if (kind := settings.get("peft_type")) != "MOELORA":
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: `peft_type` is {kind!r}, not 'MOELORA'; give an adapter of moelora's"
+        )
+    if settings.get("use_moe_routing") is False:
+        raise ValueError(f"{folder / CONFIG_FILE}: `use_moe_routing` is false: this is plain LoRA, without experts")
+    files = read_adapter(folder)
+    configs = configurations(files)
+    entries = {entry["name"]: entry for entry in files.config.get("adapters") or []}
+    weights = {name: files.of_adapter(name) for name in entries} or {"default": files.weights}
+    problems = [problem for name in configs for problem in check_structure(name, configs[name], weights[name])]
+    if not problems and files.save_id is None:  # it says nothing of how much was saved
+        problems = _against_base(folder, configs, weights)
+    refuse(files.source, problems)
+    files.refuse_damage()
+    found = [
+        _adapter(name, config, entries[name]["active"] if entries else 0, weights[name])
+        for name, config in configs.items()
+    ]
     return sorted(found, key=lambda adapter: math.inf if adapter.position is None else adapter.position)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(missing_adapter(folder))
+def _against_base(
+    folder: Path, configs: Mapping[str, MoELoraConfig], weights: Mapping[str, Mapping[str, Tensor]]
+) -> list[str]:
+    """What the tensors lack, or have too many, for the base model, if that lies on this machine."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); restore it from a copy") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "MOELORA":
-        raise UserError(f"{path}: `peft_type` is {kind!r}, not 'MOELORA'; give an adapter that moelora trained")
-    if config.get("use_moe_routing") is False:
-        raise UserError(f"{path}: `use_moe_routing` is false: this is plain LoRA, which has no experts to look at")
-    try:
-        if config.get("adapters"):
-            check_entries(config["adapters"])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    return config
+        base = find_base(folder, None)
+        if not Path(base.name).is_dir():
+            return []
+        model = empty_model(load_config(base))
+    except (UserError, ValueError, OSError):
+        return []
+    problems = []
+    for name, config in configs.items():
+        with torch.device("meta"):
+            mixture = get_peft_model(model, copy.deepcopy(config), adapter_name=name)
+        expected = get_peft_model_state_dict(mixture, adapter_name=name, save_embedding_layers=False)
+        problems += check_tensors(str(folder), name, weights[name], expected)
+        model = mixture.unload()
+    return problems
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise UserError(f"{folder}: no {WEIGHTS_FILE} beside {CONFIG_FILE}; save it with `safe_serialization=True`")
-    try:
-        weights = load_file(path)
-    except PermissionError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged or truncated ({error}); restore it from a copy or a checkpoint") from None
-    if bad := next((key for key, tensor in weights.items() if not tensor.isfinite().all()), None):
-        raise UserError(f"{path}: {bad} is not finite: its training diverged; train again at a lower learning rate")
-    return weights
-
-
-def _adapter(
-    folder: Path, name: str, config: Mapping[str, Any], position: int | None, weights: Mapping[str, Tensor]
-) -> StoredAdapter:
-    try:
-        settings = MoELoraConfig.from_peft_type(**config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: adapter {name!r}: {error}") from None
-    factors: dict[str, dict[str, Tensor]] = {}
-    routers: dict[str, dict[str, Tensor]] = {}
-    num_parameters = 0
-    for key, tensor in weights.items():
-        if match := FACTOR.fullmatch(key):
-            factors.setdefault(match["module"], {})[match["factor"]] = tensor
-        elif match := _ROUTER.fullmatch(key):
-            routers.setdefault(match["router"], {})[match["tensor"]] = tensor
-        if match and (match.re is FACTOR or match["tensor"] in ("weight", "hidden_weight")):
-            num_parameters += tensor.numel()
-    broken = [module for module, pair in factors.items() if len(pair) != 2]
-    if broken or not factors or not routers:
-        lacking = f"half of `{broken[0]}`" if broken else "experts or routers"
-        raise UserError(f"{folder / WEIGHTS_FILE}: adapter {name!r} lacks {lacking}; restore the file from a copy")
-    num_experts = next(iter(routers.values()))["maturity"].numel()
+def _adapter(name: str, config: MoELoraConfig, position: int | None, weights: Mapping[str, Tensor]) -> StoredAdapter:
+    """An adapter whose tensors have been checked."""
+    factors, routers, others = sort_tensors(weights)
+    num_experts = count_experts(name, config)
     pools = {}
     for module, pair in factors.items():
-        scaling = scaling_of(settings, module, pair["A"].shape[0] // num_experts)
+        scaling = scaling_of(config, module, pair["A"].shape[0] // num_experts)
         pools[module] = ExpertPool(pair["A"], pair["B"], num_experts, scaling, nn.Identity())
-    return StoredAdapter(name, settings, position, num_experts, pools, dict(_sorted(routers)), num_parameters)
+    counted = [tensors[key] for tensors in routers.values() for key in ("weight", "hidden_weight") if key in tensors]
+    counted += [factor for pair in factors.values() for factor in pair.values()]
+    size = sum(tensor.numel() for tensor in counted)
+    return StoredAdapter(name, config, position, num_experts, pools, dict(_sorted(routers)), size, others)
 
 
 def scaling_of(config: MoELoraConfig, module: str, rank: int) -> float:
