@@ -247,7 +247,7 @@ def check_entries(adapters: Any) -> None:
         wrong = [key for key, kind in kinds.items() if key not in given or not isinstance(given[key], kind)]
         if not wrong:
             own, place = given["config"], given["active"]
-            is_ours = own.get("peft_type") == "MOELORA" and not own.get("adapters")
+            is_ours = own.get("peft_type", "MOELORA") == "MOELORA" and not own.get("adapters")
             is_taken = given["name"] in taken or (place is not None and place in taken)
             wrong = [] if is_ours else ["config"]
             wrong += ["name"] if is_taken or isinstance(place, bool) else []

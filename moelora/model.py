@@ -76,7 +76,7 @@ class MoELoraModel(RoutingControls, TunerModel):
 
     def check_adapter(self, adapter_name: str, config: MoELoraConfig) -> None:
         """Raise for a name that PEFT's tensors cannot be told apart by, and for patterns that never end."""
-        check_adapter_name(adapter_name, self.model)
+        check_adapter_name(adapter_name, self.model, [name for name in self.peft_config if name != adapter_name])
         check_patterns_end(config, (name for name, _ in self.model.named_modules()))
 
     def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:

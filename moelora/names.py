@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -31,8 +31,9 @@ _HOLDS_ADAPTERS = frozenset(
     )
 )
 _PARTS_OF_PEFT = _HOLDS_ADAPTERS | frozenset(
-    ("base_model", "model", "base_layer", "moe_router", "original_module", "token_adapter", "router", "weight", "bias")
+    ("base_model", "base_layer", "moe_router", "original_module", "token_adapter", "weight", "bias")
 )
+_ALONE = "model"
 _OF_CONTAINERS = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 """What a container of adapters has as attributes: it takes no module of such a name."""
 
@@ -47,17 +48,23 @@ for pattern in patterns:
 """
 
 
-def check_adapter_name(name: Any, model: nn.Module) -> None:
-    """Refuse a name under which an adapter would not be saved and loaded whole.
+def check_adapter_name(name: Any, model: nn.Module, others: Collection[str] = ()) -> None:
+    """Refuse a name under which an adapter, or another beside it, would not be saved and loaded whole.
 
     Args:
-        model: the model it is added to; parts of its modules' and parameters' names are taken.
+        model: the base model; parts of its modules' and parameters' names are taken.
+        others: names of the model's other adapters.
 
     Raises:
         ValueError: saying what about the name is wrong.
     """
     if problem := name_problem(name) or _clash(name, model):
         raise ValueError(f"an adapter cannot be named {name!r}: {problem}; choose another name")
+    if others and _ALONE in (name, *others):
+        raise ValueError(
+            f"an adapter cannot be named {name!r} beside {', '.join(map(repr, others))}: {_ALONE!r} is a part of all "
+            "tensors' names in PEFT, so that adapter can only be alone; name it otherwise when it is made"
+        )
 
 
 def name_problem(name: Any) -> str | None:

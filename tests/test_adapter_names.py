@@ -9,7 +9,7 @@ from moelora.experts import from_lora
 from moelora.storage import saving
 
 CLASH = ("0", "1", "mlp", "self_attn", "q_proj", "down_proj", "layers", "embed_tokens", "norm")
-OF_PEFT = ("weight", "lora_A", "lora_B", "moe_router", "lora_router", "base_layer", "model", "router")
+OF_PEFT = ("weight", "lora_A", "lora_B", "moe_router", "lora_router", "base_layer")
 OF_CONTAINERS = ("keys", "pop", "forward", "training", "items", "add_module")
 UNPRINTABLE = ("", "a\n", "a\x1b[31m", "\ud800", "a\u202eb", "n" * 129)
 SEPARATORS = ("a/b", "a.b", "..", "a\\b")
@@ -68,6 +68,18 @@ def test_any_other_name_comes_back_exactly(tmp_path, name):
         kept = {key: tensor for key, tensor in adapter_state(model).items() if f".{name}." in key or key.endswith(name)}
         found = {key: tensor for key, tensor in adapter_state(alone).items() if ".other." not in key}
         assert_same_state(found, kept)
+
+
+def test_the_name_of_pefts_own_wrapper_can_only_be_alone(tmp_path):
+    model = trained(("model",))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
+    assert_same_state(adapter_state(loaded), adapter_state(model))
+    for first, second in (("model", "other"), ("other", "model")):
+        several = trained((first,))
+        with pytest.raises(ValueError, match="'model' is a part of all tensors' names in PEFT"):
+            several.add_adapter(second, config())
+        assert several.active_adapters == [first]
 
 
 def test_imported_experts_are_named_by_the_same_rule(tmp_path):

@@ -293,7 +293,7 @@ def test_generate_reads_every_adapter_of_a_mixture_whatever_their_names(tmp_path
     next(parameter for name, parameter in model.named_parameters() if "lora_B.docs" in name).data.fill_(math.nan)
     model.save_pretrained(tmp_path / "bad")
     error = generated(capsys, "--adapter", tmp_path / "bad")
-    assert "lora_B.weight of docs is not finite" in error
+    assert "`docs/" in error and "lora_B.weight` of adapter_model.safetensors" in error and "is not finite" in error
 
 
 # The real thing

@@ -88,7 +88,7 @@ def _read_mixture(folder: Path) -> list[StoredAdapter]:
     files = read_adapter(folder)
     configs = configurations(files)
     entries = {entry["name"]: entry for entry in files.config.get("adapters") or []}
-    weights = {name: files.of_adapter(name) for name in entries} or {"default": files.weights}
+    weights = files.by_adapter(configs) if entries else {"default": files.weights}
     problems = [problem for name in configs for problem in check_structure(name, configs[name], weights[name])]
     if not problems and files.save_id is None:  # it says nothing of how much was saved
         problems = _against_base(folder, configs, weights)

@@ -7,7 +7,7 @@ Shapes: E experts of an adapter.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +67,20 @@ class AdapterFiles:
         record = self.config.get("checkpoint")
         return record["id"] if record else None
 
-    def of_adapter(self, name: str) -> dict[str, Tensor]:
-        """The weights of one adapter of a mixture of several."""
-        prefix = f"{name}/"
-        return {key.removeprefix(prefix): tensor for key, tensor in self.weights.items() if key.startswith(prefix)}
+    def by_adapter(self, names: Collection[str]) -> dict[str, dict[str, Tensor]]:
+        """The weights of each adapter of a mixture of several.
+
+        Raises:
+            ValueError: there are weights of an adapter that is not among the names.
+        """
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for key, tensor in self.weights.items():
+            name, _, rest = key.partition("/")
+            if name not in found:
+                listed = ", ".join(map(repr, names))
+                raise ValueError(f"{self.source!r} holds weights {key!r} of no adapter it lists ({listed})")
+            found[name][rest] = tensor
+        return found
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def load(
     saved = configurations(files, adapter_name)
     _check_same_save(model, files, saved)
     is_mixture = bool(files.config.get("adapters"))
-    per_adapter = _weights_by_adapter(files, list(saved)) if is_mixture else {adapter_name: files.weights}
+    per_adapter = files.by_adapter(saved) if is_mixture else {adapter_name: files.weights}
     attached = _router_to_attach(model, files, router, allow_pickled_router)
     new = {name: config for name, config in saved.items() if name not in model.peft_config}
     with _taking_back(model, list(new)):
@@ -143,14 +143,6 @@ def _renamed_key(key: str, key_mapping: Mapping[str, str]) -> str:
             rest = changed
             break
     return f"{adapter}{slash}{prefix}{rest}"
-
-
-def _weights_by_adapter(files: AdapterFiles, names: list[str]) -> dict[str, Tensors]:
-    if strange := [key for key in files.weights if key.partition("/")[0] not in names]:
-        raise ValueError(
-            f"{files.source!r} holds weights {strange[0]!r} of no adapter it lists ({', '.join(map(repr, names))})"
-        )
-    return {name: files.of_adapter(name) for name in names}
 
 
 def _building_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:

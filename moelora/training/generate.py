@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..options import GenerateOptions, check_options
+from ..storage.adapter_files import Place, read_config
 from .base import check_model, load_model, load_tokenizer
 from .progress import console
 from .recipe import ModelOptions
@@ -68,10 +69,10 @@ def find_base(adapter: Path, base: str | None) -> ModelOptions:
     else:
         noted = noted_base(adapter)
         try:
-            name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{adapter / 'adapter_config.json'}: {error}") from error
-        model = ModelOptions(**noted) if noted else ModelOptions(name=name or "")
+            name = read_config(Place(str(adapter))).get("base_model_name_or_path")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        model = ModelOptions(**noted) if noted else ModelOptions(name=name if isinstance(name, str) else "")
     problems = check_model(model, None, None)
     if problems:
         raise UserError(
