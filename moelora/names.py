@@ -83,13 +83,10 @@ def name_problem(name: Any) -> str | None:
 
 
 def _clash(name: str, model: nn.Module) -> str | None:
-    own = (
-        full for kind in (model.named_modules(), model.named_parameters(), model.named_buffers()) for full, _ in kind
-    )
-    parts = {part for full in own for part in _before_adapters(full.split("."))}
-    return (
-        "the model has a module or parameter of that name, by which tensors are told apart" if name in parts else None
-    )
+    own = [full for kind in (model.named_modules, model.named_parameters, model.named_buffers) for full, _ in kind()]
+    if name == _ALONE or name not in {part for full in own for part in _before_adapters(full.split("."))}:
+        return None
+    return "the model has a module or parameter of that name, by which tensors are told apart"
 
 
 def _before_adapters(parts: list[str]) -> list[str]:
