@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import transformers
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 CONFIGS = ROOT / "examples" / "accelerate"
@@ -36,8 +38,10 @@ def launch(
     tests = Path(__file__).parents[1]
     paths = [str(ROOT), str(tests), str(tests / "quantised")]
     paths += [str(ENGINES)] if packages or engine.startswith("zero") else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])  # the packages that this process was given
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
+        "MOELORA_TEST_TRANSFORMERS": transformers.__version__,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "MOELORA_TEST_DEVICE": device,
@@ -49,7 +53,7 @@ def launch(
     command += ["--mixed_precision", precision, "--num_processes", str(WORLD), "--main_process_port", "0"]
     command += [str(WORKER), engine, *map(str, arguments)]
     result = subprocess.run(command, env=env | environment, capture_output=True, text=True, check=False)
-    assert not check or result.returncode == 0, result.stdout[-1000:] + result.stderr[-6000:]
+    assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
 

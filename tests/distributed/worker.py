@@ -17,10 +17,12 @@ from engines import DEVICE, WORLD, pretend_accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import Trainer, __version__
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from moelora import cli
+
+assert __version__ == os.environ["MOELORA_TEST_TRANSFORMERS"], "another transformers than the test's"
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
