@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_persistence import adapter_state, assert_same_state, base_model, config, logits, trained
+from tiny import save_tiny_model
+from transformers import LlamaForCausalLM
 
+from moelora.cli import main
 from moelora.experts import from_lora
 from moelora.storage import saving
 
@@ -83,13 +86,23 @@ def test_the_name_of_pefts_own_wrapper_can_only_be_alone(tmp_path):
 
 
 def test_imported_experts_are_named_by_the_same_rule(tmp_path):
-    from peft import LoraConfig
-
     get_peft_model(base_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     model = trained()
     with pytest.raises(ValueError, match="cannot be named 'mlp'"):
         from_lora(model, tmp_path, "mlp")
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_command_refuses_such_a_name_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    save_tiny_model(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("a model"))
+    for name in ("mlp", "q_proj", "keys"):
+        experts = ["--expert", f"{name}={tmp_path / 'lora'}", "--expert", f"fine={tmp_path / 'lora'}"]
+        assert main(["build", *experts, "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]) == 2
+        assert f"an adapter cannot be named '{name}'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_save_that_lacks_tensors_is_refused_and_nothing_is_written(tmp_path, monkeypatch):

@@ -136,6 +136,7 @@ def _base(options: BuildOptions, loras: Mapping[str, LoraFile]) -> ModelOptions:
 
 def _check_fit(loras: Mapping[str, LoraFile], config: PretrainedConfig, options: BuildOptions) -> None:
     empty = empty_model(config)
+    check_names(loras, empty)
     for lora in loras.values():
         check_fits(lora, empty, MIXTURES[options.router]["router_scope"])
     if options.top_k is not None and options.top_k > len(loras):

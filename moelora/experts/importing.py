@@ -21,6 +21,7 @@ from ..blocks import check_targets
 from ..config import SHARED_FIELDS, MoELoraConfig
 from ..layer import MoELoraLayer
 from ..model import MoELoraModel
+from ..names import check_adapter_name
 from ..report.stored import misfit
 from ..routing import Router
 from ..training.data import token_ids
@@ -66,7 +67,7 @@ def build(
     """
     if router not in MIXTURES:
         raise LoraError(f"`router` ({router!r}) is not one of {', '.join(MIXTURES)}")
-    check_names(experts)
+    check_names(experts, base_model)
     top_k = min(2, len(experts)) if top_k is None else top_k
     if not 1 <= top_k <= len(experts):
         raise LoraError(f"`top_k` ({top_k}) must be from 1 to the number of experts ({len(experts)})")
@@ -117,7 +118,7 @@ def from_lora(
     tuner = model.base_model
     if not isinstance(tuner, MoELoraModel) or tuner.routing_or_none is None:
         raise LoraError("`from_lora` adds to a mixture, which this model does not hold; make one with `build`")
-    check_names([name], taken=model.peft_config)
+    check_names([name], model.get_base_model(), taken=model.peft_config)
     governing: MoELoraConfig = tuner.routing.config
     if router not in ("zero", "arrow"):
         raise LoraError(f"`router` ({router!r}) is not one of zero, arrow")
@@ -139,13 +140,21 @@ def from_lora(
         score_by_arrow(model, [name])
 
 
-def check_names(names: Sequence[str] | Mapping[str, Any], taken: Mapping[str, Any] | None = None) -> None:
-    """Raise LoraError for names that adapters cannot have."""
+def check_names(
+    names: Sequence[str] | Mapping[str, Any], model: nn.Module | None = None, taken: Mapping[str, Any] | None = None
+) -> None:
+    """Raise LoraError for names that adapters cannot have, in this model if one is given."""
     if not names:
         raise LoraError("give at least one expert")
     for name in names:
         if fix := plain_name(name):
             raise LoraError(f"an expert cannot be named {name!r}: the name {fix}")
+        try:
+            check_adapter_name(
+                name, nn.Module() if model is None else model, [other for other in names if other != name]
+            )
+        except ValueError as error:
+            raise LoraError(str(error)) from error
         if name in (taken or {}):
             raise LoraError(f"the model has an adapter {name!r} already; choose another name")
 

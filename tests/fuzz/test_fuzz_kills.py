@@ -1,0 +1,58 @@
+"""Savers that are killed at any moment: the folder is always one whole save."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from strategies import FUZZ
+from test_generations import variant
+from test_persistence import base_model, logits
+
+from moelora.report.stored import read_mixture
+
+LONGEST = 0.2  # seconds until the kill, in which a few saves may end
+
+
+def saving_process(models, folder, first):
+    """A child that saves one model after the other until it is killed: its id."""
+    if child := os.fork():
+        return child
+    try:
+        torch.set_num_threads(1)
+        turn = first
+        while True:
+            models[turn % len(models)].save_pretrained(folder, save_embedding_layers=False)
+            turn += 1
+    finally:
+        os._exit(1)  # it was not killed: it failed
+
+
+def loaded_logits(folder):
+    return logits(PeftModel.from_pretrained(base_model(), folder))
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("writers", [1, 2])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kills_at_random_leave_one_of_the_saves(tmp_path, writers):
+    models = [variant(0), variant(1)]
+    expected = [logits(model) for model in models]
+    folder, chance, found = tmp_path / "adapter", random.Random(writers), set()
+    models[0].save_pretrained(folder)
+    for _ in range(max(10, FUZZ // 16)):
+        children = [saving_process(models, folder, chance.randrange(2)) for _ in range(writers)]
+        time.sleep(chance.random() * LONGEST)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status)
+        outputs = loaded_logits(folder)
+        which = [number for number, each in enumerate(expected) if torch.equal(outputs, each)]
+        assert which, "neither of the saves"
+        read_mixture(folder)
+        found |= set(which)
+    assert found == {0, 1}, "the kills came all too early"
