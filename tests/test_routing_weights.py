@@ -181,7 +181,7 @@ def test_wrong_shape_names_both(shape, scope):
         model(**inputs, routing_weights=torch.ones(shape))
     for named in (str(list(shape)), "[3, 7, 4]", "[3, 4]"):
         assert named in str(raised.value)
-    assert model.base_model.routing.routing_weights is None
+    assert model.base_model.routing.in_force.call.routing_weights is None
 
 
 def test_tokens_of_an_encoder_decoder_are_refused():
