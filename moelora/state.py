@@ -25,6 +25,7 @@ from .ranks import num_ranks
 if TYPE_CHECKING:
     from .forward import BlockHook, BlockRouting, ForwardHook
     from .monitor import TrainingWindow
+    from .overflow import Growth
     from .router import MoELoraRouter, Pool
     from .stats import RoutingSums
 
@@ -62,6 +63,7 @@ class RoutingState:
     in_force: InForce = field(default_factory=InForce)
     attached: nn.Module | None = None  # the user's own router
     balancing_loss: Tensor | None = None  # of the latest training forward
+    growth: Growth | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
 
     @property
@@ -124,7 +126,7 @@ class RoutingState:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no forward in progress and no autograd graph."""
         kept = {name: value for name, value in self.__dict__.items() if name != "in_force"}
-        return kept | {"balancing_loss": None}
+        return kept | {"balancing_loss": None, "growth": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, in_force=InForce())

@@ -226,6 +226,24 @@ def test_a_mixture_that_grew_starts_counting_anew():
     assert {len(router.expert_load) for router in stats_of(model).values()} == {5}
 
 
+def test_counting_goes_on_beyond_what_float32_can_count():
+    """One more token at 2**24, which float32 takes for none."""
+    model = watched(router_type="learned")
+    model(**batch([9]))
+    for stats in (stats_of(model), model.routing_stats()):
+        assert {router.num_tokens for router in stats.values()} == {9}
+    routing = model.base_model.routing
+    for router in routing.routers.values():
+        big = torch.full((1, 4 * 4 + 6), 2.0**24)
+        big[:, -1] = 0
+        router.totals.add_each([router.totals], big, is_training_step=True)
+        routing.window.add([router.name], [big[0]], torch.ones(1))
+    for _ in range(3):
+        model(**batch([1], width=1))
+    for stats, before in ((stats_of(model), 0), (model.routing_stats(), 9)):
+        assert {router.num_tokens for router in stats.values()} == {2**24 + 3 + before}
+
+
 def test_no_step_reads_the_device(monkeypatch):
     model = watched()
     reads = []

@@ -156,7 +156,7 @@ def steps(model, record):
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 def test_training_beside_evaluation(checkpointing):
-    """The mode is the model's, so evaluation is a forward without gradients here, as in a training loop's own thread."""
+    """The mode is the model's, so evaluation is a forward without gradients in training mode here."""
     options = {"maturity_tokens": 300, "router_type": "learned_with_maturity"}
     model, reference = (mixture_of("llama", **options) for _ in range(2))
     for each in (model, reference):
