@@ -303,16 +303,18 @@ def test_weights_expanded_for_beams_of_an_encoder_decoder_are_refused(name):
         model.generate(input_ids=ids, routing_weights=weights_like(6, E), num_beams=3, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("by", ["position", "keyword"])
 @pytest.mark.parametrize("own", [{"num_beams": 3}, {}], ids=["in the call's", "in the model's"])
-def test_a_generation_config_by_position_counts(own):
-    """One that leaves the beams open takes the model's."""
+def test_beams_of_a_generation_config_count(own, by):
+    """One that leaves them open takes the model's."""
     model = mixture_of("llama")
     ids = ARCHITECTURES["llama"].batch(2, 5)["input_ids"]
     weights = weights_like(2, E)
     expected = model.generate(ids, num_beams=3, max_new_tokens=3, do_sample=False, routing_weights=weights)
     model.generation_config.num_beams = 3 if not own else None
-    given = GenerationConfig(max_new_tokens=3, do_sample=False, **own)
-    assert model.generate(ids, given, routing_weights=weights).tolist() == expected.tolist()
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, **own)
+    given = ([config], {}) if by == "position" else ([], {"generation_config": config})
+    assert model.generate(ids, *given[0], **given[1], routing_weights=weights).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
