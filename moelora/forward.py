@@ -122,25 +122,23 @@ class ForwardHook:
         Raises:
             RuntimeError: under nn.DataParallel, whose replicas would share the routers of one GPU.
         """
+        state, here = self.state, self.state.in_force
+        mine = here.opened = Opened(self, here.context, here.opened)  # first: whatever is raised, `after` is called
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "a mixture cannot run under nn.DataParallel, which the Trainer uses where a process sees several GPUs: "
                 "start with `accelerate launch` or torchrun, one process a GPU, or set CUDA_VISIBLE_DEVICES=0"
             )
-        state, here, opened = self.state, self.state.in_force, None
-        if state.enabled and not self.is_root and here.context is not None:
-            here.context.forget(self.stacks)
-            current = here.context
-        elif state.enabled:
+        if not state.enabled:
+            here.context = None
+        elif self.is_root or here.context is None:
             inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
-            opened = current = ForwardContext(state, inputs, training=module.training)
+            mine.context = here.context = ForwardContext(state, inputs, training=module.training)
             if self.is_root and module.training:
                 for name, hook in state.hooks.items():
                     make_checkpoint_routed(module.get_submodule(name), hook)
         else:
-            current = None
-        here.opened = Opened(self, opened, here.context, here.opened)
-        here.context = current
+            here.context.forget(self.stacks)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook, also called when the forward raised (output is then None)."""

@@ -11,7 +11,7 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from .stats import RoutingSums
 
 
-class Opened(NamedTuple):
+@dataclass
+class Opened:
     """A forward that has begun and not ended, as the hook that began it finds it again."""
 
     hook: ForwardHook
-    context: ForwardContext | None  # None where the hook's module runs within another's forward, or nothing is routed
     outer: ForwardContext | None  # in force again when it ends
     before: Opened | None  # what had been opened before it
+    context: ForwardContext | None = None  # None where the module runs within another's forward, or nothing is routed
 
 
 class InForce(threading.local):

@@ -197,9 +197,9 @@ class RoutingTotals:
     def report(self, maturity_E: Tensor, loss_type: str) -> RouterStats | None:
         """The statistics as numbers (synchronises with the device); None before the first token."""
         with counting_alone():
-            found = [each.values.cpu() for each in (self._training, self._evaluation) if each.values is not None]
+            found = [each.values.clone() for each in (self._training, self._evaluation) if each.values is not None]
         if not found:
             return None
-        values = torch.stack(found).sum(0)
+        values = torch.stack([values.cpu() for values in found]).sum(0)
         sums = RoutingSums.of_packed(values[:-1])
         return describe(sums, maturity_E.cpu(), float(sums.balancing_loss(loss_type)), float(values[-1]))
