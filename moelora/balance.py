@@ -15,9 +15,10 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from .overflow import Growth, may_be_scaled
 from .ranks import num_ranks
 from .routing import ExpertRouter
-from .stats import RoutingSums, RoutingTotals
+from .stats import RoutingSums, RoutingTotals, counting_alone, without_non_finite
 
 if TYPE_CHECKING:
     from .router import MoELoraRouter
@@ -29,38 +30,87 @@ _GRADIENTS = GradientState()
 
 def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> Any:
     """Count what the routers did and, in training, add the balancing loss to the output's loss."""
-    state = context.state
     is_training_step = context.training and torch.is_grad_enabled()
     groups = _alike(context.records)
-    for routers, sums in groups:
-        RoutingTotals.add_each([router.totals for router in routers], sums.packed)
+    for group in groups:
+        RoutingTotals.add_each([router.totals for router in group.routers], group.counted, is_training_step)
     if not (is_training_step and groups):
         return output
-    all_sums, targets, world_size = _over_ranks([sums for _, sums in groups], _num_targets(context, model))
-    for (routers, _), sums in zip(groups, all_sums, strict=True):
-        is_last_micro_batch = getattr(_GRADIENTS, "sync_gradients", True)  # unset where accelerate was reset
-        grow(routers, sums, state.config.maturity_tokens, commit=is_last_micro_batch)
-    losses = [sums.balancing_loss(state.config.load_balance_loss_type) for sums in all_sums]
-    losses_L = torch.cat([loss.to(losses[0].device) for loss in losses])
+    state = context.state
+    all_sums, targets, world_size = _over_ranks([group.stacked() for group in groups], _num_targets(context, model))
+    growth = _grow_all(context, model, groups, all_sums)
+    losses_L = _balancing_losses(groups, all_sums, state.config.load_balance_loss_type)
     if state.window is not None:
-        names = [router.name for routers, _ in groups for router in routers]
-        state.window.add(names, [row for _, sums in groups for row in sums.packed.unbind(0)], losses_L)
+        names = [router.name for group in groups for router in group.routers]
+        state.window.add(names, [row for group in groups for row in group.counted.unbind(0)], losses_L)
     state.balancing_loss = losses_L.mean()
     share = _accumulation_share(context, targets, world_size)
-    return _add_to_output(output, state.balancing_loss, state.config.router_aux_loss_coef, share, context)
+    output = _add_to_output(output, state.balancing_loss, state.config.router_aux_loss_coef, share, context)
+    if growth is not None:
+        growth.watch(output)
+    return output
 
 
-def _alike(records: Sequence[tuple[MoELoraRouter, RoutingSums]]) -> list[tuple[list[MoELoraRouter], RoutingSums]]:
-    """Routers with equally many experts on one device, and their sums [L, ...] stacked: as a rule, all of them.
+def _grow_all(
+    context: ForwardContext, model: nn.Module, groups: Sequence[_Group], all_sums: Sequence[RoutingSums]
+) -> Growth | None:
+    """Let maturity and counters grow; the growth is returned where a loss scaler may have it taken back."""
+    state, growth = context.state, None
+    is_last_micro_batch = getattr(_GRADIENTS, "sync_gradients", True)  # unset where accelerate was reset
+    # A compiled graph has no place for hooks on its own backward.
+    if is_last_micro_batch and not torch.compiler.is_compiling() and may_be_scaled(model, all_sums[0].packed.device):
+        growing = [router for group in groups for r in group.routers for router in r.active_routers() if _grows(router)]
+        buffers = [buffer for router in growing for buffer in (router.maturity, router.tokens_per_expert)]
+        parameters = [parameter for router in growing for parameter in router.parameters()]
+        growth = state.growth = Growth(model, buffers, parameters, state.growth) if buffers else None
+    for group, sums in zip(groups, all_sums, strict=True):
+        grow(group.routers, sums, state.config.maturity_tokens, commit=is_last_micro_batch)
+    return growth
 
-    A router that ran twice (encoders called again) is in two groups, for what is added to it is added in place.
+
+def _grows(router: ExpertRouter) -> bool:
+    return not router.is_frozen
+
+
+class _Group:
+    """Routers with equally many experts on one device, and what they report: as a rule, all of them. L is their number.
+
+    Attributes:
+        packed: [L, 4E + 5], their sums, zero for those that are left out because theirs are not finite.
+        left_out: [L, 1] bool.
+        counted: [L, 4E + 6], both.
     """
+
+    def __init__(self, records: Sequence[tuple[MoELoraRouter, RoutingSums]]) -> None:
+        self.routers = [router for router, _ in records]
+        self._sums = [sums for _, sums in records]
+        self.packed, self.left_out = without_non_finite(torch.stack([sums.packed for sums in self._sums]))
+        self.counted = torch.cat([self.packed, self.left_out], dim=-1)
+
+    def stacked(self) -> RoutingSums:
+        """[L, ...], with gradients."""
+        probs = torch.stack([sums.probs for sums in self._sums])
+        return RoutingSums(self.packed, probs, torch.stack([sums.squared_lse for sums in self._sums]))
+
+
+def _alike(records: Sequence[tuple[MoELoraRouter, RoutingSums]]) -> list[_Group]:
+    """The routers that ran, in groups; one that ran twice (encoders called again) is in two groups, for what is added
+    to it is added in place."""
     groups: dict[Any, list[tuple[MoELoraRouter, RoutingSums]]] = {}
     turns: dict[MoELoraRouter, int] = {}
     for router, sums in records:
         turns[router] = turns.get(router, -1) + 1
         groups.setdefault((sums.packed.shape, sums.packed.device, turns[router]), []).append((router, sums))
-    return [([router for router, _ in group], RoutingSums.stack([s for _, s in group])) for group in groups.values()]
+    return [_Group(group) for group in groups.values()]
+
+
+def _balancing_losses(groups: Sequence[_Group], all_sums: Sequence[RoutingSums], loss_type: str) -> Tensor:
+    """[L] of all groups' routers; zero, with no gradient, for one that is left out, so that others' stay finite."""
+    losses = [
+        sums.balancing_loss(loss_type).masked_fill(group.left_out.squeeze(-1), 0.0)
+        for group, sums in zip(groups, all_sums, strict=True)
+    ]
+    return torch.cat([loss.to(losses[0].device) for loss in losses])
 
 
 def grow(routers: Sequence[MoELoraRouter], sums: RoutingSums, maturity_tokens: int, commit: bool) -> None:
@@ -70,8 +120,13 @@ def grow(routers: Sequence[MoELoraRouter], sums: RoutingSums, maturity_tokens: i
     those of one large batch. A few operations serve all routers.
 
     Args:
-        sums: of all routers, stacked.
+        sums: of all routers, stacked, and finite.
     """
+    with counting_alone():
+        _grow(routers, sums, maturity_tokens, commit)
+
+
+def _grow(routers: Sequence[MoELoraRouter], sums: RoutingSums, maturity_tokens: int, commit: bool) -> None:
     gained = torch.stack([sums.mass, sums.assignments], dim=1)  # [L, 2, E]
     if any(router.pending is not None for router in routers):
         zero = torch.zeros_like(gained[0])
@@ -82,7 +137,7 @@ def grow(routers: Sequence[MoELoraRouter], sums: RoutingSums, maturity_tokens: i
         return
     masses, counts = gained[:, 0].unbind(0), gained[:, 1].to(torch.int64).unbind(0)
     parts = [part for router, *rows in zip(routers, masses, counts, strict=True) for part in _by_adapter(router, *rows)]
-    parts = [part for part in parts if not part[0].is_frozen]
+    parts = [part for part in parts if _grows(part[0])]
     if not parts:
         return
     maturities = [expert_router.maturity for expert_router, _, _ in parts]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .call import Call
 from .config import MoELoraConfig
 from .router import MoELoraRouter
 from .routing import FixedRouter
@@ -234,24 +235,23 @@ class RoutingControls:
     @contextmanager
     def generating(self, copies: int) -> Iterator[None]:
         """Within, the caller's own routing weights cover a growing text and `copies` beams or answers per prompt."""
-        state = self.routing_or_none
-        if state is None:
+        if self.routing_or_none is None:
             yield
             return
-        state.generating, state.prefilled, state.copies = True, False, copies
+        here = self.routing.in_force
+        before, here.copies = here.copies, copies
         try:
             yield
         finally:
-            state.generating = False
+            here.copies = before
 
 
 @contextmanager
 def _in_force(state: RoutingState, routing_weights: Tensor | None) -> Iterator[None]:
-    before, state.routing_weights = state.routing_weights, routing_weights  # a forward may run inside generate
+    here = state.in_force
+    before = here.context, here.call, here.opened  # a forward may run inside generate
+    here.call, here.copies = Call(routing_weights, here.copies), None
     try:
         yield
-    except KeyboardInterrupt:  # torch calls our closing hooks for an Exception only
-        state.close()
-        raise
-    finally:
-        state.routing_weights = before
+    finally:  # the forward too: after an interrupt, which is no Exception, torch calls no closing hook of ours
+        here.context, here.call, here.opened = before

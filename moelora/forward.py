@@ -18,7 +18,7 @@ from .balance import finish_forward
 from .recomputation import make_checkpoint_routed
 from .routing import sole_expert
 from .shared_input import SharedInput
-from .state import ForwardContext, RoutingState, call_attached_router, kv_cache
+from .state import ForwardContext, Opened, RoutingState, call_attached_router, kv_cache
 
 if TYPE_CHECKING:
     from .router import MoELoraRouter, Pool
@@ -82,7 +82,7 @@ class BlockRouting:
 
     def _route_encoder(self, x: Tensor) -> Tensor:
         """The encoder's tokens were counted in the encoder; here the same router only weighs them."""
-        if self.shared_by_user and self.context.state.routing_weights is None:
+        if self.shared_by_user and self.context.call.routing_weights is None:
             return call_attached_router(self.context.state, x)
         if self.shared_by_user:
             assert self.weights is not None
@@ -112,7 +112,6 @@ class ForwardHook:
         self.state = state
         self.stacks = stacks
         self.is_root = is_root
-        self.opened: ForwardContext | None = None
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.parameter_names = [parameter.name for parameter in parameters if parameter.kind in positional]
@@ -121,38 +120,46 @@ class ForwardHook:
         """Forward pre-hook.
 
         Raises:
-            RuntimeError: under nn.DataParallel, whose threads would share one routing.
+            RuntimeError: under nn.DataParallel, whose replicas would share the routers of one GPU.
         """
+        state, here = self.state, self.state.in_force
+        mine = here.opened = Opened(self, here.context, here.opened)  # first: whatever is raised, `after` is called
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "a mixture cannot run under nn.DataParallel, which the Trainer uses where a process sees several GPUs: "
                 "start with `accelerate launch` or torchrun, one process a GPU, or set CUDA_VISIBLE_DEVICES=0"
             )
-        self.opened = None
-        if not self.state.enabled:
-            self.state.context = None
-        elif self.is_root or self.state.context is None:
+        if not state.enabled:
+            here.context = None
+        elif self.is_root or here.context is None:
             inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
-            self.opened = self.state.context = ForwardContext(self.state, inputs, training=module.training)
+            mine.context = here.context = ForwardContext(state, inputs, training=module.training)
             if self.is_root and module.training:
-                for name, hook in self.state.hooks.items():
+                for name, hook in state.hooks.items():
                     make_checkpoint_routed(module.get_submodule(name), hook)
         else:
-            self.state.context.forget(self.stacks)
+            here.context.forget(self.stacks)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook, also called when the forward raised (output is then None)."""
-        context, self.opened = self.opened, None
+        here = self.state.in_force
+        mine = here.opened
+        while mine is not None and mine.hook is not self:  # others that an interrupt kept from ending
+            mine = mine.before
+        if mine is None:
+            return None  # it raised before it began
+        here.opened, here.context = mine.before, mine.outer
+        context = mine.context
         if context is None:
             return None
-        self.state.context = None
-        self.state.prefilled = True
+        if context.call.copies is not None:
+            context.call.prefilled = True
         context.said.keep_on(kv_cache(output) if context.cache is None else context.cache)
         return None if output is None else finish_forward(context, module, output)
 
 
 class BlockHook:
-    """On one block: decides the routing of the tokens entering it.
+    """On one block: decides the routing of the tokens entering it, and leaves it with the forward that is in force.
 
     Args:
         name: the block's name.
@@ -181,29 +188,35 @@ class BlockHook:
         self.is_decoder = is_decoder
         self.is_encoder_decoder = is_encoder_decoder
         self.encoder_position = encoder_position
-        self.routing: BlockRouting | None = None
-        self.in_region = False  # inside a checkpointed region, which carries its routing
+
+    @property
+    def routing(self) -> BlockRouting | None:
+        """The routing in force inside the block, in this thread; None while it does not run."""
+        context = self.state.in_force.context
+        return None if context is None else context.blocks.get(self.name)
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if self.in_region:
+        context = self.state.in_force.context
+        if context is not None and context.region == self.name:
             return  # decided before the checkpoint
         self.decide(args, kwargs)
         make_checkpoint_routed(block, self)
 
     def decide(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Route the tokens that the block's arguments bring."""
-        self.routing = None
         if not self.state.enabled:
             return
-        if self.state.context is None:
+        here = self.state.in_force
+        context = here.context
+        if context is None:
             _refuse_foreign_checkpoint(self.name)
-        context = self.state.current_context()
+            context = ForwardContext(self.state, {}, training=False, is_lone=True)
         hidden = _hidden_states(args, kwargs)
         mask = context.mask(hidden, self.is_decoder)
         shared = self._shared_weights(context, hidden)
         weights = self._built_in_weights(context, hidden, mask) if shared is None else shared
-        self.routing = BlockRouting(
+        context.latest = context.blocks[self.name] = BlockRouting(
             context=context,
             lead=hidden.shape[:-1],
             mask=mask,
@@ -214,27 +227,33 @@ class BlockHook:
             encoder_hidden=self._encoder_hidden(args, kwargs),
             shared_input=None if torch.compiler.is_compiling() else SharedInput(),
         )
-        context.latest = self.routing
+        here.context = context
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, also called when the forward raised."""
-        if self.in_region or self.routing is None:
-            return
-        if self.routing.shared_input is not None:
-            self.routing.shared_input.close()
-        self.routing = None
+        context = self.state.in_force.context
+        if context is not None and context.region != self.name:
+            self.leave(context)
+
+    def leave(self, context: ForwardContext) -> None:
+        """Let go of the block's routing: it has run."""
+        routing = context.blocks.pop(self.name, None)
+        if routing is not None and routing.shared_input is not None:
+            routing.shared_input.close()
+        if context.is_lone and not context.blocks:
+            self.state.in_force.context = None
 
     @property
     def has_to_wait(self) -> bool:
         """Whether it cannot decide yet: its router is a shard until FSDP2's hooks on the block have run."""
         state = self.state
-        is_given = state.routing_weights is not None or state.attached is not None
+        is_given = state.in_force.call.routing_weights is not None or state.attached is not None
         if self.router is None or self.scope != "block" or is_given or not state.enabled:
             return False
         return any(hasattr(parameter, "full_tensor") for parameter in self.router.parameters())  # a DTensor
 
     def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
-        if self.state.routing_weights is not None:
+        if context.call.routing_weights is not None:
             return context.user_weights(hidden.shape[:-1], self.is_encoder_decoder)
         return context.router_weights(self.stack, hidden)
 

@@ -34,7 +34,7 @@ class LayerLink:
 
     @property
     def routing(self) -> BlockRouting | None:
-        """That of the block around it, while it runs."""
+        """That of the block around it, while it runs, in this thread. Looked up once for each run of a layer."""
         return None if self.hook is None else self.hook.routing
 
 
@@ -69,11 +69,12 @@ class MoELoraLayer(_LayerBase):
         names = [] if self._is_left_to_peft else self._routed_adapters()
         if not names:
             return super().forward(x, *args, **kwargs)
-        inputs = None if args or kwargs else self._shared_input()
+        routing = self.link.routing
+        inputs = None if args or kwargs else self._shared_input(routing)
         if inputs is not None and (ready := inputs.take(self, x)) is not None:
             return ready
-        weights, pool = self._weights_of_pool(x)
-        if self._may_be_plain_lora() and (sole := self._sole_expert(x, weights, pool)) is not None:
+        weights, pool = self._weights_of_pool(x, routing)
+        if self._may_be_plain_lora(routing) and (sole := self._sole_expert(x, weights, pool, routing)) is not None:
             return self._as_plain_lora(x, *sole, *args, **kwargs)
         reader = Reader(self.base_layer, [self.expert_pool(name) for name in names])
         weights = _columns(weights, pool, names).to(x.device)
@@ -81,20 +82,20 @@ class MoELoraLayer(_LayerBase):
             return mixture_linear(x, reader, weights, *args, **kwargs)
         return inputs.run(x, self, reader, weights)
 
-    def _may_be_plain_lora(self) -> bool:
+    def _may_be_plain_lora(self, routing: BlockRouting | None) -> bool:
         """Whether the tokens may have to come out as a plain LoRA that was imported makes them, to the last bit.
 
         Not in training, where dropout, and soon the expert itself, are other than they were.
         """
         if self.training:
             return False
-        routing = self.link.routing
         context = self.link.state.current_context() if routing is None else routing.context
         return context.may_single_out
 
-    def _sole_expert(self, x: Tensor, weights: Tensor, pool: Pool) -> tuple[str, Tensor] | None:
+    def _sole_expert(
+        self, x: Tensor, weights: Tensor, pool: Pool, routing: BlockRouting | None
+    ) -> tuple[str, Tensor] | None:
         """The imported LoRA that has all tokens to itself, with its weights [..., 1]; None if there is none."""
-        routing = self.link.routing
         column = sole_expert(weights) if routing is None or routing.weights is None else routing.sole_expert(x)
         if column is None:
             return None
@@ -107,9 +108,9 @@ class MoELoraLayer(_LayerBase):
         reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
         return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
 
-    def _shared_input(self) -> SharedInput | None:
+    @staticmethod
+    def _shared_input(routing: BlockRouting | None) -> SharedInput | None:
         """Where linears of the block leave each other results; None where each has weights of its own."""
-        routing = self.link.routing
         return None if routing is None or routing.weights is None else routing.shared_input
 
     @property
@@ -136,13 +137,12 @@ class MoELoraLayer(_LayerBase):
 
     def weights_for(self, x: Tensor) -> Tensor:
         """Routing weights [..., E] for x [..., D], E being the experts of this layer's routed adapters."""
-        return _columns(*self._weights_of_pool(x), self._routed_adapters()).to(x.device)
+        return _columns(*self._weights_of_pool(x, self.link.routing), self._routed_adapters()).to(x.device)
 
-    def _weights_of_pool(self, x: Tensor) -> tuple[Tensor, Pool]:
+    def _weights_of_pool(self, x: Tensor, routing: BlockRouting | None) -> tuple[Tensor, Pool]:
         link = self.link
         if link.hook is None:
             return self._weights_outside_blocks(x)
-        routing = link.routing
         if routing is None:
             raise RuntimeError(
                 f"`{link.name}` was called outside its block `{link.hook.name}`, which decides its routing; call the "

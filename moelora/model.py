@@ -249,8 +249,8 @@ class MoELoraModel(RoutingControls, TunerModel):
                 if module.merged:
                     module.unmerge()
                 module.set_adapter(names, inference_mode=inference_mode)
-        if names and self.routing.context is not None:  # a forward in progress, or one that was interrupted
-            self.routing.context.look_up()
+        if names and self.routing.in_force.context is not None:  # a forward in progress, or one that was interrupted
+            self.routing.in_force.context.look_up()
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
     def _check_agreement(self, names: list[str]) -> None:

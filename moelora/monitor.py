@@ -1,7 +1,7 @@
 """What the routers did in training since somebody last looked: summed on the device, read at once, over all ranks.
 
 Kept apart from each router's own totals, which also count evaluation and which a user may reset.
-Shapes: E experts, R routers, F numbers of one router: its 4E + 5 sums and its summed balancing loss.
+Shapes: E experts, R routers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .stats import RouterStats, RoutingSums, describe
+from .stats import RouterStats, RoutingSums, counting_alone, counting_dtype, describe
 
 if TYPE_CHECKING:
     from .state import RoutingState
@@ -32,27 +32,33 @@ class TrainingWindow:
         self._sums: dict[Layout, Tensor] = {}  # every router's sums, every router's loss, number of forwards
 
     def add(self, names: Sequence[str], flats: Sequence[Tensor], losses_R: Tensor) -> None:
-        """Add one forward: names of its routers, their flat sums (each [4E + 5]) and their balancing losses [R]."""
+        """Add one forward: names of its routers, their balancing losses [R] and what each counted: [4E + 6], its sums
+        and whether this forward is left out of them."""
         layout = tuple((name, flat.numel()) for name, flat in zip(names, flats, strict=True))
         device = losses_R.device
         total = torch.cat([*(flat.to(device) for flat in flats), losses_R.detach(), losses_R.new_ones(1)])
-        if layout in self._sums:
-            total += self._sums[layout].to(device)
-        self._sums[layout] = total
+        total = total.to(counting_dtype(device))
+        with counting_alone():
+            if layout in self._sums:
+                total += self._sums[layout].to(device)
+            self._sums[layout] = total
 
     def pop(self, num_experts: dict[str, int], device: torch.device) -> Tensor:
-        """[sum of 4E + 7] float32: for each router named, its sums, its summed loss and its number of forwards.
+        """[sum of 4E + 8]: for each router named, its sums, the forwards left out of them, its summed loss and the
+        number of all its forwards; float64 where the device has it.
 
         The layout depends on num_experts alone, so that ranks agree on it whatever each of them ran. Sums of an
         earlier, differently sized mixture are dropped.
         """
-        rows = {name: torch.zeros(4 * count + 7, device=device) for name, count in num_experts.items()}
-        for layout, total in self._sums.items():
+        dtype = counting_dtype(device)
+        rows = {name: torch.zeros(4 * count + 8, dtype=dtype, device=device) for name, count in num_experts.items()}
+        with counting_alone():
+            popped, self._sums = self._sums, {}
+        for layout, total in popped.items():
             *flats, losses_R, forwards = total.to(device).split([size for _, size in layout] + [len(layout), 1])
             for (name, _), flat, loss in zip(layout, flats, losses_R.split(1), strict=True):
                 if name in rows and rows[name].numel() == flat.numel() + 2:
                     rows[name] += torch.cat([flat, loss, forwards])
-        self._sums = {}
         return torch.cat(list(rows.values()))
 
 
@@ -71,12 +77,13 @@ def pop_training_stats(state: RoutingState) -> dict[str, RouterStats]:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flat)
     host = torch.cat([flat, *(maturity.to(flat.device) for maturity in maturities)]).cpu()
-    rows = host[: flat.numel()].split([4 * count + 7 for count in sizes.values()])
+    rows = host[: flat.numel()].split([4 * count + 8 for count in sizes.values()])
     columns = host[flat.numel() :].split(list(sizes.values()))
     stats = {}
     for name, row, maturity in zip(routers, rows, columns, strict=True):
-        loss, forwards = row[-2:].tolist()
-        described = describe(RoutingSums.of_packed(row[:-2]), maturity, loss / max(forwards, 1))
+        non_finite, loss, forwards = row[-3:].tolist()
+        mean_loss = loss / max(forwards - non_finite, 1)
+        described = describe(RoutingSums.of_packed(row[:-3]), maturity, mean_loss, non_finite)
         if described is not None:
             stats[name] = described
     return stats

@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import GenerationConfig
 
 from .config import MoELoraConfig
 from .storage import loading, saving
@@ -63,11 +64,21 @@ class MixturePeftModel(PeftModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT; `routing_weights` [B, S, E] covers the prompt and as much of the answer as S allows, then holds its
-        last row; [B, E] holds throughout. All beams of a sequence share its rows."""
-        given = kwargs.get("generation_config") or getattr(self, "generation_config", None)
-        wanted = (kwargs.get(name, getattr(given, name, None)) for name in ("num_beams", "num_return_sequences"))
-        with self.base_model.generating(copies=max(count or 1 for count in wanted)):
+        last row; [B, E] holds throughout. All beams and answers of a prompt share its rows, unless they are given as
+        [B * num_beams, ...] or [B * num_return_sequences, ...], one for each row that is generated (decoders alone).
+        """
+        with self.base_model.generating(copies=self._copies_of_prompts(args, kwargs)):
             return super().generate(*args, **kwargs)
+
+    def _copies_of_prompts(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Rows that generate makes of each prompt: its arguments come before its configuration, the model's last."""
+        positional = [value for value in args if isinstance(value, GenerationConfig)]
+        configs = [kwargs.get("generation_config"), *positional, getattr(self, "generation_config", None)]
+        counts = [1]
+        for name in ("num_beams", "num_return_sequences"):
+            said = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            counts += [count for count in said if count is not None][:1]
+        return max(counts)
 
     @property
     def active_peft_config(self) -> MoELoraConfig:

@@ -51,23 +51,27 @@ class RoutedCheckpoint:
         self.hook = hook
 
     def __call__(self, region: Callable, *args: Any, **kwargs: Any) -> Any:
-        is_early = self.hook.routing is None
+        routing = self.hook.routing
+        is_early = routing is None
         if is_early and self.hook.has_to_wait:
             return self.function(_DecidingRegion(region, self.hook), *args, **kwargs)
         if is_early:
             self.hook.decide(args, getattr(region, "keywords", {}))
-        routing = self.hook.routing
+            routing = self.hook.routing
         if routing is None:
             return self.function(region, *args, **kwargs)
         try:
             return self.function(_RoutedRegion(region, self.hook, routing), routing.weights, *args, **kwargs)
         finally:
             if is_early:
-                self.hook.routing = None
+                self.hook.leave(routing.context)
 
 
 class _Region:
-    """Runs a checkpointed region, the first time and again in backward, in the context of its own forward."""
+    """Runs a checkpointed region, the first time and again in backward, in the context of its own forward.
+
+    Backward runs in the thread of the device, or of whoever calls it: the forward is put in force there meanwhile.
+    """
 
     def __init__(self, region: Callable, hook: BlockHook, context: ForwardContext) -> None:
         self.region = region
@@ -77,19 +81,23 @@ class _Region:
         self.has_run = False
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> Iterator[ForwardContext]:
         if self.hook.state.pool != self.mixture:
             then, now = [name for name, _ in self.mixture], self.hook.state.active_adapters
             raise RuntimeError(
                 f"the mixture changed between forward and backward: block `{self.hook.name}` ran with adapters {then} "
                 f"and is recomputed with {now}; call backward before changing adapters"
             )
-        self.context.in_checkpoint, self.context.recomputing = True, self.has_run
+        here = self.hook.state.in_force
+        context = self.context.within_checkpoint(recomputing=self.has_run)
         self.has_run = True
+        outer, here.context = here.context, context
         try:
-            yield
+            yield context
         finally:
-            self.context.in_checkpoint = self.context.recomputing = False
+            here.context = outer
+            context.blocks.clear()  # routing and context refer to each other, and would wait for the garbage collector
+            context.latest = None
 
 
 class _RoutedRegion(_Region):
@@ -100,23 +108,20 @@ class _RoutedRegion(_Region):
         self.routing = routing
 
     def __call__(self, weights: Tensor | None, *args: Any) -> Any:
-        outer, encoder_hidden = self.hook.routing, self.routing.encoder_hidden
-        position = self.hook.encoder_position
+        encoder_hidden, position = self.routing.encoder_hidden, self.hook.encoder_position
         if position is not None and len(args) > position and encoder_hidden is not None:
             encoder_hidden = args[position]
-        with self._running():
-            self.hook.routing = dataclasses.replace(
+        with self._running() as context:
+            context.region = self.hook.name
+            context.blocks[self.hook.name] = dataclasses.replace(
                 self.routing,
+                context=context,
                 weights=weights,
                 encoder_hidden=encoder_hidden,
                 shared_input=SharedInput(),
                 encoder_weights=None,
             )
-            self.hook.in_region = True
-            try:
-                return self.region(*args)
-            finally:
-                self.hook.in_region, self.hook.routing = False, outer
+            return self.region(*args)
 
 
 class _DecidingRegion(_Region):
@@ -133,11 +138,8 @@ class _DecidingRegion(_Region):
                 'gradient. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="model", or '
                 "install transformers>=5.23"
             )
-        state = self.hook.state
-        outer = state.context
-        with self._running():
-            state.context = self.context
-            try:
-                return self.region(*args)
-            finally:
-                state.context = outer
+        with self._running() as context:
+            output = self.region(*args)
+            if not context.recomputing:
+                self.context.latest = context.latest
+            return output

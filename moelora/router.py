@@ -125,7 +125,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             maturity_E = context.maturity(self) if config.router_type == "learned_with_maturity" else None
             # Under a gate a batch of one domain goes to one adapter: a share of the whole pool would drop most of it.
             is_limited = context.training and not self.is_gated
-            limit = (config.expert_capacity_factor if is_limited else None, context.over_ranks)
+            limit = (self._capacity_factor(config) if is_limited else None, context.over_ranks)
             if self._can_fuse(hidden_TH, weight_NH, limit[0]):
                 routed = self._fused(hidden_TH, weight_NH, config, maturity_E, mask_T, *limit)
                 weights_TE, sums, scale = *routed, 1.0
@@ -136,6 +136,11 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
                 weights_TE, scale = routing.weights, config.routing_scale
             context.record(self, sums)
             return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], weights_TE.shape[-1])
+
+    def _capacity_factor(self, config: MoELoraConfig) -> float | None:
+        """With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats."""
+        factor = config.expert_capacity_factor
+        return None if factor is None else min(factor, self.out_features)
 
     def _finish(self, weights: Tensor, scale: float, context: ForwardContext) -> Tensor:
         if context.training and context.config.expert_dropout > 0:

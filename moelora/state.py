@@ -1,11 +1,14 @@
 """What one model's routers, blocks and layers share, and what one forward pass knows.
 
-Nothing here is global: two models never share routing, and every forward starts a fresh context.
+Nothing here is global: two models never share routing, every forward starts a fresh context, and which forward is in
+force is a matter of the thread.
 Shapes: B batch, S sequence, E experts of all active adapters.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,33 +16,55 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .call import Call
 from .config import MoELoraConfig, count_experts
 from .gate import Said
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .ranks import num_ranks
 
 if TYPE_CHECKING:
-    from .forward import BlockHook, BlockRouting
+    from .forward import BlockHook, BlockRouting, ForwardHook
     from .monitor import TrainingWindow
+    from .overflow import Growth
     from .router import MoELoraRouter, Pool
     from .stats import RoutingSums
 
 
 @dataclass
+class Opened:
+    """A forward that has begun and not ended, as the hook that began it finds it again."""
+
+    hook: ForwardHook
+    outer: ForwardContext | None  # in force again when it ends
+    before: Opened | None  # what had been opened before it
+    context: ForwardContext | None = None  # None where the module runs within another's forward, or nothing is routed
+
+
+class InForce(threading.local):
+    """What is in force in the thread that asks: each has its own, so that threads can run one model at once.
+
+    Not a ContextVar, which torch.compile cannot trace.
+    """
+
+    def __init__(self) -> None:
+        self.context: ForwardContext | None = None  # the forward in progress
+        self.opened: Opened | None = None  # the innermost one
+        self.call = Call()
+        self.copies: int | None = None  # what `generate` is about to call with; see [`Call`]
+
+
+@dataclass
 class RoutingState:
-    """Shared by reference; lives as long as the base model is adapted."""
+    """Shared by reference, and by all threads; lives as long as the base model is adapted."""
 
     configs: dict[str, MoELoraConfig]
     routers: dict[str, MoELoraRouter] = field(default_factory=dict)  # by name, in the order of the model
     hooks: dict[str, BlockHook] = field(default_factory=dict)  # by block name
     handles: list[Any] = field(default_factory=list)  # that remove the hooks
-    context: ForwardContext | None = None  # the forward in progress
-    routing_weights: Tensor | None = None  # the user's own, for the duration of a forward or generate
-    generating: bool = False  # the user's own weights then cover prompt and answer, once for all beams
-    copies: int = 1  # rows that generate makes of each prompt, for beams and returned sequences
-    prefilled: bool = False  # generate is past the prompt
+    in_force: InForce = field(default_factory=InForce)
     attached: nn.Module | None = None  # the user's own router
     balancing_loss: Tensor | None = None  # of the latest training forward
+    growth: Growth | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
 
     @property
@@ -79,7 +104,7 @@ class RoutingState:
         """Whether tokens can be an imported LoRA's alone: by weights given by hand, by a fixed router, or by top-1."""
         if not any(self.configs[name].single_expert for name in self.active_adapters):
             return False
-        is_given = self.routing_weights is not None or self.attached is not None
+        is_given = self.in_force.call.routing_weights is not None or self.attached is not None
         return is_given or self.config.router_type == "fixed" or min(self.config.top_k_experts, self.num_experts) == 1
 
     @property
@@ -96,36 +121,38 @@ class RoutingState:
         return None
 
     def current_context(self) -> ForwardContext:
-        """The forward in progress, or a throw-away context for a submodule that is called by itself."""
-        return self.context or ForwardContext(self, {}, training=False)
-
-    def close(self) -> None:
-        """Forget the forward in progress: it was interrupted."""
-        self.context = None
-        for hook in self.hooks.values():
-            hook.routing = None
+        """This thread's forward in progress, or a throw-away context for a submodule that is called by itself."""
+        return self.in_force.context or ForwardContext(self, {}, training=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no forward in progress and no autograd graph."""
-        passing = {"context": None, "routing_weights": None, "balancing_loss": None}
-        return self.__dict__ | passing
+        kept = {name: value for name, value in self.__dict__.items() if name != "in_force"}
+        return kept | {"balancing_loss": None, "growth": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, in_force=InForce())
 
 
 class ForwardContext:
-    """One forward pass of the base model: its inputs, its padding, and what its routers reported.
+    """One forward pass of the base model: its inputs, its padding, its blocks' routing, what its routers reported.
 
     Args:
         inputs: the base model's arguments by name.
         training: whether capacity, expert dropout and the balancing loss apply.
+        is_lone: it stands in for a forward around one block that is called by itself, and ends with it.
     """
 
-    def __init__(self, state: RoutingState, inputs: dict[str, Any], training: bool) -> None:
+    def __init__(self, state: RoutingState, inputs: dict[str, Any], training: bool, is_lone: bool = False) -> None:
         self.state = state
+        self.call = state.in_force.call
+        self.is_lone = is_lone
         self.look_up()
         self.inputs = inputs
         self.training = training
         self.recomputing = False  # inside a checkpointed region's second run
         self.in_checkpoint = False
+        self.region: str | None = None  # the block whose checkpointed region runs, and carries its routing
+        self.blocks: dict[str, BlockRouting] = {}  # of the blocks that run, by name
         self.records: list[tuple[MoELoraRouter, RoutingSums]] = []
         self.attached_weights: dict[str, Tensor] = {}  # by stack
         self.stack_weights: dict[str, Tensor] = {}  # "model" scope, by stack
@@ -149,6 +176,16 @@ class ForwardContext:
         self.pool = self.state.pool
         self.may_single_out = self.state.may_single_out
 
+    def within_checkpoint(self, recomputing: bool) -> ForwardContext:
+        """The same forward for a checkpointed region, which may run again when, and where, others are under way.
+
+        Only what says where it is becomes its own; what routers report, and have decided, is the forward's.
+        """
+        context = copy.copy(self)
+        context.blocks, context.region = dict(self.blocks), None
+        context.in_checkpoint, context.recomputing = True, recomputing
+        return context
+
     @property
     def over_ranks(self) -> bool:
         """Whether data-parallel ranks share capacity: in a training step, which all of them take together."""
@@ -168,7 +205,7 @@ class ForwardContext:
         Raises:
             RuntimeError: inside a reentrant checkpoint, whose side results carry no gradient.
         """
-        if self.recomputing or self is not self.state.context:
+        if self.recomputing or self is not self.state.in_force.context:
             return
         loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
         if self.training and loses_gradient and self.config.router_aux_loss_coef > 0:
@@ -218,28 +255,8 @@ class ForwardContext:
         Raises:
             ValueError: the shape does not fit; the message names both.
         """
-        weights = self.state.routing_weights
-        if weights is None:
-            return None
-        batch, num_experts = lead[0], self.state.num_experts
-        if weights.shape[-1:] != (num_experts,) or weights.dim() not in (2, len(lead) + 1):
-            raise _wrong_weights(weights, lead, num_experts)
-        if weights.dim() > 2 and is_encoder_decoder:
-            raise ValueError(
-                f"`routing_weights` has shape {list(weights.shape)}, expected {[batch, num_experts]}: encoder and "
-                "decoder see different tokens, so pass one row per sequence"
-            )
-        if self.state.generating and batch == weights.shape[0] * self.state.copies:
-            weights = weights.repeat_interleave(self.state.copies, dim=0)
-        if weights.dim() == 2 and weights.shape[0] == batch:
-            return weights.view(batch, *(1 for _ in lead[1:]), num_experts).expand(*lead, num_experts)
-        is_sequence = len(lead) == 2 and weights.dim() == 3 and weights.shape[0] == batch
-        if self.state.generating and is_sequence and (self.state.prefilled or weights.shape[1] >= lead[1]):
-            rows = self.past_length + torch.arange(lead[1], device=weights.device)
-            return weights.index_select(1, rows.clamp(max=weights.shape[1] - 1))  # the last row holds on
-        if weights.shape[:-1] != lead:
-            raise _wrong_weights(weights, lead, num_experts)
-        return weights
+        num_experts = self.state.num_experts
+        return self.call.weights_for(lead, num_experts, self.past_length, is_encoder_decoder)
 
     def router_weights(self, stack: str, hidden: Tensor) -> Tensor | None:
         """[B, S, E] from the attached router, called once per stack on the first hidden states; None without one.
@@ -252,11 +269,6 @@ class ForwardContext:
         if stack not in self.attached_weights:
             self.attached_weights[stack] = call_attached_router(self.state, hidden)
         return self.attached_weights[stack]
-
-
-def _wrong_weights(weights: Tensor, lead: torch.Size, num_experts: int) -> ValueError:
-    expected = " or ".join(dict.fromkeys(str([*tokens, num_experts]) for tokens in (lead, lead[:1])))
-    return ValueError(f"`routing_weights` has shape {list(weights.shape)}, expected {expected}")
 
 
 def kv_cache(values: Any) -> Any:

@@ -5,15 +5,27 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .losses import load_balancing_loss, masked_sum, z_loss
 from .routing import Routing, top_k_mask
+
+_COUNTING = threading.Lock()
+
+
+def counting_alone() -> AbstractContextManager[Any]:
+    """Held while something is added to what all threads share, so that none loses what another adds meanwhile.
+
+    Compiled graphs know no locks; training and evaluation count apart, which is why they may run beside each other.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _COUNTING
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,6 @@ class RoutingSums:
         num_experts = (packed.shape[-1] - 5) // 4
         return cls(packed, packed[..., -num_experts - 1 : -1], packed[..., -1])
 
-    @classmethod
-    def stack(cls, sums: Sequence[RoutingSums]) -> RoutingSums:
-        """Several routers' sums as one, with a leading dimension."""
-        packed, probs = torch.stack([each.packed for each in sums]), torch.stack([each.probs for each in sums])
-        return cls(packed, probs, torch.stack([each.squared_lse for each in sums]))
-
     def _part(self, index: int) -> Tensor:
         E = self.probs.shape[-1]
         return self.packed.split([1, E, E, 1, E, 1, 1, E, 1], dim=-1)[index]
@@ -83,6 +89,22 @@ class RoutingSums:
         return load_balancing_loss(assignments, self.probs, self.num_tokens)
 
 
+def without_non_finite(packed_LF: Tensor) -> tuple[Tensor, Tensor]:
+    """Routers' sums [L, 4E + 5] with zeros for those with a NaN or an infinity among them, which are also [L, 1] bool.
+
+    One such forward, added to maturity or to statistics, would stay in them for good.
+
+    Example:
+        >>> without_non_finite(torch.tensor([[1.0, 2.0], [torch.inf, 1.0]]))
+        (tensor([[1., 2.],
+                [0., 0.]]), tensor([[False],
+                [ True]]))
+    """
+    totals_L1 = packed_LF.sum(-1, keepdim=True)
+    left_out_L1 = (totals_L1 - totals_L1).isnan()  # a quarter of what isfinite() costs the host
+    return packed_LF.masked_fill(left_out_L1, 0.0), left_out_L1
+
+
 @dataclass(frozen=True)
 class RouterStats:
     """One router's behaviour since the statistics were last reset, padding excluded.
@@ -90,7 +112,8 @@ class RouterStats:
     expert_load is each expert's share of the top-k assignments, mean_probability its mean probability, entropy the mean
     entropy of the probabilities in nats (log E when undecided), top1_probability the mean probability of the first
     choice, dropped the share of assignments beyond capacity, maturity as of now, dead_experts those without an
-    assignment, balancing_loss its loss over all these tokens.
+    assignment, balancing_loss its loss over all these tokens. non_finite counts the forwards that are in none of these
+    (nor in maturity), because there was a NaN or an infinity in the router's sums.
     """
 
     num_tokens: int
@@ -102,17 +125,22 @@ class RouterStats:
     maturity: list[float]
     dead_experts: list[int]
     balancing_loss: float
+    non_finite: int = 0
 
 
-def describe(sums: RoutingSums, maturity_E: Tensor, balancing_loss: float) -> RouterStats | None:
-    """The statistics that sums amount to, as numbers; None without a token. Pass tensors of the CPU: each is read."""
+def describe(
+    sums: RoutingSums, maturity_E: Tensor, balancing_loss: float, non_finite: float = 0.0
+) -> RouterStats | None:
+    """The statistics that sums amount to, as numbers; None where nothing was routed. Pass tensors of the CPU."""
     # Plain numbers from here on: a log describes every router, and a tensor operation costs more than all this sums.
-    if (num_tokens := int(sums.num_tokens)) == 0:
+    counted = int(sums.num_tokens)
+    if counted == 0 and non_finite == 0:
         return None
+    num_tokens = max(counted, 1)
     assignments = sums.assignments.tolist()
     num_assignments = max(sum(assignments), 1.0)
     return RouterStats(
-        num_tokens=num_tokens,
+        num_tokens=counted,
         expert_load=[count / num_assignments for count in assignments],
         mean_probability=[total / num_tokens for total in sums.probs.tolist()],
         entropy=float(sums.entropy) / num_tokens,
@@ -121,33 +149,57 @@ def describe(sums: RoutingSums, maturity_E: Tensor, balancing_loss: float) -> Ro
         maturity=maturity_E.tolist(),
         dead_experts=[expert for expert, count in enumerate(assignments) if count == 0],
         balancing_loss=balancing_loss,
+        non_finite=int(non_finite),
     )
 
 
-class RoutingTotals:
-    """Running [`RoutingSums`] of one router."""
+def counting_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many forwards are kept in: float32 adds no single token to 2**24; MPS has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class _RunningSum:
+    """A vector of sums that grows by one forward at a time."""
 
     def __init__(self) -> None:
-        self._packed: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def beside(self, others_LF: Tensor) -> Tensor:
+        """The sums, on the device of what is about to be added."""
+        if self.values is not None and self.values.device == others_LF.device:
+            return self.values
+        # What is made in inference mode could not be added to outside of it. (Dynamo does not know such modes.)
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            fresh = torch.zeros(others_LF.shape[1:], dtype=others_LF.dtype, device=others_LF.device)
+            self.values = fresh if self.values is None else fresh + self.values.to(fresh.device)
+        return self.values
+
+
+class RoutingTotals:
+    """Running sums of one router: a forward's [`RoutingSums`], and whether it was left out."""
+
+    def __init__(self) -> None:
+        self._training, self._evaluation = _RunningSum(), _RunningSum()
 
     @staticmethod
-    def add_each(totals: Sequence[RoutingTotals], packed_LF: Tensor) -> None:
-        """Add row l of packed_LF [L, 4E + 5] to totals[l], on its device and all rows in one operation."""
-        for total in totals:
-            if total._packed is None or total._packed.device != packed_LF.device:
-                # What is made in inference mode could not be added to outside of it. (Dynamo does not know such modes.)
-                with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
-                    fresh = torch.zeros(packed_LF.shape[1:], dtype=packed_LF.dtype, device=packed_LF.device)
-                    total._packed = fresh if total._packed is None else fresh + total._packed.to(fresh.device)
-        torch._foreach_add_([total._packed for total in totals if total._packed is not None], list(packed_LF.unbind(0)))
+    def add_each(totals: Sequence[RoutingTotals], counted_LF: Tensor, is_training_step: bool) -> None:
+        """Add row l of counted_LF [L, 4E + 6] to totals[l], on its device and all rows in one operation."""
+        counted_LF = counted_LF.to(counting_dtype(counted_LF.device))
+        with counting_alone():
+            sums = [total._training if is_training_step else total._evaluation for total in totals]
+            torch._foreach_add_([each.beside(counted_LF) for each in sums], list(counted_LF.unbind(0)))
 
     def reset(self) -> None:
         """Forget everything."""
-        self._packed = None
+        with counting_alone():
+            self._training, self._evaluation = _RunningSum(), _RunningSum()
 
     def report(self, maturity_E: Tensor, loss_type: str) -> RouterStats | None:
         """The statistics as numbers (synchronises with the device); None before the first token."""
-        if self._packed is None:
+        with counting_alone():
+            found = [each.values.clone() for each in (self._training, self._evaluation) if each.values is not None]
+        if not found:
             return None
-        sums = RoutingSums.of_packed(self._packed.cpu())
-        return describe(sums, maturity_E.cpu(), float(sums.balancing_loss(loss_type)))
+        values = torch.stack([values.cpu() for values in found]).sum(0)
+        sums = RoutingSums.of_packed(values[:-1])
+        return describe(sums, maturity_E.cpu(), float(sums.balancing_loss(loss_type)), float(values[-1]))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same_grads, mixture_of, train_step
+from helpers import VOCAB, assert_same_grads, mixture_of, train_step
 from test_gate import gated_mixture
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -67,6 +67,24 @@ def test_training_is_one_graph(device, backend, compiled, router_type):
         torch.testing.assert_close(twin.expert_maturity, plain.expert_maturity, **CLOSE)
         stats, expected = twin.routing_stats(), plain.routing_stats()
         assert {n: s.expert_load for n, s in stats.items()} == {n: s.expert_load for n, s in expected.items()}
+
+
+@pytest.mark.parametrize("compiled", [compile_blocks, compile_model])
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_a_forward_that_is_not_finite_is_left_out_in_the_same_graph(device, backend, compiled):
+    model = mixture_of("llama", router_type="learned_with_maturity").to(device).train()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1] = float("nan")
+    fast = compiled(model, backend)
+    for step, inputs in enumerate(batches(device)):
+        inputs["input_ids"] = inputs["input_ids"].clamp(max=VOCAB - 2)
+        inputs["input_ids"][0, -1] += (VOCAB - 1 - inputs["input_ids"][0, -1]) * (step == 2)
+        before = model.expert_maturity
+        with stance(step):
+            loss, _ = train_step(fast, inputs)
+        assert bool(loss.isnan()) == (step == 2)
+        assert torch.equal(model.expert_maturity, before) == (step == 2)
+    assert {stats.non_finite for stats in model.routing_stats().values()} == {1}
 
 
 @pytest.mark.parametrize("scope", ["block", "module"])

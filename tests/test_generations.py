@@ -191,7 +191,7 @@ def test_a_reader_beside_writers_gets_one_of_the_saves(tmp_path, writers):
         time.sleep(0.05)
     found, refused = [], 0
     try:
-        for _ in range(15):
+        while len(found) < 5 and refused < 200:  # beside writers that never pause most are
             try:
                 got = loaded_logits(folder)
             except ValueError as error:  # never mixed: it says that it was saved anew with another configuration
@@ -204,7 +204,7 @@ def test_a_reader_beside_writers_gets_one_of_the_saves(tmp_path, writers):
         stop.set()
         for process in processes:
             process.join()
-    assert len(found) >= 5, refused
+    assert len(found) == 5
     assert all(process.exitcode == 0 for process in processes)
 
 

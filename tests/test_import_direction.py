@@ -6,6 +6,7 @@ import sys
 import pytest
 
 MATHS = ["gate", "routing", "losses", "masks", "ranks", "ops", "ops.concat", "ops.reference", "ops.pool"]
+MATHS += ["call", "overflow"]
 FORBIDDEN = ["peft", "transformers", "accelerate", "datasets", "triton", "matplotlib", "plotly", "pandas"]
 
 # moelora/__init__.py registers with PEFT, so the package is replaced by an empty one with the same path.

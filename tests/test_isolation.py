@@ -66,8 +66,8 @@ def test_exception_leaves_nothing_behind(scope, where, how):
         run(**inputs, routing_weights=torch.zeros(3, E))
     hook.remove()
     state = model.base_model.routing
-    assert state.context is None and state.routing_weights is None and not state.generating
-    assert all(block_hook.routing is None for block_hook in state.hooks.values())
+    assert state.in_force.context is None and state.in_force.opened is None and state.in_force.copies is None
+    assert state.in_force.call.routing_weights is None
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
         other = ARCHITECTURES["llama"].batch(2, 3, labels=False, seed=8)
@@ -136,7 +136,7 @@ def test_interrupt_leaves_nothing_behind():
 
 
 def test_threads_of_data_parallel_are_refused():
-    """They would share one routing."""
+    """They would share the routers of one GPU."""
     replica = mixture_of("llama").base_model.model._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="accelerate launch"):
         replica(**ARCHITECTURES["llama"].batch(2, 5))

@@ -226,6 +226,31 @@ def test_a_mixture_that_grew_starts_counting_anew():
     assert {len(router.expert_load) for router in stats_of(model).values()} == {5}
 
 
+def tensors_within(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict) or hasattr(value, "__dict__"):
+        for inner in (value if isinstance(value, dict) else vars(value)).values():
+            yield from tensors_within(inner)
+
+
+def test_counting_goes_on_beyond_what_float32_can_count():
+    """One token more than 2**24, which float32 takes for none."""
+    model = watched()
+    model(**batch([8]))
+    routing = model.base_model.routing
+    sums = [*tensors_within(routing.window)]
+    for router in routing.routers.values():
+        sums += tensors_within(router.totals)
+    assert len(sums) == 3
+    for total in sums:
+        total.mul_(2**21)
+    for _ in range(3):
+        model(**batch([1], width=1))
+    for stats in (stats_of(model), model.routing_stats()):
+        assert {router.num_tokens for router in stats.values()} == {2**24 + 3}
+
+
 def test_no_step_reads_the_device(monkeypatch):
     model = watched()
     reads = []

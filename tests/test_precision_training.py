@@ -65,9 +65,9 @@ def test_learns_what_float32_learns(precision, scope):
 
 def test_a_step_that_overflows_is_skipped_and_training_goes_on():
     model = mixture("block")
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     losses, grads = train(model, autocast=torch.float16, scaler=scaler)
     assert not all(g.isfinite().all() for g in grads.values()), "nothing overflowed"
-    assert scaler.get_scale() < 2.0**30 and losses[-1] < losses[0]
+    assert scaler.get_scale() < 2.0**20 and losses[-1] < losses[0]
     assert all(p.isfinite().all() for p in model.parameters())
     assert model.expert_maturity.isfinite().all()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import ARCHITECTURES, CAUSAL, ENCODER_DECODER, SCOPES, VOCAB, mixture_of, mlp, train_step
 from peft import get_peft_model
 from torch import nn
+from transformers import GenerationConfig
 
 from moelora import MoELoraConfig
 from moelora.router import MoELoraRouter
@@ -181,7 +182,7 @@ def test_wrong_shape_names_both(shape, scope):
         model(**inputs, routing_weights=torch.ones(shape))
     for named in (str(list(shape)), "[3, 7, 4]", "[3, 4]"):
         assert named in str(raised.value)
-    assert model.base_model.routing.routing_weights is None
+    assert model.base_model.routing.in_force.call.routing_weights is None
 
 
 def test_tokens_of_an_encoder_decoder_are_refused():
@@ -268,6 +269,52 @@ def test_all_beams_share_the_rows_of_their_sequence(batch, per):
     routed = model.generate(**inputs, **options, **scores).sequences_scores
     weighted = model.generate(**inputs, routing_weights=weights, **options, **scores).sequences_scores
     assert not torch.allclose(routed, weighted)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("per", ["token", "sequence"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+def test_weights_expanded_for_beams_are_taken_as_they_are(options, per, use_cache):
+    model = mixture_of("llama")
+    inputs = ARCHITECTURES["llama"].batch(2, 5, labels=False)
+    weights = weights_like(2, 7, E) if per == "token" else weights_like(2, E)
+    expected = generate(model, inputs, routing_weights=weights, use_cache=use_cache, **options)
+    expanded = generate(model, inputs, routing_weights=weights.repeat_interleave(3, 0), use_cache=use_cache, **options)
+    assert expanded[0].tolist() == expected[0].tolist()
+    torch.testing.assert_close(expanded[1], expected[1], rtol=0, atol=0)
+
+
+def test_every_answer_can_have_weights_of_its_own():
+    model = mixture_of("llama")
+    inputs = ARCHITECTURES["llama"].batch(2, 5, labels=False)
+    weights = weights_like(6, E)
+    options = {"max_new_tokens": 3, "do_sample": True, "return_dict_in_generate": True, "output_logits": True}
+    answers = model.generate(**inputs, routing_weights=weights, num_return_sequences=3, **options)
+    with torch.no_grad():
+        forced = model(input_ids=answers.sequences[:, :-1], routing_weights=weights).logits[:, -3:]
+    torch.testing.assert_close(torch.stack(answers.logits, dim=1), forced, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+def test_weights_expanded_for_beams_of_an_encoder_decoder_are_refused(name):
+    model = mixture_of(name)
+    ids = ARCHITECTURES[name].batch(2, 6)["input_ids"]
+    with pytest.raises(ValueError, match=r"\[6, 4\], expected .*\[2, 4\].*one row per prompt"):
+        model.generate(input_ids=ids, routing_weights=weights_like(6, E), num_beams=3, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("by", ["position", "keyword"])
+@pytest.mark.parametrize("own", [{"num_beams": 3}, {}], ids=["in the call's", "in the model's"])
+def test_beams_of_a_generation_config_count(own, by):
+    """One that leaves them open takes the model's."""
+    model = mixture_of("llama")
+    ids = ARCHITECTURES["llama"].batch(2, 5)["input_ids"]
+    weights = weights_like(2, E)
+    expected = model.generate(ids, num_beams=3, max_new_tokens=3, do_sample=False, routing_weights=weights)
+    model.generation_config.num_beams = 3 if not own else None
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, **own)
+    given = ([config], {}) if by == "position" else ([], {"generation_config": config})
+    assert model.generate(ids, *given[0], **given[1], routing_weights=weights).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

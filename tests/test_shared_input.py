@@ -36,7 +36,7 @@ def groups(monkeypatch):
 @pytest.fixture
 def alone(monkeypatch):
     """Call it, and every linear is computed by itself."""
-    return lambda: monkeypatch.setattr(MoELoraLayer, "_shared_input", lambda self: None)
+    return lambda: monkeypatch.setattr(MoELoraLayer, "_shared_input", staticmethod(lambda routing: None))
 
 
 # ---- who reads the same, by the source ----

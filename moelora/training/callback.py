@@ -34,7 +34,8 @@ class MoELoraCallback(TrainerCallback):
 
     - `balancing_loss`, `router_entropy` (nats), `router_top1_probability`, `dropped_assignments` (share),
       `expert_maturity`: means over routers; `dead_experts`: how many experts, counted in every router, no token chose;
-      `expert_load/<expert>`: share of the assignments, mean over routers.
+      `expert_load/<expert>`: share of the assignments, mean over routers; `skipped_forwards`: how many had a NaN or an
+      infinity in a router, which counts in none of these, nor in maturity.
     - `routers/<router>/...`: the same for each router. These, and the loads, stay out of the console's log lines.
 
     `trainer.state.log_history`, and so trainer_state.json and run.json, keep each router's values as one nested
@@ -106,16 +107,23 @@ class MoELoraCallback(TrainerCallback):
 
 
 def overall_values(stats: Mapping[str, RouterStats]) -> dict[str, float]:
-    """The whole mixture in a few numbers: means over routers, and how many experts of all routers are dead."""
+    """The whole mixture in a few numbers: means over routers, and how many experts of all routers are dead.
+
+    A router that has counted no token, because all its forwards were left out, has nothing to say.
+    """
+    skipped: dict[str, float] = {"skipped_forwards": max(router.non_finite for router in stats.values())}
+    routers = [router for router in stats.values() if router.num_tokens]
+    if not routers:
+        return skipped
     values: dict[str, float] = {
-        "balancing_loss": fmean(router.balancing_loss for router in stats.values()),
-        "router_entropy": fmean(router.entropy for router in stats.values()),
-        "router_top1_probability": fmean(router.top1_probability for router in stats.values()),
-        "dropped_assignments": fmean(router.dropped for router in stats.values()),
-        "expert_maturity": fmean(value for router in stats.values() for value in router.maturity),
-        "dead_experts": sum(len(router.dead_experts) for router in stats.values()),
-    }
-    loads = [router.expert_load for router in stats.values()]
+        "balancing_loss": fmean(router.balancing_loss for router in routers),
+        "router_entropy": fmean(router.entropy for router in routers),
+        "router_top1_probability": fmean(router.top1_probability for router in routers),
+        "dropped_assignments": fmean(router.dropped for router in routers),
+        "expert_maturity": fmean(value for router in routers for value in router.maturity),
+        "dead_experts": sum(len(router.dead_experts) for router in routers),
+    } | skipped
+    loads = [router.expert_load for router in routers]
     if len({len(load) for load in loads}) == 1:  # routers that serve fewer adapters have other experts
         values |= {f"expert_load/{expert}": fmean(column) for expert, column in enumerate(zip(*loads, strict=True))}
     return values
@@ -128,6 +136,7 @@ def router_values(stats: Mapping[str, RouterStats]) -> dict[str, float]:
         prefix = f"routers/{name or 'model'}"
         values |= {f"{prefix}/{key}": getattr(router, key) for key in PER_ROUTER}
         values[f"{prefix}/dead_experts"] = len(router.dead_experts)
+        values[f"{prefix}/skipped_forwards"] = router.non_finite
         for key in PER_EXPERT:
             values |= {f"{prefix}/{key}/{expert}": value for expert, value in enumerate(getattr(router, key))}
     return values

@@ -21,7 +21,8 @@ class RoutingGuard:
 
     An expert is dead when it was among no token's top k for `dead_after` steps. A router has collapsed when, for
     `collapsed_after` steps, as few experts as one token can use took `collapse_share` of all assignments (in a dense
-    mixture: one expert took that share of the probability). Steps are counted from log to log.
+    mixture: one expert took that share of the probability). Steps are counted from log to log. Forwards that were left
+    out, because a router's numbers were not finite, are told at the first log after them.
     """
 
     dead_after: int
@@ -29,11 +30,13 @@ class RoutingGuard:
     collapse_share: float
     idle_steps: dict[tuple[str, int], int] = field(default_factory=dict)
     collapsed_steps: dict[str, int] = field(default_factory=dict)
+    is_skipping: bool = False  # forwards were left out before the last log
 
     def check(self, stats: Mapping[str, RouterStats], steps: int, config: MoELoraConfig) -> list[str]:
         """The warnings that the last `steps` training steps, with these statistics, give rise to."""
         dead, collapsed = [], []
-        for name, router in stats.items():
+        running = {name: router for name, router in stats.items() if router.num_tokens}
+        for name, router in running.items():
             idle = {(name, expert): expert in router.dead_experts for expert in range(len(router.expert_load))}
             dead += [
                 key for key, is_idle in idle.items() if _crosses(self.idle_steps, key, is_idle, steps, self.dead_after)
@@ -41,8 +44,21 @@ class RoutingGuard:
             is_narrow = narrowness(router, config.top_k_experts) >= self.collapse_share
             if _crosses(self.collapsed_steps, name, is_narrow, steps, self.collapsed_after):
                 collapsed.append(name)
-        return ([self._dead_message(dead, config)] if dead else []) + (
-            [self._collapse_message(collapsed, stats, config)] if collapsed else []
+        was_skipping, self.is_skipping = self.is_skipping, any(router.non_finite for router in stats.values())
+        return (
+            ([self._skip_message(stats)] if self.is_skipping and not was_skipping else [])
+            + ([self._dead_message(dead, config)] if dead else [])
+            + ([self._collapse_message(collapsed, stats, config)] if collapsed else [])
+        )
+
+    @staticmethod
+    def _skip_message(stats: Mapping[str, RouterStats]) -> str:
+        which = _list(name or "the model" for name, router in stats.items() if router.non_finite)
+        return (
+            f"{max(router.non_finite for router in stats.values())} forwards since the last log had a NaN or an "
+            f"infinity in the router of {which}: they are left out of maturity, counters and statistics. Training goes "
+            "on, but the loss of such a forward is not finite either: lower the learning rate or `max_grad_norm`, look "
+            "for the batch, or train in bfloat16 in place of float16"
         )
 
     def _dead_message(self, dead: list[tuple[str, int]], config: MoELoraConfig) -> str:

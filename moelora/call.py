@@ -1,0 +1,65 @@
+"""What the caller of a forward or of generate asked for: routing weights by hand, and which tokens they are for.
+
+Imports torch only. Shapes: B batch, S sequence, E experts of all active adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Call:
+    """One call of a forward or of generate, which makes many forwards."""
+
+    routing_weights: Tensor | None = None  # the caller's own
+    copies: int | None = None  # rows that generate makes of each prompt, for beams and answers; None in a forward
+    prefilled: bool = False  # generate is past the prompt
+
+    def weights_for(
+        self, lead: torch.Size, num_experts: int, past_length: int | Tensor, is_encoder_decoder: bool = False
+    ) -> Tensor | None:
+        """The caller's weights as [*lead, E] for hidden states [*lead, H]; None if there are none.
+
+        In generate they cover prompt and answer, one row for each prompt or, given as [B * copies, ...], one for each
+        row that generate makes of the prompts.
+
+        Args:
+            past_length: tokens in the KV cache.
+
+        Raises:
+            ValueError: the shape does not fit; the message names both.
+        """
+        weights = self.routing_weights
+        if weights is None:
+            return None
+        batch = lead[0]
+        if weights.shape[-1:] != (num_experts,) or weights.dim() not in (2, len(lead) + 1):
+            raise self._misfit(weights, lead, num_experts)
+        if weights.dim() > 2 and is_encoder_decoder:
+            raise ValueError(
+                f"`routing_weights` has shape {list(weights.shape)}, expected {[batch, num_experts]}: encoder and "
+                "decoder see different tokens, so pass one row per sequence"
+            )
+        if self.copies is not None and batch == weights.shape[0] * self.copies:
+            weights = weights.repeat_interleave(self.copies, dim=0)
+        if weights.dim() == 2 and weights.shape[0] == batch:
+            return weights.view(batch, *(1 for _ in lead[1:]), num_experts).expand(*lead, num_experts)
+        is_sequence = len(lead) == 2 and weights.dim() == 3 and weights.shape[0] == batch
+        if self.copies is not None and is_sequence and (self.prefilled or weights.shape[1] >= lead[1]):
+            rows = past_length + torch.arange(lead[1], device=weights.device)
+            return weights.index_select(1, rows.clamp(max=weights.shape[1] - 1))  # the last row holds on
+        if weights.shape[:-1] != lead:
+            raise self._misfit(weights, lead, num_experts)
+        return weights
+
+    def _misfit(self, weights: Tensor, lead: torch.Size, num_experts: int) -> ValueError:
+        expected = " or ".join(dict.fromkeys(str([*tokens, num_experts]) for tokens in (lead, lead[:1])))
+        given = f"`routing_weights` has shape {list(weights.shape)}, expected {expected}"
+        is_expanded = (self.copies or 1) > 1 and weights.dim() > 1 and weights.shape[0] == lead[0] * (self.copies or 1)
+        if is_expanded:
+            given += f": the encoder reads each prompt once for its {self.copies} rows, so pass one row per prompt"
+        return ValueError(given)
