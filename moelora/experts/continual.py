@@ -21,7 +21,7 @@ from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..report.stored import StoredAdapter, check_fit, read_mixture
 from ..training.data import DomainBlocks, load_domains, mix
 from ..training.load import NOT_IN_MIXTURE, load_recipe
-from ..training.progress import console
+from ..training.progress import console, printable
 from ..training.recipe import DomainOptions, ModelOptions, Recipe
 from ..training.record import LEARNED_BEFORE, learned_domains, read_record
 from ..training.run import Start
@@ -158,7 +158,9 @@ class Growth(Start):
     def _recall(self, model: PeftModel, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let an adapter remember from the texts that its own run names."""
         recipe = recorded_recipe(self.folder)
-        console.print(f"Reading what {self.folder.name} was trained on, so that it is remembered", soft_wrap=True)
+        console.print(
+            f"Reading what {printable(self.folder.name)} was trained on, so that it is remembered", soft_wrap=True
+        )
         try:
             domains = load_domains(recipe, tokenizer)
         except (UserError, OSError, ValueError) as error:

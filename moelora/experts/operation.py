@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,15 +22,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
 from ..training.generate import find_base, load_mixture
-from ..training.progress import is_main_process
+from ..training.progress import make_stdout, printable
 from ..training.recipe import DomainOptions, ModelOptions
 from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, may_write, now, write_json
 from ..training.schema import Problem, UserError
@@ -53,15 +53,15 @@ class Plan:
     notes: Sequence[str] = ()
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self.title)]
+        parts: list[RenderableType] = [printable(self.title)]
         if self.rows:
             table = Table()
             for column in self.columns:
-                table.add_column(column, overflow="fold")
+                table.add_column(printable(column), overflow="fold")
             for row in self.rows:
-                table.add_row(*row)
+                table.add_row(*map(printable, row))
             parts.append(table)
-        return Group(*parts, *map(Text, self.notes))
+        return Group(*parts, *map(printable, self.notes))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def carry_out(
     Raises:
         UserError: the folder is or holds what was read, or somebody else has written to it meanwhile.
     """
-    stdout = Console(highlight=False, quiet=not is_main_process)
+    stdout = make_stdout()
     check_only_read(options, inputs, base)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
@@ -239,17 +239,20 @@ def carry_out(
         outcome = work(place)
         write_json(place / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
     if backup is not None:
-        stdout.print(
-            f"Kept what was there in {shown(backup)}; to bring it back: moelora undo {shown(out)}", soft_wrap=True
-        )
-    stdout.print(f"Written: {shown(out)}", soft_wrap=True)
+        undo = printable(shlex.join(["moelora", "undo", shown(out)]))
+        stdout.print(f"Kept what was there in {printable(shown(backup))}; to bring it back: {undo}", soft_wrap=True)
+    stdout.print(f"Written: {printable(shown(out))}", soft_wrap=True)
     return out
 
 
 def nothing_written(out: Path) -> str:
     """What a dry run ends with; out is where the result would go."""
-    kept = f"; what it holds would be kept in {shown(next_kept_place(out, 'backup'))}" if holds_something(out) else ""
-    return f"Dry run: nothing was written to {shown(out)}{kept}."
+    kept = (
+        f"; what it holds would be kept in {printable(shown(next_kept_place(out, 'backup')))}"
+        if holds_something(out)
+        else ""
+    )
+    return f"Dry run: nothing was written to {printable(shown(out))}{kept}."
 
 
 def shown(path: Path) -> str:
@@ -335,7 +338,7 @@ def undo(options: UndoOptions) -> Path | None:
             "folder replaced nothing; remove the folder if you do not want it"
         )
     backup, undone = kept_place(folder, "backup", max(numbers)), next_kept_place(folder, "undone")
-    stdout = Console(highlight=False)
+    stdout = make_stdout()
     moves = [(folder, undone)] if folder.exists() else []
     with ExitStack() as stack:
         if folder.is_dir():
@@ -344,7 +347,7 @@ def undo(options: UndoOptions) -> Path | None:
             except BlockingIOError:
                 raise UserError(f"{folder}: a process is training into it; wait for it, or stop it") from None
         for source, target in [*moves, (backup, folder)]:
-            stdout.print(f"{shown(source)} -> {shown(target)}", soft_wrap=True)
+            stdout.print(f"{printable(shown(source))} -> {printable(shown(target))}", soft_wrap=True)
             if not options.dry_run:
                 os.rename(source, target)
     if options.dry_run:

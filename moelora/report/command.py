@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from ..options import ReportOptions, check_options
 from ..training.base import load_tokenizer
 from ..training.data import split_documents
-from ..training.generate import find_base, load_mixture
-from ..training.progress import console
+from ..training.generate import find_base, load_mixture, tell_loading
+from ..training.progress import console, printable
 from ..training.recipe import DomainOptions, plain_name
 from ..training.record import learned_domains, may_write, record_of, replacing
 from ..training.schema import Problem, UserError
@@ -46,7 +46,7 @@ def report(options: ReportOptions) -> Path:
     base = find_base(adapter, options.base)
     check_fit(stored, base, adapter)
     record = record_of(adapter)
-    console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
+    tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
@@ -60,7 +60,7 @@ def report(options: ReportOptions) -> Path:
     page = render(found, About(_shown(adapter), _shown(Path(base.name)), routing), PERMUTATIONS)
     with replacing(out) as stream:
         stream.write(page)
-    console.print(f"Report: {out} ({len(page) / 1e6:.1f} MB)", soft_wrap=True)
+    console.print(f"Report: {printable(out)} ({len(page) / 1e6:.1f} MB)", soft_wrap=True)
     return out
 
 

@@ -1,5 +1,6 @@
 """The main job: fine-tune a causal language model with a mixture of LoRA experts, and measure what it learned."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
 from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, check_converged, evaluate
-from .progress import console, is_main_process
+from .progress import console, is_main_process, printable
 from .recipe import Recipe
 from .record import (
     RUN_FILE,
@@ -180,7 +181,8 @@ def _put_aside(folder: Path) -> None:
     except OSError as error:
         fix = f"cannot be put aside ({error.strerror}); give another folder"
         raise UserError(str(Problem("training.output_dir", str(folder), fix))) from error
-    console.print(f"Kept what was there in {backup}; to bring it back: moelora undo {folder}", soft_wrap=True)
+    where, undo = printable(backup), printable(shlex.join(["moelora", "undo", str(folder)]))
+    console.print(f"Kept what was there in {where}; to bring it back: {undo}", soft_wrap=True)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -194,7 +196,7 @@ def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]
     tokenizer = load_tokenizer(recipe.model)
     domains = load_domains(recipe, tokenizer)
     arguments = training_arguments(**recipe.training)
-    console.print(f"Loading {recipe.model.name}", soft_wrap=True)
+    console.print(f"Loading {printable(recipe.model.name)}", soft_wrap=True)
     set_seed(recipe.seed)
     model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)
     trainer = Trainer(

@@ -5,16 +5,18 @@ A document is a text, or a conversation (a list of {role, content}) where the do
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetsError
-from rich import progress
 
-from .progress import console
+from .files import NotReadableError, open_regular, parse_json
+from .progress import console, printable, track_reading
 from .recipe import DomainOptions
 from .schema import Problem, UserError, did_you_mean, shorten
 
@@ -103,7 +105,8 @@ def load_documents(domain: DomainOptions, path: str, split: str) -> datasets.Dat
 def _tell_empty(domain: DomainOptions, path: str, count: int) -> None:
     if count:
         console.print(
-            f"{domain.name}: rows left out, for `{_field(domain)}` is empty: {count:,} of {path}", soft_wrap=True
+            f"{domain.name}: rows left out, for `{printable(_field(domain))}` is empty: {count:,} of {printable(path)}",
+            soft_wrap=True,
         )
 
 
@@ -149,12 +152,12 @@ def _few(fixes: list[str], what: str) -> list[str]:
 
 def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
     """Yield a file's documents, also the empty ones of a JSONL file, reporting what cannot be read."""
-    size = file.stat().st_size
-    disable = size < BYTES_WORTH_A_PROGRESS_BAR
-    bar = progress.open(
-        file, "rb", description=f"Reading {file.name}", console=console, transient=True, disable=disable
-    )
-    with bar as stream:
+    try:
+        opened = open_regular(file)
+    except NotReadableError as error:
+        report(str(error))
+        return
+    with opened, _shown(opened, file) as stream:
         lines = _decode(stream, report)
         if file.suffix in JSON_LINES:
             yield from _read_json_lines(lines, domain, report)
@@ -163,6 +166,13 @@ def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
     for document in text.split(domain.separator) if domain.separator else [text]:
         if document.strip():
             yield document
+
+
+def _shown(opened: BinaryIO, file: Path) -> AbstractContextManager[Any]:
+    """The file as it is read, with a progress bar where that takes a while."""
+    size = os.fstat(opened.fileno()).st_size
+    worth = size >= BYTES_WORTH_A_PROGRESS_BAR
+    return track_reading(opened, size, f"Reading {file.name}") if worth else nullcontext(opened)
 
 
 def _decode(lines: Any, report: Report) -> Iterator[tuple[int, str]]:
@@ -183,9 +193,9 @@ def _read_json_lines(lines: Iterator[tuple[int, str]], domain: DomainOptions, re
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            report(f"line {number}: not JSON ({error.msg} at column {error.colno}); write one JSON object per line")
+            row = parse_json(line)
+        except NotReadableError as error:
+            report(f"line {number}: {error}; write one JSON object per line")
             continue
         fix = _check_row(row, domain)
         if fix:
@@ -232,7 +242,7 @@ def _as_json(value: Any) -> str:
 def _no_such_field(domain: DomainOptions, fields: list[str]) -> str:
     option = "text_field" if domain.messages_field is None else "messages_field"
     guess = did_you_mean(_field(domain), fields)
-    return f"no field `{_field(domain)}`, only {', '.join(fields) or 'none'}; set `{option}`{guess}"
+    return f"no field `{_field(domain)}`, only {', '.join(map(printable, fields)) or 'none'}; set `{option}`{guess}"
 
 
 def _open_dataset(domain: DomainOptions, path: str, split: str) -> datasets.Dataset:
