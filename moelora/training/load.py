@@ -2,20 +2,20 @@
 
 import copy
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from transformers import TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig
 from ..presets import PRESETS
 from .arguments import check_parts
 from .base import check_model
+from .files import NotReadableError
 from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
+from .recipe_file import parse_yaml, read_yaml
 from .record import check_output_dir
 from .schema import (
     Check,
@@ -86,29 +86,6 @@ NOT_IN_MIXTURE = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `2e-4` is a number, `no` is a word, and a key given twice is an error, not a loss."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is given {count} times", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -169,12 +146,12 @@ def _check_what_is_read(recipe: Recipe, path: Path, overwrite: bool) -> list[Pro
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = read_yaml(path)
     except OSError as error:
         fix = "no such file; give the path of a recipe" if isinstance(error, FileNotFoundError) else str(error)
         raise RecipeError(path, [Problem("recipe", str(path), fix)]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(path, [Problem("recipe", str(path), f"not readable as YAML: {error}")]) from None
+    except NotReadableError as error:
+        raise RecipeError(path, [Problem("recipe", str(path), str(error))]) from None
     if not isinstance(raw, dict):
         fix = "must be a mapping with the keys model, data and training; see docs/training.md"
         raise RecipeError(path, [Problem("recipe", raw, fix)])
@@ -199,9 +176,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
             problems.append(Problem("--set", override, fix))
             continue
         try:
-            section[last] = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            problems.append(Problem("--set", override, f"the value is not readable as YAML: {error}"))
+            section[last] = parse_yaml(text)
+        except NotReadableError as error:
+            problems.append(Problem("--set", override, f"the value: {error}"))
     return raw, problems
 
 

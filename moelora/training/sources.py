@@ -36,7 +36,8 @@ def resolve_path(path: str, folder: Path) -> str:
     candidate = folder / Path(path).expanduser()
     names_a_file = Path(path).suffix in JSON_LINES | NEEDS_A_FOLDER | TEXT
     local = path.startswith((".", "/", "~")) or path.count("/") > 1 or names_a_file or glob.has_magic(path)
-    return str(candidate.resolve()) if local or candidate.exists() else path
+    # Not Path.resolve(), which fails on a link that leads to itself.
+    return os.path.realpath(candidate) if local or candidate.exists() else path
 
 
 def paths_read(domains: Iterable[DomainOptions]) -> list[str]:
@@ -99,7 +100,13 @@ def load_documents(domain: DomainOptions, path: str, split: str) -> datasets.Dat
     read = [document for file in _files(path) for document in _read(file, domain, fail)]
     documents = list(filter(None, read))
     _tell_empty(domain, path, len(read) - len(documents))
-    return datasets.Dataset.from_dict({"document": documents})
+    try:
+        return datasets.Dataset.from_dict({"document": documents})
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:  # texts always form a table
+        fix = (
+            f"conversations differ in their fields, or hold what no table does ({error}); give {{role, content}} alone"
+        )
+        raise UserError(f"data.{domain.name}: {path}: {fix}") from error
 
 
 def _tell_empty(domain: DomainOptions, path: str, count: int) -> None:
@@ -252,6 +259,11 @@ def _open_dataset(domain: DomainOptions, path: str, split: str) -> datasets.Data
     return datasets.load_dataset(path, domain.subset, split=split)
 
 
+def _is_odd(file: Path) -> bool:
+    """Whether reading a file might never end."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
 def _is_saved(path: str) -> bool:
     """Whether `datasets` saved a folder, which then lists its own files."""
     return any((Path(path) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
@@ -259,6 +271,8 @@ def _is_saved(path: str) -> bool:
 
 def _check_dataset(domain: DomainOptions, path: str, split: str, key: str) -> list[Problem]:
     rows = None
+    if odd := next((file for file in Path(path).rglob("*") if _is_odd(file)), None):
+        return [Problem(key, path, f"{odd} is no regular file, but a pipe or a device, which is not read; remove it")]
     try:
         if Path(path).is_dir():
             rows = _open_dataset(domain, path, split)
