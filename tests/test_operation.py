@@ -74,7 +74,8 @@ def test_what_an_operation_left_inside_a_run_is_not_of_that_run(tmp_path):
     values = {"expert_load": [1.0], "maturity": [0.0], "entropy": 0.0, "top1_probability": 1.0, "dropped": 0.0,
               "balancing_loss": 1.0}  # fmt: skip
     log = [{"step": 1, "loss": 2.0, "routers": {"": values}}]
-    run = {"status": "finished", "recipe": {"model": {"name": "run's base"}}, "domains": [], "log": log}
+    recipe = {"model": {"name": "run's base"}, "data": [], "training": {}}
+    run = {"status": "finished", "recipe": recipe, "domains": {}, "log": log}
     write_json(tmp_path / "run.json", run)
     (tmp_path / "checkpoint-1").mkdir()
     assert noted_base(tmp_path / "checkpoint-1") == {"name": "run's base"}

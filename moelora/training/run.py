@@ -23,6 +23,7 @@ from ..staging import holds_something, next_kept_place, only_process_in
 from .arguments import training_arguments
 from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
+from .checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, what_it_lacks
 from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, check_converged, evaluate
 from .progress import console, is_main_process, printable
@@ -31,8 +32,6 @@ from .record import (
     RUN_FILE,
     check_output_dir,
     environment,
-    has_all_steps,
-    last_checkpoint,
     now,
     read_record,
     write_json,
@@ -101,7 +100,7 @@ def _train(
     """Steps 2 to 4 of [`train`]."""
     run_file = recipe.output_dir / RUN_FILE
     if resume:
-        record, checkpoint = _resumed_record(recipe, domains), last_checkpoint(recipe.output_dir)
+        record, checkpoint = _resumed_record(recipe, domains), _checkpoint_to_go_on_from(recipe.output_dir)
     else:
         record, checkpoint = _new_record(recipe, trainer, domains) | start.describe(), None
         trainer.add_callback(_AtStart(lambda: _measure_before(trainer, domains, record, seconds, run_file)))
@@ -126,7 +125,7 @@ def _train(
         "steps": outcome.global_step,
         "train_loss": None if complete else outcome.training_loss,
         "maturity": _maturity(trainer.model),
-        "seconds": record["seconds"] | seconds,
+        "seconds": record.get("seconds", {}) | seconds,
         "log": trainer.state.log_history,
     }
     _write(run_file, record)
@@ -134,6 +133,15 @@ def _train(
     useless = f"the adapter in {recipe.output_dir} is of no use"
     check_converged(results, f"lower training.learning_rate ({rate:g}); {useless}")
     return record
+
+
+def _checkpoint_to_go_on_from(folder: Path) -> Path:
+    """The newest whole checkpoint, of which there is one; what is wrong with it and with newer ones is said."""
+    checkpoint, damaged = last_whole_checkpoint(folder)
+    assert checkpoint is not None  # the recipe's check has seen to that
+    for said in [*(f"{each}; it is passed over" for each in damaged), *what_it_lacks(checkpoint)]:
+        console.print(printable(said), soft_wrap=True)
+    return checkpoint
 
 
 def _make_no_step(arguments: TrainingArguments) -> None:
@@ -265,12 +273,15 @@ def _new_record(recipe: Recipe, trainer: Trainer, domains: Sequence[DomainBlocks
 def _resumed_record(recipe: Recipe, domains: Sequence[DomainBlocks]) -> dict[str, Any]:
     record = read_record(recipe.output_dir) or {}
     for domain in domains:
-        stored = {name: record["domains"][domain.name].get(name) for name in domain.sizes()}
+        noted = record["domains"].get(domain.name, {})
+        stored = {name: noted.get(name) for name in domain.sizes()}
         if stored != domain.sizes():
             raise UserError(
                 f"data.{domain.name}: the data changed since the run began (it was {stored}, it is {domain.sizes()}); "
                 "restore it, or start over with --overwrite"
             )
+        for lost in {"loss_before", "perplexity_before"} - noted.keys():
+            noted[lost] = None
     return record | {"status": "training", "recipe": recipe.as_dict(), "environment": environment()}
 
 
