@@ -28,6 +28,7 @@ from rich.table import Table
 from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
+from ..training.files import expand_user, real_path
 from ..training.generate import find_base, load_mixture
 from ..training.progress import make_stdout, printable
 from ..training.recipe import DomainOptions, ModelOptions
@@ -87,7 +88,7 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
     except OSError as error:  # a name that is too long
         return [Problem("--out", str(folder), f"{error.strerror}; give another place")]
     if not may_write(folder.parent):
-        parent = next(parent for parent in folder.parents if parent.exists())
+        parent = next(parent for parent in folder.parents if os.path.lexists(parent))
         return [Problem("--out", str(folder), f"{parent} is no folder that may be written to; give another place")]
     if folder.exists() and not folder.is_dir():
         return [Problem("--out", str(folder), "is a file; give a folder")]
@@ -122,9 +123,9 @@ def check_only_read(
     replaced = _entry(options.out_folder)
     others = [*paths_read(domains), *([] if base is None else [base.name])]
     for path in [*inputs, *others]:
-        if not Path(path).expanduser().exists():  # an id of the hub
+        if not expand_user(path).exists():  # an id of the hub
             continue
-        read = {_entry(path), whole_path(path).resolve()}
+        read = {_entry(path), real_path(whole_path(path))}
         if any(replaced in place.parents for place in read):
             fix = f"holds {path}, which is only read, and would be put aside with all else in it; give another folder"
         elif replaced in read and (path in others or not options.in_place):
@@ -139,7 +140,7 @@ def check_only_read(
 def _entry(folder: str | Path) -> Path:
     """What a rename of the folder moves: links on the way to it followed, not one that it is itself."""
     path = whole_path(folder)
-    return path.parent.resolve() / path.name
+    return real_path(path.parent) / path.name
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def read_source(folder: str | Path, base: str | None = None) -> Source:
     Raises:
         UserError: there is no mixture in the folder, it is damaged, or it does not fit the base model.
     """
-    path = Path(folder).expanduser()
+    path = expand_user(folder)
     stored = read_mixture(path)
     model = find_base(path, base)
     check_fit(stored, model, path)
@@ -268,9 +269,9 @@ def describe_operation(
     return {
         "operation": type(options).__name__.removesuffix("Options").lower(),
         "options": dataclasses.asdict(options),
-        "inputs": {str(path): _checksum(Path(path).expanduser() / WEIGHTS_FILE) for path in inputs},
+        "inputs": {str(path): _checksum(expand_user(path) / WEIGHTS_FILE) for path in inputs},
         "base": None if base is None else dataclasses.asdict(base),
-        LEARNED_BEFORE: [domain for path in inputs for domain in learned_domains(Path(path).expanduser())],
+        LEARNED_BEFORE: [domain for path in inputs for domain in learned_domains(expand_user(path))],
         "environment": environment(),
         "started": now(),
     }

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..options import ReportOptions, check_options
 from ..training.base import load_tokenizer
 from ..training.data import split_documents
+from ..training.files import expand_user, real_path
 from ..training.generate import find_base, load_mixture, tell_loading
 from ..training.progress import console, printable
 from ..training.recipe import DomainOptions, plain_name
@@ -39,9 +40,9 @@ def report(options: ReportOptions) -> Path:
         UserError: everything that is wrong with the options and files, before any model is loaded; or the texts hold no
             token. Nothing is written then.
     """
-    out = Path(options.out).expanduser()
+    out = expand_user(options.out)
     domains = _check(options, out)
-    adapter = Path(options.adapter).expanduser()
+    adapter = expand_user(options.adapter)
     stored = read_mixture(adapter)
     base = find_base(adapter, options.base)
     check_fit(stored, base, adapter)
@@ -80,7 +81,7 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
     problems = check_options(options) + _check_out(out)
     domains, found = check_data(options.data)
     problems += found
-    if out.resolve() in (Path(path).resolve() for path in paths_read(domains)):
+    if real_path(out) in (real_path(path) for path in paths_read(domains)):
         problems.append(Problem("--out", str(out), "is one of the texts, which are only read; give another file"))
     if problems:
         raise UserError("\n".join(map(str, problems)))

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..options import InspectOptions
 from ..routing import Router
+from ..training.files import expand_user
 from ..training.progress import make_stdout, print_exactly, printable, track
 from ..training.record import finite
 from .geometry import Geometry, geometry, group_modules, sharpness
@@ -88,7 +89,7 @@ def inspect(options: InspectOptions) -> None:
     Raises:
         UserError: there is no adapter, it is no mixture, or it is damaged.
     """
-    found = inspect_adapter(Path(options.adapter).expanduser())
+    found = inspect_adapter(expand_user(options.adapter))
     if options.json:
         print_exactly(json.dumps(finite(dataclasses.asdict(found)), indent=2))
     else:

@@ -14,6 +14,16 @@ class NotReadableError(ValueError):
     """A file or a text is no regular file or does not hold what it should; the message says why, not where."""
 
 
+def expand_user(path: str | Path) -> Path:
+    """A path with `~` as one's own folder; `~x` stays where nobody is called x, which Path.expanduser() fails on."""
+    return Path(os.path.expanduser(path))
+
+
+def real_path(path: str | Path) -> Path:
+    """The whole path with links followed; a link that leads to itself stays, which Path.resolve() fails on."""
+    return Path(os.path.realpath(path))
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file to read it. A pipe or a device may never end, so it is not opened at all.
 

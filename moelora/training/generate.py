@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..options import GenerateOptions, check_options
 from .base import check_model, load_model, load_tokenizer
+from .files import expand_user
 from .progress import console, naming_output, printable
 from .recipe import ModelOptions
 from .record import noted_base
@@ -24,7 +25,7 @@ def generate(options: GenerateOptions) -> str:
     """
     if problems := check_options(options):
         raise UserError("\n".join(map(str, problems)))
-    adapter = Path(options.adapter).expanduser()
+    adapter = expand_user(options.adapter)
     base = find_base(adapter, options.base)
     tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)

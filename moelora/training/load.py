@@ -13,7 +13,7 @@ from ..config import SHARED_FIELDS, MoELoraConfig
 from ..presets import PRESETS
 from .arguments import check_parts
 from .base import check_model
-from .files import NotReadableError
+from .files import NotReadableError, expand_user, real_path
 from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from .recipe_file import parse_yaml, read_yaml
 from .record import check_output_dir
@@ -109,11 +109,11 @@ def load_recipe(
     path = Path(path)
     raw, problems = apply_overrides(_parse(path), overrides)
     problems += check_values(Recipe, raw, "")
-    recipe = _build(raw, path.resolve().parent, problems, inherited)
+    recipe = _build(raw, real_path(path).parent, problems, inherited)
     if recipe is not None:
         problems += _check_best_model(recipe)
         problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
-        problems += _check_what_is_read(recipe, path.resolve(), overwrite)
+        problems += _check_what_is_read(recipe, real_path(path), overwrite)
     if problems or recipe is None:
         raise RecipeError(path, problems)
     return recipe
@@ -135,7 +135,7 @@ def _check_what_is_read(recipe: Recipe, path: Path, overwrite: bool) -> list[Pro
     out = recipe.output_dir
     reads = (str(path), recipe.model.name, *paths_read(recipe.data)) if overwrite else ()
     local = (Path(read) for read in reads if Path(read).is_absolute())  # not an id of the hub
-    if inside := [str(read) for read in local if read.resolve().is_relative_to(out)]:
+    if inside := [str(read) for read in local if real_path(read).is_relative_to(out)]:
         fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
     elif around := folder_read_around(recipe.data, out):
         fix = LIES_IN_TEXTS.format(around)
@@ -278,7 +278,7 @@ def _build_training(
             Problem("training.output_dir", MISSING, "missing; the folder for the adapter, run.json and checkpoints")
         )
     elif isinstance(raw["output_dir"], str):
-        values["output_dir"] = str((folder / Path(raw["output_dir"]).expanduser()).resolve())
+        values["output_dir"] = str(real_path(folder / expand_user(raw["output_dir"])))
     found += construct(TrainingArguments, _without(values, "training", found), "training")
     found = found or check_parts(values)
     problems += found

@@ -19,6 +19,7 @@ from peft.utils import CONFIG_NAME
 
 from ..staging import staging
 from .checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, step_of
+from .files import real_path
 from .recipe import Recipe
 from .record_check import LEARNED_BEFORE, read_checked_operation, read_checked_run
 from .schema import Problem
@@ -62,7 +63,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 def may_write(folder: Path) -> bool:
     """Whether files can be made in a folder, which is made first where it is not there: found out by trying, for
     permissions say neither that /proc takes no files nor that a disk is mounted to be read only."""
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryDirectory(prefix=".moelora.", dir=nearest):
             return True
@@ -82,7 +83,7 @@ def record_of(adapter: Path) -> dict[str, Any] | None:
     """
     if (record := read_record(adapter)) or _read_operation(adapter):
         return record
-    return read_record(adapter.resolve().parent)
+    return read_record(real_path(adapter).parent)
 
 
 def learned_domains(adapter: Path) -> list[dict[str, Any]]:
@@ -95,7 +96,7 @@ def learned_domains(adapter: Path) -> list[dict[str, Any]]:
     operation = _read_operation(adapter)
     if LEARNED_BEFORE in operation:
         return operation[LEARNED_BEFORE]
-    parent = adapter.resolve().parent
+    parent = real_path(adapter).parent
     return learned_domains(parent) if read_record(parent) else []
 
 

@@ -15,7 +15,7 @@ import datasets
 from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from .files import NotReadableError, open_regular, parse_json
+from .files import NotReadableError, expand_user, open_regular, parse_json, real_path
 from .progress import console, printable, track_reading
 from .recipe import DomainOptions
 from .schema import Problem, UserError, did_you_mean, shorten
@@ -33,11 +33,10 @@ Report = Callable[[str], None]
 
 def resolve_path(path: str, folder: Path) -> str:
     """Make a recipe's path absolute, unless it names something on the hub."""
-    candidate = folder / Path(path).expanduser()
+    candidate = folder / expand_user(path)
     names_a_file = Path(path).suffix in JSON_LINES | NEEDS_A_FOLDER | TEXT
     local = path.startswith((".", "/", "~")) or path.count("/") > 1 or names_a_file or glob.has_magic(path)
-    # Not Path.resolve(), which fails on a link that leads to itself.
-    return os.path.realpath(candidate) if local or candidate.exists() else path
+    return str(real_path(candidate)) if local or candidate.exists() else path
 
 
 def paths_read(domains: Iterable[DomainOptions]) -> list[str]:
@@ -47,7 +46,7 @@ def paths_read(domains: Iterable[DomainOptions]) -> list[str]:
 
 def folder_read_around(domains: Iterable[DomainOptions], out: Path) -> str | None:
     """The folder of texts that an output folder lies in, if `datasets` would read what is written there too."""
-    around = (path for path in _named(domains) if Path(path).is_dir() and out.resolve().is_relative_to(path))
+    around = (path for path in _named(domains) if Path(path).is_dir() and real_path(out).is_relative_to(path))
     return next((path for path in around if _is_read_whole(path)), None)
 
 
