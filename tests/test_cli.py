@@ -154,7 +154,10 @@ def test_generate_checks_its_options(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["prune", "adapter", "--keep", "1", "--data", "a=counting.jsonl", "--out", "loop/x"], "loop is no folder that may be written to"),
+        (
+            ["prune", "adapter", "--keep", "1", "--data", "a=counting.jsonl", "--out", "loop/x"],
+            "loop is no folder that may be written to",
+        ),
         (["report", "--adapter", "adapter", "--data", "a=./loop", "--out", "a.html"], "no such file"),
         (["inspect", "~nobodyoftheirs"], "no such folder"),
         (["inspect", "a\0b"], "must not hold a zero byte"),

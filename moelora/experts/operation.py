@@ -15,7 +15,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,15 @@ def _entry(folder: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter on disk that an operation starts from, and the base model that it fits."""
+    """An adapter on disk that an operation starts from, and the base model that it fits.
+
+    files tells its files from others of their names, which somebody may put there while this one is read.
+    """
 
     folder: Path
     stored: list[StoredAdapter]
     base: ModelOptions
+    files: frozenset[tuple[str, int, int, int]]
 
     @property
     def experts(self) -> list[str]:
@@ -174,10 +178,18 @@ class Source:
         return max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
 
     def load(self, device: torch.device | None = None) -> PeftModel:
-        """The base model with the adapter, in evaluation mode; on the GPU if there is one."""
-        return load_mixture(
-            self.base, self.folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        """The base model with the adapter, in evaluation mode; on the GPU if there is one.
+
+        Raises:
+            UserError: it does not load, or another process has replaced it since it was checked.
+        """
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return load_mixture(self.base, self.folder, device)
+        finally:
+            if _files_of(self.folder) != self.files:  # what was checked is not what was loaded
+                fix = "another process has replaced or changed it while it was read; run the command again"
+                raise UserError(f"the adapter {self.folder}: {fix}")
 
 
 def check_rank(flag: str, rank: int, highest: int) -> None:
@@ -198,10 +210,22 @@ def read_source(folder: str | Path, base: str | None = None) -> Source:
         UserError: there is no mixture in the folder, it is damaged, or it does not fit the base model.
     """
     path = expand_user(folder)
+    files = _files_of(path)
     stored = read_mixture(path)
     model = find_base(path, base)
     check_fit(stored, model, path)
-    return Source(path, stored, model)
+    return Source(path, stored, model, files)
+
+
+def _files_of(folder: Path) -> frozenset[tuple[str, int, int, int]]:
+    """Name, number, time and size of every file that belongs to an adapter; checkpoints beside it are others."""
+    found = [*folder.glob("adapter_*"), *folder.glob("*/adapter_*")]
+    states = []
+    for path in (path for path in found if not path.parent.name.startswith("checkpoint-") or path.parent == folder):
+        with suppress(OSError):  # it has just gone
+            state = path.stat()
+            states.append((str(path), state.st_ino, state.st_mtime_ns, state.st_size))
+    return frozenset(states)
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
