@@ -2,13 +2,24 @@ import datetime
 import json
 import os
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
 from tiny import CHAT_TEMPLATE, counting, shouting, tiny_tokenizer, write_jsonl
 
 from moelora.training import DomainOptions, ModelOptions, Recipe, UserError
-from moelora.training.data import DomainBlocks, choose_held_out, load_domains, mix, split_documents, to_blocks
+from moelora.training.data import (
+    DomainBlocks,
+    choose_held_out,
+    load_domains,
+    mix,
+    plain_text,
+    split_documents,
+    to_blocks,
+    token_ids,
+)
 from moelora.training.sources import check_domain, resolve_path
 
 
@@ -343,3 +354,41 @@ def test_conversations_that_no_table_holds_are_told(tmp_path, extra):
     assert check_domain(chat, "data.d") == []
     with pytest.raises(UserError, match=r"data\.d: .*chat\.jsonl: conversations differ in their fields"):
         split_documents(chat)
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+LOOPS += "{% endfor %}{% endfor %}"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOOPS, "takes more than 0.2 seconds"),
+        ("{{ 7 ** (10 ** 9) }}", "takes more than 0.2 seconds"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails (RecursionError"),
+        ("{% for a in range(10 ** 12) %}{% endfor %}", "fails (OverflowError: Range too big"),
+        ("{{ raise_exception('no system turn') }}", "fails (TemplateError: no system turn)"),
+        ("{{ messages[0].nothing.more }}", "fails (UndefinedError"),
+        ("{% for %}", "fails (TemplateSyntaxError"),
+        ("{{ 1 / 0 }}", "fails (ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails (SecurityError"),
+    ],
+)
+def test_a_chat_template_that_does_not_end_or_fails_is_told(monkeypatch, template, said):
+    monkeypatch.setattr("moelora.training.chat.SECONDS", 0.2)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match="the model's chat template " + re.escape(said)):
+        token_ids([{"role": "user", "content": "hi"}], tokenizer)
+    assert signal.getsignal(signal.SIGVTALRM) is before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_a_chat_template_works_in_other_threads_too():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with ThreadPoolExecutor(1) as threads:
+        text = threads.submit(plain_text, [{"role": "user", "content": "hi"}], tokenizer).result()
+    assert text == ("user: hi\n", False)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..options import GenerateOptions, check_options
 from .base import check_model, load_model, load_tokenizer
+from .chat import apply_template
 from .files import expand_user
 from .progress import console, naming_output, printable
 from .recipe import ModelOptions
@@ -134,4 +135,4 @@ def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions):
     if not tokenizer.chat_template:
         raise UserError("--chat: the model has no chat template; leave the flag out")
     turns = [{"role": "user", "content": options.prompt}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return apply_template(tokenizer, turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
