@@ -32,6 +32,7 @@ from .options import (
 from .process import (
     drop_output,
     escape_what_cannot_be_encoded,
+    failed_to_write,
     flush_output,
     let_interrupts,
     printable_warnings,
@@ -219,6 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except MemoryError:
         status = _fail("out of memory")
+    except Exception as error:
+        if not failed_to_write(error):
+            raise
+        status = _fail(f"a file cannot be written; is the disk full? ({error})")
     except KeyboardInterrupt as error:
         if is_command:
             let_interrupts(end_at_once=True)

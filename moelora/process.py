@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,6 +47,11 @@ def flush_output() -> None:
     if sys.stdout is not None:
         with naming_output("standard output"):
             sys.stdout.flush()
+
+
+def failed_to_write(error: Exception) -> bool:
+    """Whether safetensors or torch could not write a file: they say so in errors of their own, not in an OSError."""
+    return re.search("I/O error|PytorchStreamWriter|unexpected pos|iostream error", str(error)) is not None
 
 
 def drop_output() -> None:

@@ -1,6 +1,7 @@
 """How the command ends when its output has nowhere to go, its folder is gone or somebody presses Ctrl-C."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from moelora.cli import main
 from moelora.training.progress import OutputClosedError
+from moelora.training.record import write_json
 
 FULL = Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
@@ -111,6 +114,16 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError("cannot reach the hub"), "cannot reach the hub"),
         (MemoryError(), "out of memory"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "a file cannot be written; is the disk full? "
+            "(Error while serializing: I/O error: No space left on device (os error 28))",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 14916 vs 14800"),
+            "a file cannot be written; is the disk full? "
+            "([enforce fail at inline_container.cc:672] . unexpected pos 14916 vs 14800)",
+        ),
     ],
 )
 def test_errors_of_the_system_are_told_in_one_line(monkeypatch, capsys, error, said):
@@ -120,6 +133,30 @@ def test_errors_of_the_system_are_told_in_one_line(monkeypatch, capsys, error, s
     monkeypatch.setattr("moelora.experts.operation.undo", fail)
     assert main(["undo", "x"]) == 2
     assert capsys.readouterr().err == f"moelora: {said}\n"
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
+    def fail(options):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("moelora.experts.operation.undo", fail)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["undo", "x"])
+
+
+def test_a_record_that_the_disk_has_no_room_for_is_named(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*run\.json'"):
+        write_json(tmp_path / "run.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_no_utf_8_are_written_as_json_has_them(tmp_path):
+    write_json(tmp_path / "run.json", {"command": "a\udcff"})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"command": "a\udcff"}
 
 
 def test_an_output_that_closes_is_no_error_of_the_system():

@@ -109,11 +109,15 @@ def load_recipe(
     path = Path(path)
     raw, problems = apply_overrides(_parse(path), overrides)
     problems += check_values(Recipe, raw, "")
-    recipe = _build(raw, real_path(path).parent, problems, inherited)
-    if recipe is not None:
-        problems += _check_best_model(recipe)
-        problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
-        problems += _check_what_is_read(recipe, real_path(path), overwrite)
+    try:
+        recipe = _build(raw, real_path(path).parent, problems, inherited)
+        if recipe is not None:
+            problems += _check_best_model(recipe)
+            problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
+            problems += _check_what_is_read(recipe, real_path(path), overwrite)
+    except OSError as error:  # a name that is too long, a file that may not be read
+        recipe = None
+        problems.append(Problem("recipe", error.filename or MISSING, error.strerror or str(error)))
     if problems or recipe is None:
         raise RecipeError(path, problems)
     return recipe
@@ -307,8 +311,9 @@ def construct(cls: type[T], values: Mapping[str, Any], key: str) -> list[Problem
         try:
             cls(**remaining)
             return problems
-        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-            name = culprit(str(error), remaining)
+        except Exception as error:  # a class of others', which may take a value for what it should be
+            reason = str(error) or repr(error)
+            name = culprit(reason, remaining)
             if name is None:
-                return [*problems, Problem(key, MISSING, str(error))]
-            problems.append(Problem(f"{key}.{name}", remaining.pop(name), str(error)))
+                return [*problems, Problem(key, MISSING, reason)]
+            problems.append(Problem(f"{key}.{name}", remaining.pop(name), reason))

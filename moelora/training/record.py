@@ -52,12 +52,18 @@ def finite(value: Any) -> Any:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """A stream to a temporary file that takes the place of path once the block has succeeded, and not before."""
-    with staging(path) as temporary:
-        with temporary.open("w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+    try:
+        with staging(path) as temporary:
+            # A lone surrogate becomes an escape, which in JSON means itself.
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk, which does not say where
+            error.filename = str(path)
+        raise
 
 
 def may_write(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Recipes and `--set` that no YAML is: one line that says what is wrong, soon, whatever they hold."""
 
 import os
+import re
 
 import pytest
 from tiny import problems, write_recipe
@@ -118,6 +119,21 @@ def test_settings_without_a_key_are_refused(folder, recipe, override):
 )
 def test_numbers_that_no_tensor_takes_are_refused(folder, recipe, setting, key):
     assert key in problems(folder, recipe, setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (f"data.counting.path=./{'x' * 300}", "File name too long"),
+        (f"model.name=./{'x' * 300}", "File name too long"),
+        (f"training.output_dir={'x/' * 3000}", "File name too long"),
+        ("mixture.rank_pattern=7", "must be a mapping"),
+        ("mixture.rank_pattern={q_proj: }", "TypeError"),
+        ("mixture.target_modules=(", "unterminated subpattern"),
+    ],
+)
+def test_what_only_fails_when_it_is_tried_is_told(folder, recipe, setting, said):
+    assert re.search(said, " ".join(problems(folder, recipe, setting).values()))
 
 
 def test_an_empty_recipe_is_told(folder):
