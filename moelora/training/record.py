@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME
@@ -32,6 +33,7 @@ PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate"
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a crash leaves the old file or the new one, never a part of it."""
     with replacing(path) as stream:
+        stream.reconfigure(errors="backslashreplace")  # half a character becomes an escape, which in JSON means itself
         json.dump(finite(content), stream, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         stream.write("\n")
 
@@ -50,12 +52,11 @@ def finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIOWrapper]:
     """A stream to a temporary file that takes the place of path once the block has succeeded, and not before."""
     try:
         with staging(path) as temporary:
-            # A lone surrogate becomes an escape, which in JSON means itself.
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+            with temporary.open("w", encoding="utf-8") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
