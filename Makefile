@@ -4,6 +4,7 @@
 # make quality      quality against LoRA and other mixtures, each at its own learning rate; wants a GPU (docs/quality.md)
 # make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
 # make newest       the fast tests with the newest releases of the ecosystem, which users get, in place of the pinned ones
+# make fuzz         tens of thousands of hostile recipes, command lines and the like; `make test` tries a few hundred
 # make lint types doctest slow peft-suite
 #
 # Each target works from a bare clone: it makes .venv and installs the pinned versions first.
@@ -20,7 +21,7 @@ QUALITY_DATA := build/quality/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test newest engines slow lint types doctest peft-suite bench quality clean
+.PHONY: quickstart test fuzz newest engines slow lint types doctest peft-suite bench quality clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -47,6 +48,9 @@ quickstart: $(EXAMPLE)
 # One thread a process: two processes that spin over two cores slow each other tenfold.
 test: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+fuzz: $(INSTALLED)
+	MOELORA_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --timeout 0
 
 # Not torch, whose newest build comes with gigabytes of CUDA.
 newest: $(INSTALLED) $(OLD_TRL)

@@ -1,5 +1,6 @@
 """moelora: mixture-of-LoRA-experts fine-tuning as a PEFT tuner. Importing it registers the method with PEFT."""
 
+import signal
 import sys
 from importlib import import_module
 from pathlib import PurePath
@@ -42,6 +43,8 @@ def _is_command() -> bool:
 
 
 # The command registers when it has something to do (`cli.main`): PEFT and PyTorch take seconds, and `--help` needs
-# neither.
+# neither. Until then Ctrl-C may end it there and then: there is nothing to clean up, and nothing to say.
 if not _is_command():
     import_module(".registration", __name__)
+elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,16 +4,16 @@ A command's module is imported once its options are in order: PyTorch, transform
 """
 
 import argparse
+import os
 import pkgutil
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
-
-from rich.console import Console
+from typing import Any, NoReturn
 
 from .options import (
     BuildOptions,
@@ -29,8 +29,19 @@ from .options import (
     UndoOptions,
     check_options,
 )
-from .training.progress import is_main_process
-from .training.schema import UserError, is_required, settable_fields, type_hints
+from .process import (
+    drop_output,
+    escape_what_cannot_be_encoded,
+    failed_to_write,
+    flush_output,
+    let_interrupts,
+    printable_warnings,
+    replace_closed_streams,
+)
+from .training.progress import OutputClosedError, make_stdout, naming_output, printable
+from .training.schema import UserError, is_required, settable_fields, shorten, type_hints
+
+LONGEST_ERROR = 500  # characters of what argparse says; it quotes arguments as long as they are
 
 
 def train_command(options: TrainOptions) -> None:
@@ -47,7 +58,7 @@ def train_command(options: TrainOptions) -> None:
     from .training import load_recipe, train
     from .training.summary import summary
 
-    stdout = Console(highlight=False, quiet=not is_main_process)
+    stdout = make_stdout()
     resume, overwrite = options.resume, options.overwrite
     if options.grow is None:
         start, recipe = None, load_recipe(options.recipe, options.set, resume=resume, overwrite=overwrite)
@@ -60,7 +71,7 @@ def train_command(options: TrainOptions) -> None:
         return
     record = train(recipe, resume=resume, overwrite=overwrite, start=start)
     stdout.print(summary(record))
-    stdout.print(f"Adapter and run.json: {recipe.output_dir}", soft_wrap=True)
+    stdout.print(f"Adapter and run.json: {printable(recipe.output_dir)}", soft_wrap=True)
 
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -119,9 +130,23 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 """Subcommand: the dataclass of its options, where the function is that it calls, a call to paste."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Quotes what it was given as it may be printed."""
+
+    def error(self, message: str) -> NoReturn:
+        """See ArgumentParser."""
+        super().error(printable(shorten(message, LONGEST_ERROR)))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As in ArgumentParser, which passes over errors of writing."""
+        if message and file is not None:
+            with naming_output("standard output" if file is sys.stdout else "standard error"):
+                file.write(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, with types, defaults and help taken from the options' dataclasses."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="moelora",
         description="Mixture-of-LoRA-experts fine-tuning.",
         epilog=_examples(example for _, _, example in COMMANDS.values()),
@@ -170,27 +195,73 @@ def _value_type(hint: Any) -> type:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status is 2 for a mistake that the user can fix, told without a traceback."""
-    parsed = vars(build_parser().parse_args(arguments))
+    """Run a command line and say in one line what ended it.
+
+    Args:
+        arguments: after the command's name; those of this process by default, which is then taken to be the command.
+
+    Returns:
+        The exit status: 2 for a mistake that the user can fix, and what a shell says of a process that ended so for
+        Ctrl-C (130) and for output that nobody reads any more (141).
+    """
+    is_command = arguments is None
+    if is_command:
+        let_interrupts(end_at_once=True)
+        replace_closed_streams()
+    escape_what_cannot_be_encoded()
+    try:
+        _run(arguments, is_command)
+        return 0
+    except UserError as error:
+        return _fail(str(error))
+    except OutputClosedError:
+        status = 141
+    except OSError as error:
+        status = _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+    except MemoryError:
+        status = _fail("out of memory")
+    except Exception as error:
+        if not failed_to_write(error):
+            raise
+        status = _fail(f"a file cannot be written; is the disk full? ({error})")
+    except KeyboardInterrupt as error:
+        if is_command:
+            let_interrupts(end_at_once=True)
+        status = _fail("; ".join(["stopped", *getattr(error, "__notes__", [])]), 130)
+    drop_output()
+    return status
+
+
+def _run(arguments: Sequence[str] | None, is_command: bool) -> None:
+    """Work, and see to it that what was printed has arrived."""
+    try:
+        parsed = vars(build_parser().parse_args(arguments))
+    except SystemExit:  # it has printed help, or what is wrong
+        flush_output()
+        raise
     name = parsed.pop("command")
     cls, function, _ = COMMANDS[name]
     options = cls(**parsed)
     # PEFT 0.21 reads a property that transformers 5.23 renamed: nothing that the user of a command could change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    if problems := check_options(options):
+        raise UserError("\n".join(map(str, problems)))
     try:
-        if problems := check_options(options):
-            raise UserError("\n".join(map(str, problems)))
+        os.getcwd()
+    except OSError:
+        raise UserError("the folder that you work in is gone; change to one that is there") from None
+    with printable_warnings():
         import_module(".registration", __package__)
-        pkgutil.resolve_name(function)(options)
-    except UserError as error:
-        print(f"moelora: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:  # no file of the user's: a closed pipe, a network
-            raise
-        print(f"moelora: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print("; ".join(["moelora: stopped", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 130
-    return 0
+        work = pkgutil.resolve_name(function)
+        if is_command:
+            let_interrupts(end_at_once=False)
+        work(options)
+    flush_output()
+    if is_command:
+        let_interrupts(end_at_once=True)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    with suppress(OSError):  # nowhere to say it: the status does
+        print(f"moelora: {printable(message, lines=True)}", file=sys.stderr)
+    return status

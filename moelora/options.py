@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .training.files import expand_user
 from .training.schema import (
     Problem,
     a_seed,
@@ -46,11 +47,11 @@ def check_options(options: Any) -> list[Problem]:
 
 def whole_path(folder: str | Path) -> Path:
     """A folder by its whole path, without `..`: what is renamed needs a name."""
-    return Path(os.path.abspath(Path(folder).expanduser()))
+    return Path(os.path.abspath(expand_user(folder)))
 
 
 def _is_folder(value: str) -> str | None:
-    return None if Path(value).expanduser().is_dir() else "no such folder; give the `output_dir` of a finished run"
+    return None if expand_user(value).is_dir() else "no such folder; give the `output_dir` of a finished run"
 
 
 def _is_file(value: str) -> str | None:

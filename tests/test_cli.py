@@ -152,6 +152,30 @@ def test_generate_checks_its_options(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["prune", "adapter", "--keep", "1", "--data", "a=counting.jsonl", "--out", "loop/x"],
+            "loop is no folder that may be written to",
+        ),
+        (["report", "--adapter", "adapter", "--data", "a=./loop", "--out", "a.html"], "no such file"),
+        (["inspect", "~nobodyoftheirs"], "no such folder"),
+        (["inspect", "a\0b"], "must not hold a zero byte"),
+        (["inspect", "\udcff"], "must be UTF-8 text"),
+        (["generate", "--adapter", "adapter", "--prompt", "a\0b"], "must not hold a zero byte"),
+        (["generate", "--adapter", "adapter", "--prompt", "a", "--max-new-tokens", "1" + "0" * 30], "64 bits at most"),
+        (["generate", "--adapter", "adapter", "--prompt", "a", "--temperature", "1e999"], "must be a finite number"),
+        (["undo", "x/" * 3000], "File name too long"),
+    ],
+)
+def test_places_and_numbers_that_the_system_has_not_are_told(adapter_folder, capsys, arguments, said):
+    folder = adapter_folder()
+    (folder / "loop").symlink_to("loop")
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("name", "tables"),
     [
         ("training.md", 7),

@@ -1,13 +1,25 @@
 import datetime
 import json
+import os
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
 from tiny import CHAT_TEMPLATE, counting, shouting, tiny_tokenizer, write_jsonl
 
 from moelora.training import DomainOptions, ModelOptions, Recipe, UserError
-from moelora.training.data import DomainBlocks, choose_held_out, load_domains, mix, split_documents, to_blocks
+from moelora.training.data import (
+    DomainBlocks,
+    choose_held_out,
+    load_domains,
+    mix,
+    plain_text,
+    split_documents,
+    to_blocks,
+    token_ids,
+)
 from moelora.training.sources import check_domain, resolve_path
 
 
@@ -288,3 +300,95 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 def test_eval_split_is_refused_where_it_has_no_meaning(jsonl):
     assert "only `datasets` have splits" in fixes(jsonl, eval_split="test")[0]
     assert "`eval_path` is set" in fixes(jsonl, eval_split="test", eval_path=str(jsonl))[0]
+
+
+# Files that strangers wrote
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "line 2: not JSON that can be read"),
+        ('{"text": "a", "n": ' + "[" * 90_000 + "]" * 90_000 + "}", "line 2: lists and mappings lie in each other"),
+        ('{"text": ' + '{"a": ' * 300 + "1" + "}" * 300 + "}", "line 2: lists and mappings lie in each other"),
+        ("9" * 5000, "line 2: not JSON that can be read"),
+        ('{"text": NaN}', "line 2: `text` must be text, not NaN"),
+        ('{"text": 1e999}', "line 2: `text` must be text, not Infinity"),
+        ('{"\\u001b[2J": 1}', r"no field `text`, only \x1b[2J; set"),
+    ],
+)
+def test_a_line_that_json_readers_fail_on_is_told(tmp_path, line, said):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
+    (fix,) = fixes(path)
+    assert said in fix
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop"])
+def test_a_file_that_never_ends_is_not_read(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    (fix,) = fixes(resolve_path(str(path), tmp_path))
+    assert ("no such file" if kind == "loop" else "no regular file, but a folder, a pipe or a device") in fix
+
+
+@pytest.mark.timeout(20)
+def test_a_folder_that_holds_a_pipe_is_not_read(tmp_path):
+    write_jsonl(tmp_path / "texts.jsonl", counting(5))
+    os.mkfifo(tmp_path / "more.jsonl")
+    (fix,) = fixes(tmp_path)
+    assert "more.jsonl is no regular file" in fix
+
+
+@pytest.mark.parametrize("extra", [10**25, [[1], {"a": 2}], {"": 1}])
+def test_conversations_that_no_table_holds_are_told(tmp_path, extra):
+    turns = [{"role": "user", "content": "hi", "extra": 1}]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"turns": turns}, {"turns": [turns[0] | {"extra": extra}]}] * 3)
+    chat = domain(path, messages_field="turns")
+    assert check_domain(chat, "data.d") == []
+    with pytest.raises(UserError, match=r"data\.d: .*chat\.jsonl: conversations differ in their fields"):
+        split_documents(chat)
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+LOOPS += "{% endfor %}{% endfor %}"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOOPS, "takes more than 0.2 seconds"),
+        ("{{ 7 ** (10 ** 9) }}", "takes more than 0.2 seconds"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails (RecursionError"),
+        ("{% for a in range(10 ** 12) %}{% endfor %}", "fails (OverflowError: Range too big"),
+        ("{{ raise_exception('no system turn') }}", "fails (TemplateError: no system turn)"),
+        ("{{ messages[0].nothing.more }}", "fails (UndefinedError"),
+        ("{% for %}", "fails (TemplateSyntaxError"),
+        ("{{ 1 / 0 }}", "fails (ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails (SecurityError"),
+    ],
+)
+def test_a_chat_template_that_does_not_end_or_fails_is_told(monkeypatch, template, said):
+    monkeypatch.setattr("moelora.training.chat.SECONDS", 0.2)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match="the model's chat template " + re.escape(said)):
+        token_ids([{"role": "user", "content": "hi"}], tokenizer)
+    assert signal.getsignal(signal.SIGVTALRM) is before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_a_chat_template_works_in_other_threads_too():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with ThreadPoolExecutor(1) as threads:
+        text = threads.submit(plain_text, [{"role": "user", "content": "hi"}], tokenizer).result()
+    assert text == ("user: hi\n", False)

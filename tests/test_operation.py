@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from helpers import mixture_of
 from peft import PeftModel, get_peft_model
-from tiny import save_tiny_model, tiny_recipe, write_recipe
+from tiny import DATA, save_tiny_model, tiny_recipe, write_recipe
 from transformers import AutoModelForCausalLM
 
+import moelora.experts.operation
 from moelora import MoELoraConfig
 from moelora.cli import main
 from moelora.experts.operation import Plan, carry_out, check_only_read, check_output, read_source
@@ -74,7 +75,8 @@ def test_what_an_operation_left_inside_a_run_is_not_of_that_run(tmp_path):
     values = {"expert_load": [1.0], "maturity": [0.0], "entropy": 0.0, "top1_probability": 1.0, "dropped": 0.0,
               "balancing_loss": 1.0}  # fmt: skip
     log = [{"step": 1, "loss": 2.0, "routers": {"": values}}]
-    run = {"status": "finished", "recipe": {"model": {"name": "run's base"}}, "domains": [], "log": log}
+    recipe = {"model": {"name": "run's base"}, "data": [], "training": {}}
+    run = {"status": "finished", "recipe": recipe, "domains": {}, "log": log}
     write_json(tmp_path / "run.json", run)
     (tmp_path / "checkpoint-1").mkdir()
     assert noted_base(tmp_path / "checkpoint-1") == {"name": "run's base"}
@@ -213,6 +215,26 @@ def test_a_source_is_checked_against_its_base_without_loading_it(tmp_path):
         read_source(tmp_path / "adapter", str(other))
     with pytest.raises(UserError, match="no such folder"):
         read_source(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_an_adapter_that_another_process_replaces_while_it_is_read_is_told(adapter_folder, capsys, monkeypatch, fits):
+    """As a second `prune --overwrite` of the same folder does, which is a moment ahead."""
+    folder = adapter_folder()
+    assert main(["prune", "adapter", "--drop", "0", *DATA, "--out", "smaller"]) == 0
+    load = moelora.experts.operation.load_mixture
+
+    def overtaken(base, place, device):
+        (folder / "adapter").rename(folder / "adapter.backup-1")
+        (folder / ("smaller" if fits else "model")).rename(folder / "adapter")
+        return load(base, place, device)
+
+    monkeypatch.setattr("moelora.experts.operation.load_mixture", overtaken)
+    base = ["--base", str(save_tiny_model(folder / "base"))]
+    assert main(["prune", "adapter", "--drop", "1", *DATA, *base, "--out", "adapter", "--overwrite"]) == 2
+    said = capsys.readouterr().err
+    assert "moelora: the adapter adapter: another process has replaced or changed it while it was read; run" in said
+    assert {path.name for path in folder.glob("adapter*")} == {"adapter", "adapter.backup-1"}
 
 
 def test_a_base_noted_by_an_operation_is_found(tmp_path):

@@ -181,6 +181,24 @@ def test_a_run_that_stopped_after_its_last_step_makes_no_more(folder, recipe_fil
     assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
 
 
+def test_resuming_passes_over_a_damaged_checkpoint_and_says_what_another_lacks(
+    folder, recipe_file, monkeypatch, capsys
+):
+    whole = train(load_recipe(recipe_file, settings(folder, "undamaged")))
+    overrides = settings(folder, "damaged")
+    interrupt(monkeypatch, load_recipe(recipe_file, overrides), InterruptedAtItsEnd)
+    optimizer = folder / "damaged" / "checkpoint-4" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:1000])
+    (folder / "damaged" / "checkpoint-2" / "scheduler.pt").unlink()
+    capsys.readouterr()
+    resumed = train(load_recipe(recipe_file, overrides, resume=True), resume=True)
+    said = capsys.readouterr().err
+    assert "checkpoint-4 is damaged: optimizer.pt cannot be read" in said and "it is passed over" in said
+    assert "checkpoint-2 holds no state of the learning rate schedule (scheduler.pt), which begins anew" in said
+    assert (resumed["resumed_from"], resumed["steps"]) == ("checkpoint-2", 4)
+    assert resumed["domains"].keys() == whole["domains"].keys()
+
+
 def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):
     path = write_recipe(tmp_path, tiny_recipe(tmp_path))
     interrupt(monkeypatch, load_recipe(path))

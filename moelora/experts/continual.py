@@ -20,8 +20,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..report.stored import StoredAdapter, check_fit, read_mixture
 from ..training.data import DomainBlocks, load_domains, mix
+from ..training.files import expand_user, real_path
 from ..training.load import NOT_IN_MIXTURE, load_recipe
-from ..training.progress import console
+from ..training.progress import console, printable
 from ..training.recipe import DomainOptions, ModelOptions, Recipe
 from ..training.record import LEARNED_BEFORE, learned_domains, read_record
 from ..training.run import Start
@@ -39,7 +40,7 @@ def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
     Raises:
         UserError: there is none, its routing is constant, or an adapter of it can no longer remember its domain.
     """
-    path = Path(folder).expanduser().resolve()
+    path = real_path(expand_user(folder))
     adapters = [adapter for adapter in read_mixture(path) if adapter.position is not None]
     if adapters[0].config.router_type == "fixed":
         raise UserError(
@@ -93,7 +94,7 @@ def load_growing(
     recipe = load_recipe(
         recipe_path, overrides, resume=resume, overwrite=overwrite, inherited=inherited(stored[0].config)
     )
-    out = recipe.output_dir.resolve()
+    out = real_path(recipe.output_dir)
     if out == folder or (overwrite and out in folder.parents):
         what = "is the adapter that grows" if out == folder else f"holds {folder}, which is only read"
         raise UserError(f"training.output_dir = {str(out)!r}\n    {what}; give another folder")
@@ -158,7 +159,9 @@ class Growth(Start):
     def _recall(self, model: PeftModel, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let an adapter remember from the texts that its own run names."""
         recipe = recorded_recipe(self.folder)
-        console.print(f"Reading what {self.folder.name} was trained on, so that it is remembered", soft_wrap=True)
+        console.print(
+            f"Reading what {printable(self.folder.name)} was trained on, so that it is remembered", soft_wrap=True
+        )
         try:
             domains = load_domains(recipe, tokenizer)
         except (UserError, OSError, ValueError) as error:

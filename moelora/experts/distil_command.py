@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
@@ -25,7 +24,8 @@ from ..training.arguments import training_arguments
 from ..training.base import load_config, load_tokenizer
 from ..training.data import DomainBlocks, load_domains, mix
 from ..training.evaluate import DomainResult, check_converged, evaluate
-from ..training.progress import console
+from ..training.generate import tell_loading
+from ..training.progress import make_stdout
 from ..training.recipe import DomainOptions, Recipe
 from ..training.record import learned_domains, record_of
 from ..training.schema import Problem, UserError
@@ -129,7 +129,7 @@ class _Job:
         domains: Sequence[DomainBlocks],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
+        tell_loading(source.base, source.folder)
         self.options = options
         self.rank = rank
         self.model = source.load()
@@ -161,7 +161,7 @@ class _Job:
             scratch = fresh_lora(model, self.rank, scaling_of(config, "", config.r))
             took = self._train(scratch, options.scratch_learning_rate)
             self._measure(f"LoRA from scratch, {options.steps} steps", scratch, took)
-        stdout = Console(highlight=False)
+        stdout = make_stdout()
         stdout.print(self._table())
         share = f"the fit leaves out {unexplained:.2%} of the experts' deltas (squared, mean over linears)"
         stdout.print(f"On the data it was made on {share}.", soft_wrap=True)

@@ -13,7 +13,7 @@ from ..options import JudgedOptions
 from ..report.analysis import longest_block
 from ..report.command import check_data, read_texts
 from ..training.base import load_config, load_tokenizer
-from ..training.progress import console
+from ..training.generate import tell_loading
 from ..training.recipe import DomainOptions
 from ..training.record import learned_domains, record_of
 from ..training.schema import Problem, UserError
@@ -55,7 +55,7 @@ class Opened:
             UserError: a domain holds no text of two tokens.
         """
         record = record_of(self.source.folder)
-        console.print(f"Loading {self.source.base.name} with the adapter {self.source.folder}", soft_wrap=True)
+        tell_loading(self.source.base, self.source.folder)
         tokenizer = load_tokenizer(self.source.base)
         domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
         size = record["recipe"]["block_size"] if record else longest_block(load_config(self.source.base))

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..training.files import expand_user
 from ..training.recipe import plain_name
 from .lora_file import LoraError, LoraFile, check_carries_over, factors_of, read_config, read_lora, read_tensors
 
@@ -62,7 +63,7 @@ def experts_of(path_or_id: str | Path) -> Migration:
     source = str(path_or_id)
     settings = read_config(source)
     try:
-        local = Path(source).expanduser()
+        local = expand_user(source)
         folder = local if local.is_dir() else Path(snapshot_download(source))
     except (OSError, ValueError) as error:
         raise LoraError(f"{source}: cannot be had from the hub: {error}") from error

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +14,8 @@ from ..options import NoveltyOptions, check_options
 from ..report.command import documents_of, read_domains
 from ..report.texts import tokenise
 from ..training.base import load_tokenizer
-from ..training.progress import console
+from ..training.generate import tell_loading
+from ..training.progress import make_stdout
 from ..training.recipe import DomainOptions
 from ..training.record import learned_domains
 from ..training.schema import Problem, UserError
@@ -51,14 +51,14 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
         )
     if silent := [domain.name for domain in others if not read[domain.name]]:
         raise UserError(f"--data {silent[0]}: no text of two tokens, so there is no loss; give longer texts")
-    console.print(f"Loading {source.base.name} with the adapter {source.folder}", soft_wrap=True)
+    tell_loading(source.base, source.folder)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)
     try:
         found = judge(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
     except ValueError as error:
         raise UserError(f"--calibration: {error}") from error
-    Console(highlight=False).print(_table(found))
+    make_stdout().print(_table(found))
     return found
 
 

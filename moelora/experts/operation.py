@@ -12,24 +12,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
+from ..training.files import expand_user, real_path
 from ..training.generate import find_base, load_mixture
-from ..training.progress import is_main_process
+from ..training.progress import make_stdout, printable
 from ..training.recipe import DomainOptions, ModelOptions
 from ..training.record import LEARNED_BEFORE, OPERATION_FILE, environment, learned_domains, may_write, now, write_json
 from ..training.schema import Problem, UserError
@@ -53,15 +54,15 @@ class Plan:
     notes: Sequence[str] = ()
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self.title)]
+        parts: list[RenderableType] = [printable(self.title)]
         if self.rows:
             table = Table()
             for column in self.columns:
-                table.add_column(column, overflow="fold")
+                table.add_column(printable(column), overflow="fold")
             for row in self.rows:
-                table.add_row(*row)
+                table.add_row(*map(printable, row))
             parts.append(table)
-        return Group(*parts, *map(Text, self.notes))
+        return Group(*parts, *map(printable, self.notes))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
     except OSError as error:  # a name that is too long
         return [Problem("--out", str(folder), f"{error.strerror}; give another place")]
     if not may_write(folder.parent):
-        parent = next(parent for parent in folder.parents if parent.exists())
+        parent = next(parent for parent in folder.parents if os.path.lexists(parent))
         return [Problem("--out", str(folder), f"{parent} is no folder that may be written to; give another place")]
     if folder.exists() and not folder.is_dir():
         return [Problem("--out", str(folder), "is a file; give a folder")]
@@ -122,9 +123,9 @@ def check_only_read(
     replaced = _entry(options.out_folder)
     others = [*paths_read(domains), *([] if base is None else [base.name])]
     for path in [*inputs, *others]:
-        if not Path(path).expanduser().exists():  # an id of the hub
+        if not expand_user(path).exists():  # an id of the hub
             continue
-        read = {_entry(path), whole_path(path).resolve()}
+        read = {_entry(path), real_path(whole_path(path))}
         if any(replaced in place.parents for place in read):
             fix = f"holds {path}, which is only read, and would be put aside with all else in it; give another folder"
         elif replaced in read and (path in others or not options.in_place):
@@ -139,16 +140,20 @@ def check_only_read(
 def _entry(folder: str | Path) -> Path:
     """What a rename of the folder moves: links on the way to it followed, not one that it is itself."""
     path = whole_path(folder)
-    return path.parent.resolve() / path.name
+    return real_path(path.parent) / path.name
 
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter on disk that an operation starts from, and the base model that it fits."""
+    """An adapter on disk that an operation starts from, and the base model that it fits.
+
+    files tells its files from others of their names, which somebody may put there while this one is read.
+    """
 
     folder: Path
     stored: list[StoredAdapter]
     base: ModelOptions
+    files: frozenset[tuple[str, int, int, int]]
 
     @property
     def experts(self) -> list[str]:
@@ -173,10 +178,18 @@ class Source:
         return max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
 
     def load(self, device: torch.device | None = None) -> PeftModel:
-        """The base model with the adapter, in evaluation mode; on the GPU if there is one."""
-        return load_mixture(
-            self.base, self.folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        """The base model with the adapter, in evaluation mode; on the GPU if there is one.
+
+        Raises:
+            UserError: it does not load, or another process has replaced it since it was checked.
+        """
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return load_mixture(self.base, self.folder, device)
+        finally:
+            if _files_of(self.folder) != self.files:  # what was checked is not what was loaded
+                fix = "another process has replaced or changed it while it was read; run the command again"
+                raise UserError(f"the adapter {self.folder}: {fix}")
 
 
 def check_rank(flag: str, rank: int, highest: int) -> None:
@@ -196,11 +209,23 @@ def read_source(folder: str | Path, base: str | None = None) -> Source:
     Raises:
         UserError: there is no mixture in the folder, it is damaged, or it does not fit the base model.
     """
-    path = Path(folder).expanduser()
+    path = expand_user(folder)
+    files = _files_of(path)
     stored = read_mixture(path)
     model = find_base(path, base)
     check_fit(stored, model, path)
-    return Source(path, stored, model)
+    return Source(path, stored, model, files)
+
+
+def _files_of(folder: Path) -> frozenset[tuple[str, int, int, int]]:
+    """Name, number, time and size of every file that belongs to an adapter; checkpoints beside it are others."""
+    found = [*folder.glob("adapter_*"), *folder.glob("*/adapter_*")]
+    states = []
+    for path in (path for path in found if not path.parent.name.startswith("checkpoint-") or path.parent == folder):
+        with suppress(OSError):  # it has just gone
+            state = path.stat()
+            states.append((str(path), state.st_ino, state.st_mtime_ns, state.st_size))
+    return frozenset(states)
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
@@ -227,7 +252,7 @@ def carry_out(
     Raises:
         UserError: the folder is or holds what was read, or somebody else has written to it meanwhile.
     """
-    stdout = Console(highlight=False, quiet=not is_main_process)
+    stdout = make_stdout()
     check_only_read(options, inputs, base)
     stdout.print(plan, soft_wrap=True)
     out = options.out_folder
@@ -239,17 +264,20 @@ def carry_out(
         outcome = work(place)
         write_json(place / OPERATION_FILE, record | {"outcome": outcome, "finished": now()})
     if backup is not None:
-        stdout.print(
-            f"Kept what was there in {shown(backup)}; to bring it back: moelora undo {shown(out)}", soft_wrap=True
-        )
-    stdout.print(f"Written: {shown(out)}", soft_wrap=True)
+        undo = printable(shlex.join(["moelora", "undo", shown(out)]))
+        stdout.print(f"Kept what was there in {printable(shown(backup))}; to bring it back: {undo}", soft_wrap=True)
+    stdout.print(f"Written: {printable(shown(out))}", soft_wrap=True)
     return out
 
 
 def nothing_written(out: Path) -> str:
     """What a dry run ends with; out is where the result would go."""
-    kept = f"; what it holds would be kept in {shown(next_kept_place(out, 'backup'))}" if holds_something(out) else ""
-    return f"Dry run: nothing was written to {shown(out)}{kept}."
+    kept = (
+        f"; what it holds would be kept in {printable(shown(next_kept_place(out, 'backup')))}"
+        if holds_something(out)
+        else ""
+    )
+    return f"Dry run: nothing was written to {printable(shown(out))}{kept}."
 
 
 def shown(path: Path) -> str:
@@ -265,9 +293,9 @@ def describe_operation(
     return {
         "operation": type(options).__name__.removesuffix("Options").lower(),
         "options": dataclasses.asdict(options),
-        "inputs": {str(path): _checksum(Path(path).expanduser() / WEIGHTS_FILE) for path in inputs},
+        "inputs": {str(path): _checksum(expand_user(path) / WEIGHTS_FILE) for path in inputs},
         "base": None if base is None else dataclasses.asdict(base),
-        LEARNED_BEFORE: [domain for path in inputs for domain in learned_domains(Path(path).expanduser())],
+        LEARNED_BEFORE: [domain for path in inputs for domain in learned_domains(expand_user(path))],
         "environment": environment(),
         "started": now(),
     }
@@ -335,7 +363,7 @@ def undo(options: UndoOptions) -> Path | None:
             "folder replaced nothing; remove the folder if you do not want it"
         )
     backup, undone = kept_place(folder, "backup", max(numbers)), next_kept_place(folder, "undone")
-    stdout = Console(highlight=False)
+    stdout = make_stdout()
     moves = [(folder, undone)] if folder.exists() else []
     with ExitStack() as stack:
         if folder.is_dir():
@@ -344,7 +372,7 @@ def undo(options: UndoOptions) -> Path | None:
             except BlockingIOError:
                 raise UserError(f"{folder}: a process is training into it; wait for it, or stop it") from None
         for source, target in [*moves, (backup, folder)]:
-            stdout.print(f"{shown(source)} -> {shown(target)}", soft_wrap=True)
+            stdout.print(f"{printable(shown(source))} -> {printable(shown(target))}", soft_wrap=True)
             if not options.dry_run:
                 os.rename(source, target)
     if options.dry_run:

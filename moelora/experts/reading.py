@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from ..report.measure import Routed, Worth, measure_worth, watch
 from ..report.observe import undisturbed
 from ..report.texts import Block, Domain, cut, read_domain
-from ..training.progress import console
+from ..training.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Texts:
 
     def read(self, model: PeftModel) -> Reading:
         """Run the mixture over every block once; domains and routers count alike, however many tokens they have."""
-        with undisturbed(model), Progress(console=console, transient=True) as progress:
+        with undisturbed(model), progress_bar() as progress:
             routed = watch(model, self.domains, self.blocks, self.pad, progress)
         share = routed.by_domain(routed.weight).mean(axis=(0, 1))
         return Reading(routed.loss_by_domain(self.blocks), share / share.sum(), routed)
@@ -73,5 +72,5 @@ class Texts:
     def worth(self, model: PeftModel, reading: Reading) -> Worth:
         """What removing each expert by itself adds to the loss, over every block once per expert."""
         tokens = max(domain.num_tokens for domain in self.domains)
-        with undisturbed(model), Progress(console=console, transient=True) as progress:
+        with undisturbed(model), progress_bar() as progress:
             return measure_worth(model, self.domains, self.blocks, reading.routed, tokens, self.pad, progress)

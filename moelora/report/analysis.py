@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from peft import PeftModel
-from rich.progress import Progress
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..layer import MoELoraLayer
 from ..router import MoELoraRouter
-from ..training.progress import console
+from ..training.progress import progress_bar
 from . import frames
 from .advice import Suggestion, suggest
 from .geometry import Geometry, geometry, group_modules, sharpness
@@ -234,7 +233,7 @@ def run(
     state = model.base_model.routing
     blocks, by_document = cut(domains, block_size)
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    with undisturbed(model), Progress(console=console, transient=True) as progress:
+    with undisturbed(model), progress_bar() as progress:
         routed = watch(model, domains, blocks, pad, progress)
         worth = None
         if worth_tokens > 0 and state.num_experts > 1:

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from ..options import ReportOptions, check_options
 from ..training.base import load_tokenizer
 from ..training.data import split_documents
-from ..training.generate import find_base, load_mixture
-from ..training.progress import console
+from ..training.files import expand_user, real_path
+from ..training.generate import find_base, load_mixture, tell_loading
+from ..training.progress import console, printable
 from ..training.recipe import DomainOptions, plain_name
 from ..training.record import learned_domains, may_write, record_of, replacing
 from ..training.schema import Problem, UserError
@@ -39,14 +40,14 @@ def report(options: ReportOptions) -> Path:
         UserError: everything that is wrong with the options and files, before any model is loaded; or the texts hold no
             token. Nothing is written then.
     """
-    out = Path(options.out).expanduser()
+    out = expand_user(options.out)
     domains = _check(options, out)
-    adapter = Path(options.adapter).expanduser()
+    adapter = expand_user(options.adapter)
     stored = read_mixture(adapter)
     base = find_base(adapter, options.base)
     check_fit(stored, base, adapter)
     record = record_of(adapter)
-    console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
+    tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
@@ -60,7 +61,7 @@ def report(options: ReportOptions) -> Path:
     page = render(found, About(_shown(adapter), _shown(Path(base.name)), routing), PERMUTATIONS)
     with replacing(out) as stream:
         stream.write(page)
-    console.print(f"Report: {out} ({len(page) / 1e6:.1f} MB)", soft_wrap=True)
+    console.print(f"Report: {printable(out)} ({len(page) / 1e6:.1f} MB)", soft_wrap=True)
     return out
 
 
@@ -80,7 +81,7 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
     problems = check_options(options) + _check_out(out)
     domains, found = check_data(options.data)
     problems += found
-    if out.resolve() in (Path(path).resolve() for path in paths_read(domains)):
+    if real_path(out) in (real_path(path) for path in paths_read(domains)):
         problems.append(Problem("--out", str(out), "is one of the texts, which are only read; give another file"))
     if problems:
         raise UserError("\n".join(map(str, problems)))

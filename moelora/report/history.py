@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.record import last_checkpoint, record_of
-
-STATE_FILE = "trainer_state.json"
+from ..training.checkpoints import STATE_FILE, last_checkpoint
+from ..training.files import read_json
+from ..training.record import record_of
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,16 @@ class History:
     routers: dict[str, dict[str, list[Any]]]
 
 
-SERIES = ("expert_load", "maturity", "entropy", "top1_probability", "dropped", "balancing_loss")
+PER_EXPERT = ("expert_load", "maturity")
+SERIES = (*PER_EXPERT, "entropy", "top1_probability", "dropped", "balancing_loss")
 
 
-def history_of(log: Sequence[Mapping[str, Any]]) -> History | None:
+def history_of(log: Any) -> History | None:
     """What `MoELoraCallback` left in a Trainer's log_history; None where it was not there.
 
     A log may change its routers midway (adapters that came or went); the last entry's stay, as far back as they fit.
     """
-    entries = [entry for entry in log if entry.get("routers")]
+    entries = [entry for entry in log if _is_entry(entry)] if isinstance(log, Sequence) else []
     if not entries:
         return None
     last = entries[-1]["routers"]
@@ -54,6 +54,34 @@ def history_of(log: Sequence[Mapping[str, Any]]) -> History | None:
     )
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether a log is one of routers, in the shape that the callback gives it: logs come with strangers' folders."""
+    if not isinstance(entry, Mapping) or not entry.get("routers"):
+        return False
+    routers = entry["routers"]
+    return (
+        isinstance(routers, Mapping)
+        and _is_number(entry.get("step"))
+        and all(isinstance(values, Mapping) and set(SERIES) <= values.keys() for values in routers.values())
+        and all(_is_series(key, values[key]) for values in routers.values() for key in SERIES)
+    )
+
+
+def _is_series(key: str, value: Any) -> bool:
+    """One number, or a number for each expert; null stands for what is not finite."""
+    if key in PER_EXPERT:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_number_or_null, value))
+    return _is_number_or_null(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
 def read_history(folder: Path) -> History | None:
     """The history of the run that an adapter's folder belongs to: run.json, else the Trainer's own state."""
     record = record_of(folder)
@@ -67,7 +95,6 @@ def read_history(folder: Path) -> History | None:
 
 def _log_history(path: Path) -> list[dict[str, Any]]:
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        return read_json(path)["log_history"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a report on a model does not fail for want of its training log
-    return log if isinstance(log, list) else []

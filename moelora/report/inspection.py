@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group, RenderableType
-from rich.progress import track
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..options import InspectOptions
 from ..routing import Router
-from ..training.progress import console
+from ..training.files import expand_user
+from ..training.progress import make_stdout, print_exactly, printable, track
 from ..training.record import finite
 from .geometry import Geometry, geometry, group_modules, sharpness
 from .stored import StoredAdapter, read_mixture, stacked
@@ -90,11 +89,11 @@ def inspect(options: InspectOptions) -> None:
     Raises:
         UserError: there is no adapter, it is no mixture, or it is damaged.
     """
-    found = inspect_adapter(Path(options.adapter).expanduser())
+    found = inspect_adapter(expand_user(options.adapter))
     if options.json:
-        sys.stdout.write(json.dumps(finite(dataclasses.asdict(found)), indent=2, ensure_ascii=False) + "\n")
+        print_exactly(json.dumps(finite(dataclasses.asdict(found)), indent=2))
     else:
-        Console(highlight=False).print(tables(found))
+        make_stdout().print(tables(found))
 
 
 def inspect_adapter(folder: Path) -> Inspection:
@@ -114,7 +113,7 @@ def inspect_adapter(folder: Path) -> Inspection:
     whole = geometry(modules, layout)
     routers = [
         _router_facts(name, adapters, geometry(groups[name], layout))
-        for name in track(names, description="Comparing experts", console=console, transient=True)
+        for name in track(names, "Comparing experts", transient=True)
     ]
     return Inspection(
         folder=str(folder),
@@ -208,7 +207,7 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence
     for column in right:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table
 
 
@@ -226,7 +225,8 @@ def _adapters_table(found: Inspection) -> Table:
         )
         for adapter in found.adapters
     ]
-    title = f"Adapters in {found.folder}" + (f", for {found.base_model}" if found.base_model else "")
+    title = f"Adapters in {printable(found.folder)}"
+    title += f", for {printable(found.base_model)}" if found.base_model else ""
     return _table(title, ("adapter", "routing"), ("active", "experts", "top-k", "r", "linears", "parameters"), rows)
 
 

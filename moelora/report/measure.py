@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ..routing import top_k_mask
+from ..training.progress import printable
 from .observe import count_anew, look, losses_without, reading_routers, stats_by_name
 from .texts import Block, Domain, sample
 
@@ -91,7 +92,7 @@ def watch(model: PeftModel, domains: Sequence[Domain], blocks: Sequence[Block], 
     views = []
     for index, domain in enumerate(domains):
         own = [i for i, block in enumerate(blocks) if block.domain == index]
-        bar = progress.add_task(f"Routing {domain.name}", total=len(own))
+        bar = progress.add_task(f"Routing {printable(domain.name)}", total=len(own))
         count_anew(state)
         pages = _Pages()
         for chosen in batches(blocks, own, model.device):

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from ..training.data import plain_text, with_end
-from ..training.progress import console
+from ..training.progress import track
 
 FEWEST_UNITS = 5
 """Documents a domain needs for permutations of whole documents to mean anything."""
@@ -66,7 +65,7 @@ def read_domain(
     """Tokenise documents (texts or conversations) until max_tokens; the last document is cut there."""
     found: list[Document] = []
     room = max_tokens
-    for document in track(documents, description=f"Reading {name}", console=console, transient=True):
+    for document in track(documents, f"Reading {name}", transient=True):
         if room is not None and room <= 0:
             break
         tokenised = tokenise(document, tokenizer)

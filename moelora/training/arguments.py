@@ -37,9 +37,10 @@ def check_parts(fields: Mapping[str, Any]) -> list[Problem]:
     for names, make in _PARTS.items():
         try:
             make(arguments)
-        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        except Exception as error:  # parts of others', which may take a value for what it should be
             name = next((name for name in names if fields.get(name)), names[-1])
-            problems.append(Problem(f"training.{name}", fields.get(name, getattr(arguments, name)), str(error)))
+            value = fields.get(name, getattr(arguments, name))
+            problems.append(Problem(f"training.{name}", value, str(error) or repr(error)))
     return problems
 
 

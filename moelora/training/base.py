@@ -96,9 +96,10 @@ def _check_mixture(empty: PreTrainedModel, mixture: dict[str, Any]) -> list[Prob
     try:
         with torch.device("meta"):
             get_peft_model(empty, MoELoraConfig(**mixture))
-    except (ValueError, NotImplementedError) as error:
-        name = culprit(str(error), mixture) or "target_modules"
-        return [Problem(f"mixture.{name}", mixture[name], shorten(str(error), 400))]
+    except Exception as error:  # PEFT takes what it is given for what it should be
+        reason = str(error) if isinstance(error, (ValueError, NotImplementedError)) else repr(error)
+        name = culprit(reason, mixture) or "target_modules"
+        return [Problem(f"mixture.{name}", mixture[name], shorten(reason, 400))]
     return []
 
 

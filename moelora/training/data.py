@@ -10,6 +10,7 @@ import datasets
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from .chat import apply_template
 from .recipe import DomainOptions, Recipe
 from .schema import UserError
 from .sources import load_documents
@@ -117,7 +118,7 @@ def plain_text(document: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     """A document's text, and whether the tokenizer is to add special tokens: a chat template has written its own."""
     if isinstance(document, str):
         return document, True
-    return tokenizer.apply_chat_template(document, tokenize=False), False
+    return apply_template(tokenizer, document, tokenize=False), False
 
 
 def with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,11 +8,10 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftModel
-from rich.progress import track
 from torch.utils.data import DataLoader
 
 from .data import DomainBlocks
-from .progress import console
+from .progress import track
 from .schema import UserError
 
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -81,7 +80,7 @@ def _evaluate_domain(
         model.routing_stats(reset=True)
     loss_sum, tokens = 0.0, 0
     batches = DataLoader(blocks, batch_size=batch_size, collate_fn=collator)
-    for batch in track(batches, description=title, console=console):
+    for batch in track(batches, title):
         batch = batch.to(model.device)
         # The model's loss is a mean over the predicted tokens of a batch, which differ in number between batches.
         predicted = int((batch["labels"][:, 1:] != -100).sum())

@@ -1,5 +1,6 @@
 """Continue a prompt with a trained adapter."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from ..options import GenerateOptions, check_options
 from ..storage.adapter_files import Place, read_config
 from .base import check_model, load_model, load_tokenizer
-from .progress import console
+from .chat import apply_template
+from .files import expand_user
+from .progress import console, naming_output, printable
 from .recipe import ModelOptions
 from .record import noted_base
 from .schema import UserError
@@ -24,9 +27,9 @@ def generate(options: GenerateOptions) -> str:
     """
     if problems := check_options(options):
         raise UserError("\n".join(map(str, problems)))
-    adapter = Path(options.adapter).expanduser()
+    adapter = expand_user(options.adapter)
     base = find_base(adapter, options.base)
-    console.print(f"Loading {base.name} with the adapter {adapter}", soft_wrap=True)
+    tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = _encode(tokenizer, options).to(device)
@@ -41,9 +44,19 @@ def generate(options: GenerateOptions) -> str:
             **sampling,
             max_new_tokens=options.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=options.chat, skip_special_tokens=True),
+            streamer=_Printer(tokenizer, skip_prompt=options.chat, skip_special_tokens=True),
         )
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+class _Printer(TextStreamer):
+    """Prints text as the model makes it: exactly, unless a terminal would obey some of it."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """See TextStreamer."""
+        at_terminal = sys.stdout is not None and sys.stdout.isatty()
+        with naming_output("standard output"):
+            super().on_finalized_text(printable(text, lines=True) if at_terminal else text, stream_end)
 
 
 def _not_finite(model: PeftModel) -> str | None:
@@ -97,6 +110,11 @@ def missing_adapter(adapter: Path) -> str:
     return f"the adapter {adapter}: no adapter_config.json in this folder; {hint}"
 
 
+def tell_loading(base: ModelOptions, adapter: Path) -> None:
+    """Say what takes a while now."""
+    console.print(f"Loading {printable(base.name)} with the adapter {printable(adapter)}", soft_wrap=True)
+
+
 def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> PeftModel:
     """The base model with its adapter, on the device, in evaluation mode.
 
@@ -118,4 +136,4 @@ def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions):
     if not tokenizer.chat_template:
         raise UserError("--chat: the model has no chat template; leave the flag out")
     turns = [{"role": "user", "content": options.prompt}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return apply_template(tokenizer, turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -2,20 +2,20 @@
 
 import copy
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from transformers import TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig
 from ..presets import PRESETS
 from .arguments import check_parts
 from .base import check_model
+from .files import NotReadableError, expand_user, real_path
 from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
+from .recipe_file import parse_yaml, read_yaml
 from .record import check_output_dir
 from .schema import (
     Check,
@@ -86,29 +86,6 @@ NOT_IN_MIXTURE = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `2e-4` is a number, `no` is a word, and a key given twice is an error, not a loss."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is given {count} times", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -132,11 +109,15 @@ def load_recipe(
     path = Path(path)
     raw, problems = apply_overrides(_parse(path), overrides)
     problems += check_values(Recipe, raw, "")
-    recipe = _build(raw, path.resolve().parent, problems, inherited)
-    if recipe is not None:
-        problems += _check_best_model(recipe)
-        problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
-        problems += _check_what_is_read(recipe, path.resolve(), overwrite)
+    try:
+        recipe = _build(raw, real_path(path).parent, problems, inherited)
+        if recipe is not None:
+            problems += _check_best_model(recipe)
+            problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
+            problems += _check_what_is_read(recipe, real_path(path), overwrite)
+    except OSError as error:  # a name that is too long, a file that may not be read
+        recipe = None
+        problems.append(Problem("recipe", error.filename or MISSING, error.strerror or str(error)))
     if problems or recipe is None:
         raise RecipeError(path, problems)
     return recipe
@@ -158,7 +139,7 @@ def _check_what_is_read(recipe: Recipe, path: Path, overwrite: bool) -> list[Pro
     out = recipe.output_dir
     reads = (str(path), recipe.model.name, *paths_read(recipe.data)) if overwrite else ()
     local = (Path(read) for read in reads if Path(read).is_absolute())  # not an id of the hub
-    if inside := [str(read) for read in local if read.resolve().is_relative_to(out)]:
+    if inside := [str(read) for read in local if real_path(read).is_relative_to(out)]:
         fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
     elif around := folder_read_around(recipe.data, out):
         fix = LIES_IN_TEXTS.format(around)
@@ -169,12 +150,12 @@ def _check_what_is_read(recipe: Recipe, path: Path, overwrite: bool) -> list[Pro
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = read_yaml(path)
     except OSError as error:
         fix = "no such file; give the path of a recipe" if isinstance(error, FileNotFoundError) else str(error)
         raise RecipeError(path, [Problem("recipe", str(path), fix)]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(path, [Problem("recipe", str(path), f"not readable as YAML: {error}")]) from None
+    except NotReadableError as error:
+        raise RecipeError(path, [Problem("recipe", str(path), str(error))]) from None
     if not isinstance(raw, dict):
         fix = "must be a mapping with the keys model, data and training; see docs/training.md"
         raise RecipeError(path, [Problem("recipe", raw, fix)])
@@ -199,9 +180,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
             problems.append(Problem("--set", override, fix))
             continue
         try:
-            section[last] = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            problems.append(Problem("--set", override, f"the value is not readable as YAML: {error}"))
+            section[last] = parse_yaml(text)
+        except NotReadableError as error:
+            problems.append(Problem("--set", override, f"the value: {error}"))
     return raw, problems
 
 
@@ -301,7 +282,7 @@ def _build_training(
             Problem("training.output_dir", MISSING, "missing; the folder for the adapter, run.json and checkpoints")
         )
     elif isinstance(raw["output_dir"], str):
-        values["output_dir"] = str((folder / Path(raw["output_dir"]).expanduser()).resolve())
+        values["output_dir"] = str(real_path(folder / expand_user(raw["output_dir"])))
     found += construct(TrainingArguments, _without(values, "training", found), "training")
     found = found or check_parts(values)
     problems += found
@@ -330,8 +311,9 @@ def construct(cls: type[T], values: Mapping[str, Any], key: str) -> list[Problem
         try:
             cls(**remaining)
             return problems
-        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-            name = culprit(str(error), remaining)
+        except Exception as error:  # a class of others', which may take a value for what it should be
+            reason = str(error) or repr(error)
+            name = culprit(reason, remaining)
             if name is None:
-                return [*problems, Problem(key, MISSING, str(error))]
-            problems.append(Problem(f"{key}.{name}", remaining.pop(name), str(error)))
+                return [*problems, Problem(key, MISSING, reason)]
+            problems.append(Problem(f"{key}.{name}", remaining.pop(name), reason))

@@ -11,28 +11,29 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError, safe_open
-from transformers import TrainingArguments
 
 from ..staging import staging
+from .checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, step_of
+from .files import real_path
 from .recipe import Recipe
+from .record_check import LEARNED_BEFORE, read_checked_operation, read_checked_run
 from .schema import Problem
 
 RUN_FILE = "run.json"
 OPERATION_FILE = "operation.json"
-LEARNED_BEFORE = "learned_before"
-ADAPTER_FILE = "adapter_model.safetensors"
 PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a crash leaves the old file or the new one, never a part of it."""
     with replacing(path) as stream:
+        stream.reconfigure(errors="backslashreplace")  # half a character becomes an escape, which in JSON means itself
         json.dump(finite(content), stream, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         stream.write("\n")
 
@@ -51,20 +52,25 @@ def finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIOWrapper]:
     """A stream to a temporary file that takes the place of path once the block has succeeded, and not before."""
-    with staging(path) as temporary:
-        with temporary.open("w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+    try:
+        with staging(path) as temporary:
+            with temporary.open("w", encoding="utf-8") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk, which does not say where
+            error.filename = str(path)
+        raise
 
 
 def may_write(folder: Path) -> bool:
     """Whether files can be made in a folder, which is made first where it is not there: found out by trying, for
     permissions say neither that /proc takes no files nor that a disk is mounted to be read only."""
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryDirectory(prefix=".moelora.", dir=nearest):
             return True
@@ -73,12 +79,8 @@ def may_write(folder: Path) -> bool:
 
 
 def read_record(output_dir: Path) -> dict[str, Any] | None:
-    """The run.json of an output folder, or None where there is none that this package wrote."""
-    try:
-        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and {"status", "recipe", "domains"} <= record.keys() else None
+    """The run.json of an output folder, or None where there is none that this package wrote or that can be read."""
+    return read_checked_run(output_dir / RUN_FILE)
 
 
 def record_of(adapter: Path) -> dict[str, Any] | None:
@@ -88,7 +90,7 @@ def record_of(adapter: Path) -> dict[str, Any] | None:
     """
     if (record := read_record(adapter)) or _read_operation(adapter):
         return record
-    return read_record(adapter.resolve().parent)
+    return read_record(real_path(adapter).parent)
 
 
 def learned_domains(adapter: Path) -> list[dict[str, Any]]:
@@ -101,17 +103,13 @@ def learned_domains(adapter: Path) -> list[dict[str, Any]]:
     operation = _read_operation(adapter)
     if LEARNED_BEFORE in operation:
         return operation[LEARNED_BEFORE]
-    parent = adapter.resolve().parent
+    parent = real_path(adapter).parent
     return learned_domains(parent) if read_record(parent) else []
 
 
 def _read_operation(adapter: Path) -> dict[str, Any]:
-    """The operation.json of a folder; empty where there is none."""
-    try:
-        operation = json.loads((adapter / OPERATION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return operation if isinstance(operation, dict) else {}
+    """The operation.json of a folder; empty where there is none that can be read."""
+    return read_checked_operation(adapter / OPERATION_FILE)
 
 
 def noted_base(adapter: Path) -> dict[str, Any] | None:
@@ -123,23 +121,6 @@ def noted_base(adapter: Path) -> dict[str, Any] | None:
     return record["recipe"]["model"] if record else _read_operation(adapter).get("base")
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """The Trainer's checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    # The Trainer writes trainer_state.json last, so a checkpoint without one was cut short.
-    complete = [path for path in _checkpoints(output_dir) if (path / "trainer_state.json").is_file()]
-    return complete[-1] if complete else None
-
-
 def check_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[Problem]:
     """Whether a run may start, or continue, in the recipe's output folder."""
     folder = recipe.output_dir
@@ -149,7 +130,7 @@ def check_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[P
         return [_folder_problem(folder, "may not be written to; give another place")]
     record, checkpoint = read_record(folder), last_checkpoint(folder)
     if resume:
-        return _check_resume(recipe, record, checkpoint)
+        return _check_resume(recipe, record)
     if overwrite:
         return []
     replace = "give another folder, or --overwrite to replace it (the old one is kept beside it)"
@@ -168,22 +149,18 @@ def _folder_problem(folder: Path, fix: str) -> Problem:
     return Problem("training.output_dir", str(folder), fix)
 
 
-def _check_resume(recipe: Recipe, record: dict[str, Any] | None, checkpoint: Path | None) -> list[Problem]:
+def _check_resume(recipe: Recipe, record: dict[str, Any] | None) -> list[Problem]:
     folder = recipe.output_dir
+    checkpoint, damaged = last_whole_checkpoint(folder)
     if record is None or checkpoint is None:
-        lacking = f"readable {RUN_FILE}" if record is None else "complete checkpoint"
-        return [_folder_problem(folder, f"nothing to resume: it holds no {lacking}; run without --resume")]
-    try:
-        with safe_open(checkpoint / ADAPTER_FILE, "pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        fix = f"{checkpoint.name} is damaged ({error}); remove it to continue from the one before"
-        return [_folder_problem(folder, fix)]
+        lacking = "; ".join(damaged) or "it holds no complete checkpoint"
+        lacking = f"it holds no readable {RUN_FILE}" if record is None else lacking
+        return [_folder_problem(folder, f"nothing to resume: {lacking}; run without --resume")]
     if record["status"] == "finished" and has_all_steps(recipe, checkpoint, record.get("steps", 0)):
-        done = f"the run is finished, at step {record['steps']}"
+        done = f"the run is finished, at step {record.get('steps', step_of(checkpoint))}"
         return [_folder_problem(folder, f"{done}; raise training.max_steps or num_train_epochs to go on from there")]
-    if 0 < (max_steps := recipe.training.get("max_steps", -1)) < _step(checkpoint):
-        fix = f"{checkpoint.name} is beyond it; give {_step(checkpoint)} to end the run there, or more to train on"
+    if 0 < (max_steps := recipe.training.get("max_steps", -1)) < step_of(checkpoint):
+        fix = f"{checkpoint.name} is beyond it; give {step_of(checkpoint)} to end the run there, or more to train on"
         return [Problem("training.max_steps", max_steps, fix)]
     before, after = _identity(record["recipe"]), _identity(json.loads(json.dumps(recipe.as_dict())))
     return [
@@ -195,19 +172,6 @@ def _check_resume(recipe: Recipe, record: dict[str, Any] | None, checkpoint: Pat
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-
-
-def has_all_steps(recipe: Recipe, checkpoint: Path, steps: int = 0) -> bool:
-    """Whether nothing is left to train from a checkpoint; the Trainer would make one step more all the same.
-
-    Args:
-        steps: of the run, which may have gone on from the checkpoint.
-    """
-    max_steps = recipe.training.get("max_steps", -1)
-    if max_steps > 0:
-        return max(steps, _step(checkpoint)) >= max_steps
-    epoch = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
-    return epoch >= recipe.training.get("num_train_epochs", TrainingArguments.num_train_epochs)
 
 
 def _identity(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The main job: fine-tune a causal language model with a mixture of LoRA experts, and measure what it learned."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,16 +23,15 @@ from ..staging import holds_something, next_kept_place, only_process_in
 from .arguments import training_arguments
 from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
+from .checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, what_it_lacks
 from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, check_converged, evaluate
-from .progress import console, is_main_process
+from .progress import console, is_main_process, printable
 from .recipe import Recipe
 from .record import (
     RUN_FILE,
     check_output_dir,
     environment,
-    has_all_steps,
-    last_checkpoint,
     now,
     read_record,
     write_json,
@@ -100,7 +100,7 @@ def _train(
     """Steps 2 to 4 of [`train`]."""
     run_file = recipe.output_dir / RUN_FILE
     if resume:
-        record, checkpoint = _resumed_record(recipe, domains), last_checkpoint(recipe.output_dir)
+        record, checkpoint = _resumed_record(recipe, domains), _checkpoint_to_go_on_from(recipe.output_dir)
     else:
         record, checkpoint = _new_record(recipe, trainer, domains) | start.describe(), None
         trainer.add_callback(_AtStart(lambda: _measure_before(trainer, domains, record, seconds, run_file)))
@@ -125,7 +125,7 @@ def _train(
         "steps": outcome.global_step,
         "train_loss": None if complete else outcome.training_loss,
         "maturity": _maturity(trainer.model),
-        "seconds": record["seconds"] | seconds,
+        "seconds": record.get("seconds", {}) | seconds,
         "log": trainer.state.log_history,
     }
     _write(run_file, record)
@@ -133,6 +133,15 @@ def _train(
     useless = f"the adapter in {recipe.output_dir} is of no use"
     check_converged(results, f"lower training.learning_rate ({rate:g}); {useless}")
     return record
+
+
+def _checkpoint_to_go_on_from(folder: Path) -> Path:
+    """The newest whole checkpoint, of which there is one; what is wrong with it and with newer ones is said."""
+    checkpoint, damaged = last_whole_checkpoint(folder)
+    assert checkpoint is not None  # the recipe's check has seen to that
+    for said in [*(f"{each}; it is passed over" for each in damaged), *what_it_lacks(checkpoint)]:
+        console.print(printable(said), soft_wrap=True)
+    return checkpoint
 
 
 def _make_no_step(arguments: TrainingArguments) -> None:
@@ -180,7 +189,8 @@ def _put_aside(folder: Path) -> None:
     except OSError as error:
         fix = f"cannot be put aside ({error.strerror}); give another folder"
         raise UserError(str(Problem("training.output_dir", str(folder), fix))) from error
-    console.print(f"Kept what was there in {backup}; to bring it back: moelora undo {folder}", soft_wrap=True)
+    where, undo = printable(backup), printable(shlex.join(["moelora", "undo", str(folder)]))
+    console.print(f"Kept what was there in {where}; to bring it back: {undo}", soft_wrap=True)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -194,7 +204,7 @@ def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]
     tokenizer = load_tokenizer(recipe.model)
     domains = load_domains(recipe, tokenizer)
     arguments = training_arguments(**recipe.training)
-    console.print(f"Loading {recipe.model.name}", soft_wrap=True)
+    console.print(f"Loading {printable(recipe.model.name)}", soft_wrap=True)
     set_seed(recipe.seed)
     model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)
     trainer = Trainer(
@@ -263,12 +273,15 @@ def _new_record(recipe: Recipe, trainer: Trainer, domains: Sequence[DomainBlocks
 def _resumed_record(recipe: Recipe, domains: Sequence[DomainBlocks]) -> dict[str, Any]:
     record = read_record(recipe.output_dir) or {}
     for domain in domains:
-        stored = {name: record["domains"][domain.name].get(name) for name in domain.sizes()}
+        noted = record["domains"].get(domain.name, {})
+        stored = {name: noted.get(name) for name in domain.sizes()}
         if stored != domain.sizes():
             raise UserError(
                 f"data.{domain.name}: the data changed since the run began (it was {stored}, it is {domain.sizes()}); "
                 "restore it, or start over with --overwrite"
             )
+        for lost in {"loss_before", "perplexity_before"} - noted.keys():
+            noted[lost] = None
     return record | {"status": "training", "recipe": recipe.as_dict(), "environment": environment()}
 
 

@@ -16,6 +16,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from .progress import printable
+
+_HALF = re.compile("[\ud800-\udfff]")  # of a character, or a byte of a command line that is no UTF-8
+
 Check = Callable[[Any], str | None]
 """A rule for one value: returns None when the value is fine, else what to do about it."""
 
@@ -34,7 +38,7 @@ class Problem:
 
     def __str__(self) -> str:
         shown = "" if self.value is dataclasses.MISSING else f" = {shorten(repr(self.value))}"
-        return f"{self.key}{shown}\n    {self.fix}"
+        return f"{printable(self.key)}{shown}\n    {printable(self.fix, lines=True)}"
 
 
 class RecipeError(UserError, ValueError):
@@ -47,7 +51,7 @@ class RecipeError(UserError, ValueError):
     def __init__(self, source: str | Path, problems: list[Problem]) -> None:
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
+        super().__init__("\n  ".join([f"{printable(source)}: {count}", *map(str, problems)]))
 
 
 def about(help_text: str, *, check: Check | None = None, **more: Any) -> dict[str, Any]:
@@ -62,6 +66,8 @@ def positive(value: float) -> str | None:
 
 
 def not_negative(value: float) -> str | None:
+    if value > sys.float_info.max:
+        return "must be a finite number"
     return None if value >= 0 else "must be 0 or greater"
 
 
@@ -71,6 +77,13 @@ def between_0_and_1(value: float) -> str | None:
 
 def at_least(minimum: int) -> Check:
     return lambda value: None if value >= minimum else f"must be {minimum} or greater"
+
+
+def is_text(value: str) -> str | None:
+    """The rule for all text: what no file name and no tokenizer takes is refused."""
+    if "\0" in value:
+        return "must not hold a zero byte"
+    return "must be UTF-8 text: it holds half a character" if _HALF.search(value) else None
 
 
 def not_empty(value: str) -> str | None:
@@ -149,12 +162,20 @@ def check_values(
             fix = f"must be {describe(hints[name])}, not {describe(type(value))}"
         elif isinstance(value, str) and (choices := enum_values(hints[name])) and value not in choices:
             fix = did_you_mean(value, choices).removeprefix("; ") or f"must be one of {', '.join(choices)}"
-        else:
+        elif not (fix := _storable(value, hints[name])):
             check = (rules or {}).get(name) or fields[name].metadata.get("check")
             fix = check(value) if check and value is not None else None
         if fix:
             problems.append(Problem(f"{prefix}{name}", value, fix))
     return problems
+
+
+def _storable(value: Any, hint: Any) -> str | None:
+    """What no file name, tokenizer or tensor takes, whatever the field."""
+    if isinstance(value, int) and float not in (hint, *typing.get_args(hint)) and not -(2**63) <= value < 2**63:
+        return "must be a whole number of 64 bits at most"
+    texts = value if isinstance(value, list) else [value]
+    return next((fix for text in texts if isinstance(text, str) and (fix := is_text(text))), None)
 
 
 def matches(value: Any, hint: Any) -> bool:

@@ -5,16 +5,18 @@ A document is a text, or a conversation (a list of {role, content}) where the do
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetsError
-from rich import progress
 
-from .progress import console
+from .files import NotReadableError, expand_user, open_regular, parse_json, real_path
+from .progress import console, printable, track_reading
 from .recipe import DomainOptions
 from .schema import Problem, UserError, did_you_mean, shorten
 
@@ -31,10 +33,10 @@ Report = Callable[[str], None]
 
 def resolve_path(path: str, folder: Path) -> str:
     """Make a recipe's path absolute, unless it names something on the hub."""
-    candidate = folder / Path(path).expanduser()
+    candidate = folder / expand_user(path)
     names_a_file = Path(path).suffix in JSON_LINES | NEEDS_A_FOLDER | TEXT
     local = path.startswith((".", "/", "~")) or path.count("/") > 1 or names_a_file or glob.has_magic(path)
-    return str(candidate.resolve()) if local or candidate.exists() else path
+    return str(real_path(candidate)) if local or candidate.exists() else path
 
 
 def paths_read(domains: Iterable[DomainOptions]) -> list[str]:
@@ -44,7 +46,7 @@ def paths_read(domains: Iterable[DomainOptions]) -> list[str]:
 
 def folder_read_around(domains: Iterable[DomainOptions], out: Path) -> str | None:
     """The folder of texts that an output folder lies in, if `datasets` would read what is written there too."""
-    around = (path for path in _named(domains) if Path(path).is_dir() and out.resolve().is_relative_to(path))
+    around = (path for path in _named(domains) if Path(path).is_dir() and real_path(out).is_relative_to(path))
     return next((path for path in around if _is_read_whole(path)), None)
 
 
@@ -97,13 +99,20 @@ def load_documents(domain: DomainOptions, path: str, split: str) -> datasets.Dat
     read = [document for file in _files(path) for document in _read(file, domain, fail)]
     documents = list(filter(None, read))
     _tell_empty(domain, path, len(read) - len(documents))
-    return datasets.Dataset.from_dict({"document": documents})
+    try:
+        return datasets.Dataset.from_dict({"document": documents})
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:  # texts always form a table
+        fix = (
+            f"conversations differ in their fields, or hold what no table does ({error}); give {{role, content}} alone"
+        )
+        raise UserError(f"data.{domain.name}: {path}: {fix}") from error
 
 
 def _tell_empty(domain: DomainOptions, path: str, count: int) -> None:
     if count:
         console.print(
-            f"{domain.name}: rows left out, for `{_field(domain)}` is empty: {count:,} of {path}", soft_wrap=True
+            f"{domain.name}: rows left out, for `{printable(_field(domain))}` is empty: {count:,} of {printable(path)}",
+            soft_wrap=True,
         )
 
 
@@ -149,12 +158,12 @@ def _few(fixes: list[str], what: str) -> list[str]:
 
 def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
     """Yield a file's documents, also the empty ones of a JSONL file, reporting what cannot be read."""
-    size = file.stat().st_size
-    disable = size < BYTES_WORTH_A_PROGRESS_BAR
-    bar = progress.open(
-        file, "rb", description=f"Reading {file.name}", console=console, transient=True, disable=disable
-    )
-    with bar as stream:
+    try:
+        opened = open_regular(file)
+    except NotReadableError as error:
+        report(str(error))
+        return
+    with opened, _shown(opened, file) as stream:
         lines = _decode(stream, report)
         if file.suffix in JSON_LINES:
             yield from _read_json_lines(lines, domain, report)
@@ -163,6 +172,13 @@ def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
     for document in text.split(domain.separator) if domain.separator else [text]:
         if document.strip():
             yield document
+
+
+def _shown(opened: BinaryIO, file: Path) -> AbstractContextManager[Any]:
+    """The file as it is read, with a progress bar where that takes a while."""
+    size = os.fstat(opened.fileno()).st_size
+    worth = size >= BYTES_WORTH_A_PROGRESS_BAR
+    return track_reading(opened, size, f"Reading {file.name}") if worth else nullcontext(opened)
 
 
 def _decode(lines: Any, report: Report) -> Iterator[tuple[int, str]]:
@@ -183,9 +199,9 @@ def _read_json_lines(lines: Iterator[tuple[int, str]], domain: DomainOptions, re
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            report(f"line {number}: not JSON ({error.msg} at column {error.colno}); write one JSON object per line")
+            row = parse_json(line)
+        except NotReadableError as error:
+            report(f"line {number}: {error}; write one JSON object per line")
             continue
         fix = _check_row(row, domain)
         if fix:
@@ -232,7 +248,7 @@ def _as_json(value: Any) -> str:
 def _no_such_field(domain: DomainOptions, fields: list[str]) -> str:
     option = "text_field" if domain.messages_field is None else "messages_field"
     guess = did_you_mean(_field(domain), fields)
-    return f"no field `{_field(domain)}`, only {', '.join(fields) or 'none'}; set `{option}`{guess}"
+    return f"no field `{_field(domain)}`, only {', '.join(map(printable, fields)) or 'none'}; set `{option}`{guess}"
 
 
 def _open_dataset(domain: DomainOptions, path: str, split: str) -> datasets.Dataset:
@@ -242,6 +258,11 @@ def _open_dataset(domain: DomainOptions, path: str, split: str) -> datasets.Data
     return datasets.load_dataset(path, domain.subset, split=split)
 
 
+def _is_odd(file: Path) -> bool:
+    """Whether reading a file might never end."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
 def _is_saved(path: str) -> bool:
     """Whether `datasets` saved a folder, which then lists its own files."""
     return any((Path(path) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
@@ -249,6 +270,8 @@ def _is_saved(path: str) -> bool:
 
 def _check_dataset(domain: DomainOptions, path: str, split: str, key: str) -> list[Problem]:
     rows = None
+    if odd := next((file for file in Path(path).rglob("*") if _is_odd(file)), None):
+        return [Problem(key, path, f"{odd} is no regular file, but a pipe or a device, which is not read; remove it")]
     try:
         if Path(path).is_dir():
             rows = _open_dataset(domain, path, split)

@@ -1,14 +1,17 @@
 """Which folder a run may write into, and what --resume goes on from."""
 
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import problems, write_jsonl, write_recipe
 
 from moelora.training import load_recipe
+from moelora.training.checkpoints import last_whole_checkpoint, what_it_lacks
 from moelora.training.record import write_json
 
 
@@ -25,11 +28,22 @@ def record(folder, recipe):
 @pytest.fixture
 def checkpoint(folder):
     path = folder / "out" / "checkpoint-2"
-    path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text("{}")
-    save_file({"weight": torch.zeros(1)}, path / "adapter_model.safetensors")
+    write_checkpoint(path)
     yield path
     shutil.rmtree(path)
+
+
+def write_checkpoint(path):
+    """What the Trainer leaves after a step, as small as it goes."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text("{}")
+    save_file({"weight": torch.zeros(1)}, path / "adapter_model.safetensors")
+    torch.save({"state": {}, "param_groups": []}, path / "optimizer.pt")
+    torch.save({"last_epoch": 2}, path / "scheduler.pt")
+    torch.save({"python": (), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}, path / "rng_state.pth")
+    torch.save({}, path / "training_args.bin")
+    step = int(path.name.rpartition("-")[2])
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": 0.5, "log_history": []}))
 
 
 def test_a_finished_run_is_not_overwritten_unasked(folder, recipe, record):
@@ -107,10 +121,97 @@ def test_a_folder_with_something_elses_run_is_left_alone(folder, recipe, record,
     assert load_recipe(write_recipe(folder, recipe), overwrite=True)
 
 
-def test_resume_refuses_a_damaged_checkpoint(folder, recipe, record, checkpoint):
+class Runs:
+    """Leaves a mark where it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "cut": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "noise": lambda path: path.write_bytes(bytes(range(256)) * 8),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "another": lambda path: torch.save([1], path) if path.suffix != ".json" else path.write_text("[1]"),
+}
+FILES = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+         "trainer_state.json", "training_args.bin"]  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_resume_passes_over_a_damaged_checkpoint(folder, recipe, record, checkpoint, name, how):
+    if (name, how) == ("training_args.bin", "another"):
+        pytest.skip("nothing reads what it holds")
     record("training")
-    (checkpoint / "adapter_model.safetensors").write_bytes(b"\x10\0\0")
-    assert "checkpoint-2 is damaged" in problems(folder, recipe, resume=True)["training.output_dir"]
+    DAMAGE[how](checkpoint / name)
+    found = problems(folder, recipe, resume=True)["training.output_dir"]
+    assert f"nothing to resume: checkpoint-2 is damaged: {name} cannot be read" in found and "Traceback" not in found
+    write_checkpoint(folder / "out" / "checkpoint-1")
+    try:
+        assert load_recipe(write_recipe(folder, recipe), resume=True)
+        whole, damaged = last_whole_checkpoint(folder / "out")
+        assert whole.name == "checkpoint-1" and len(damaged) == 1 and name in damaged[0]
+    finally:
+        shutil.rmtree(folder / "out" / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    "state", ["{}", '{"global_step": 3, "epoch": 1.0, "log_history": []}', '{"global_step": 2, "epoch": "x"}',
+              '{"global_step": 2, "epoch": 1, "log_history": {}}', '{"global_step": 2, "epoch": 1, "x": 1}',
+              "[" * 100_000, '{"epoch": ' + "9" * 5000 + "}", "\xff"],
+)  # fmt: skip
+def test_resume_passes_over_a_state_of_another_run(folder, recipe, record, checkpoint, state):
+    record("training")
+    (checkpoint / "trainer_state.json").write_text(state, encoding="latin-1")
+    assert "trainer_state.json cannot be read" in problems(folder, recipe, resume=True)["training.output_dir"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_looking_at_a_checkpoint_runs_nothing_in_it(folder, recipe, record, checkpoint, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    record("training")
+    torch.save({"state": Runs()}, checkpoint / name)
+    if name != "training_args.bin":
+        assert f"{name} cannot be read" in problems(folder, recipe, resume=True)["training.output_dir"]
+    else:
+        assert load_recipe(write_recipe(folder, recipe), resume=True)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [("optimizer.pt", "no state of the optimizer"), ("scheduler.pt", "no state of the learning rate schedule"),
+     ("rng_state.pth", "no state of the random number generators")],
+)  # fmt: skip
+def test_what_a_checkpoint_lacks_is_told(checkpoint, missing, said):
+    assert what_it_lacks(checkpoint) == []
+    (checkpoint / missing).unlink()
+    (found,) = what_it_lacks(checkpoint)
+    assert said in found and "begins anew" in found
+
+
+def test_another_number_of_processes_is_told(checkpoint, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (found,) = what_it_lacks(checkpoint)
+    assert "checkpoint-2 was written by 1 process(es), and 2 go on from it" in found
+    for rank in range(2):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    (checkpoint / "rng_state.pth").unlink()
+    assert what_it_lacks(checkpoint) == []
+
+
+def test_a_checkpoint_without_weights_is_passed_over(folder, recipe, record, checkpoint):
+    record("training")
+    (checkpoint / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors is missing" in problems(folder, recipe, resume=True)["training.output_dir"]
 
 
 def test_resume_refuses_another_recipe(folder, recipe, record, checkpoint):
@@ -137,7 +238,7 @@ def test_a_run_that_is_done_is_not_resumed(folder, recipe, record, checkpoint, o
     path = folder / "out" / "run.json"
     record("finished")
     write_json(path, json.loads(path.read_text()) | {"steps": 4})
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 2, "epoch": epoch, "log_history": []}))
     if is_done:
         found = problems(folder, recipe, override, resume=True)["training.output_dir"]
         assert "finished, at step 4; raise training.max_steps" in found
