@@ -130,7 +130,7 @@ def with_loop(run: Callable[[], object]) -> Callable[[], object]:
     def looped() -> object:
         layers = moelora.layer
         with (
-            mock.patch.object(layers.MoELoraLayer, "_shared_input", lambda self: None),
+            mock.patch.object(layers.MoELoraLayer, "_shared_input", lambda *_: None),
             mock.patch.object(layers, "mixture_linear", loop),
         ):
             return run()

@@ -341,3 +341,27 @@ def test_a_process_that_sees_several_gpus_takes_one(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("moelora.training.arguments.TrainingArguments", on_two_gpus)
     assert training_arguments(output_dir=str(tmp_path)).n_gpu == 1
     assert "one of 2 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"gradient_accumulation_steps": 2}, {"sync_each_batch": True}),
+        ({"gradient_accumulation_steps": 1}, None),
+        (
+            {
+                "gradient_accumulation_steps": 2,
+                "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}},
+            },
+            {"sync_each_batch": False},
+        ),
+    ],
+    ids=["accumulates", "does not", "said otherwise"],
+)
+def test_fsdp_reduces_each_micro_batch(tmp_path, monkeypatch, capsys, fields, expected):
+    """FSDP2 that does not computes other numbers at times: docs/support.md."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True} | fields
+    assert training_arguments(**options).accelerator_config.gradient_accumulation_kwargs in (None, expected)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert training_arguments(**options).accelerator_config.gradient_accumulation_kwargs == expected
+    assert ("sync_each_batch" in capsys.readouterr().err) == (expected == {"sync_each_batch": True})

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,23 @@ def training_arguments(**fields: Any) -> TrainingArguments:
     if arguments.n_gpu > 1:
         console.print(f"Training on one of {arguments.n_gpu} GPUs; `accelerate launch -m moelora …` uses them all")
         arguments._n_gpu = 1
+    if arguments.gradient_accumulation_steps > 1 and (
+        arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    ):
+        _reduce_each_batch(arguments)
     return arguments
+
+
+def _reduce_each_batch(arguments: TrainingArguments) -> None:
+    """Let FSDP reduce gradients in every micro-batch: otherwise FSDP2 computes other numbers at times.
+
+    It is no fault of the mixture's: PEFT's LoRA has it too (`benchmarks.fsdp_accumulation`, docs/support.md).
+    """
+    config: Any = arguments.accelerator_config
+    given = dict(config.gradient_accumulation_kwargs or {})
+    if "sync_each_batch" not in given:
+        config.gradient_accumulation_kwargs = given | {"sync_each_batch": True}
+        console.print("FSDP: gradients are reduced in every micro-batch (accelerate's `sync_each_batch`)")
 
 
 def check_parts(fields: Mapping[str, Any]) -> list[Problem]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradScalerKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, GradScalerKwargs
 from cases import CASES, LR, QUANTISED, ROWS, Case, build, reference, routing_state, share, steps_of
 from engines import DEVICE, WORLD, pretend_accelerator
 from torch.distributed.fsdp import FSDPModule
@@ -72,7 +72,10 @@ def run(engine: str, case: Case, out: Path) -> dict[str, Any]:
 
 def accelerator_for(engine: str, accumulation: int) -> Accelerator:
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulation,
+        # FSDP2 whose gradients are not reduced in each micro-batch computes other numbers at times: docs/support.md.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation, sync_each_batch=engine == "fsdp2"
+        ),
         cpu=engine == "ddp" and DEVICE == "cpu",
         # float16 only: torch's own start may overflow, and a step that is skipped is one of the few there are.
         kwargs_handlers=[GradScalerKwargs(init_scale=128.0)],
