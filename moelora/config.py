@@ -23,7 +23,7 @@ from .config_rules import (
 )
 from .presets import PRESETS
 from .storage.adapter_files import parse_config
-from .storage.generation import part
+from .storage.generation import part, read_at_once
 
 # What the first active adapter decides for the whole mixture; adapters that disagree cannot be active together.
 SHARED_FIELDS = (
@@ -136,7 +136,10 @@ class MoELoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         check_fields(self, LORA_RULES)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, AttributeError, KeyError) as error:  # options of options, which PEFT takes as they are
+            raise ValueError(f"an option of LoraConfig is not what PEFT takes: {error}") from error
         self.peft_type = MOELORA
         if self.adapters:
             check_entries(self.adapters)
@@ -159,7 +162,7 @@ class MoELoraConfig(LoraConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """See PEFT; the file is that of the save in force, and refused where it is no configuration."""
         path = Path(path_json_file)
-        settings = parse_config(part(path.parent, path.name))
+        settings = read_at_once(path.parent, [path.name], lambda: parse_config(part(path.parent, path.name)))
         settings.pop("runtime_config", None)
         return settings
 

@@ -292,6 +292,7 @@ SETTINGS = [
     ({"router_hidden_size": 2**40}, r"`router_hidden_size`"),
     ({"maturity_tokens": 10**400}, r"`maturity_tokens`"),
     ({"router_memory": -1}, r"`router_memory`"),
+    ({"monteclora_config": {"": 1}}, r"MontecloraConfig|`monteclora_config`"),
     ({"peft_type": "LORA"}, r"peft_type|'LORA', not 'MOELORA'|damaged"),
     ({"peft_type": ["MOELORA"]}, r"`peft_type`"),
     ({"checkpoint": 7}, r"`checkpoint`"),

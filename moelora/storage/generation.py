@@ -10,17 +10,23 @@ A reader beside a writer reads again where a file was replaced meanwhile.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -31,12 +37,12 @@ CARD_NAME = "README.md"
 ID_KEY = "moelora_save"
 """Under which the metadata of a safetensors file hold the id of its generation."""
 PENDING = ".moelora-save"
+LOCK = ".moelora-save.lock"
 
 _DATA_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ROUTER_NAME, PICKLED_ROUTER_NAME)
 _NAMES = (*_DATA_NAMES, CARD_NAME, CONFIG_NAME)
 """Every file that a save may write or remove, in the order in which they are put in place."""
 _READ_AGAIN = 50
-_TURNS = 100
 _CHUNK = 1 << 22
 
 
@@ -79,16 +85,40 @@ def put_in_place(written: Path, folder: Path) -> None:
             _flush(folder.parent)
             return
     folder.mkdir(exist_ok=True)
-    for turns_left in reversed(range(_TURNS)):
+    with _only_writer_in(folder):
         _finish(folder)
+        os.rename(written, folder / PENDING)
+        _flush(folder)
+        _finish(folder)
+
+
+@contextlib.contextmanager
+def _only_writer_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread puts files in place here. Whoever trains may hold the folder itself."""
+    path = folder / LOCK
+    descriptor = _locked(path)
+    with contextlib.ExitStack() as stack:
+        if descriptor is not None:
+            stack.callback(os.close, descriptor)
+            stack.callback(path.unlink, missing_ok=True)  # first, or another takes a lock that nobody finds
+        yield
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor whose closing gives the lock back; None on systems and file systems that know no locks."""
+    while fcntl is not None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            os.rename(written, folder / PENDING)
-            break
-        except OSError:
-            if not turns_left or not (folder / PENDING).exists():  # else another process saves here too
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _identity(path) == _identity_of(os.fstat(descriptor)):
+                return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-    _flush(folder)
-    _finish(folder)
+            return None
+        os.close(descriptor)  # the one that held it has removed it
+    return None
 
 
 def _finish(folder: Path) -> None:
@@ -145,14 +175,15 @@ def read_at_once(folder: Path, names: Iterable[str], read: Callable[[], T]) -> T
     """What read gives, from files that nobody replaced meanwhile.
 
     Raises:
-        SaveError: they are replaced again and again, or do not belong together and no one is writing.
+        SaveError: they are replaced again and again.
+        ValueError, OSError: what read raises while no one is writing.
     """
     names = tuple(names)
     for _ in range(_READ_AGAIN):
         before, error = _state(folder, names), None
         try:
             result = read()
-        except (SaveError, OSError) as caught:
+        except (ValueError, OSError) as caught:
             error = caught
         if _state(folder, names) == before:
             if error is not None:
@@ -169,9 +200,12 @@ def _state(folder: Path, names: tuple[str, ...]) -> list[tuple[int, int, int] | 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = path.stat()
+        return _identity_of(path.stat())
     except (OSError, ValueError):
         return None
+
+
+def _identity_of(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
