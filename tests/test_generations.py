@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import threading
-import time
 
 import pytest
 import torch
@@ -165,47 +163,6 @@ def test_a_pending_folder_that_leads_elsewhere_moves_nothing(tmp_path):
 
 
 # ---- read meanwhile --------------------------------------------------------------------------------------------------
-
-
-def _save_on(folder, stop):
-    torch.set_num_threads(1)
-    models = [variant(0), variant(1)]
-    turn = 0
-    while not stop.is_set():
-        models[turn % 2].save_pretrained(folder)
-        turn += 1
-
-
-@pytest.mark.parametrize("writers", [1, 2])
-def test_a_reader_beside_writers_gets_one_of_the_saves(tmp_path, writers):
-    expected = [logits(variant(0)), logits(variant(1))]
-    folder = tmp_path / "adapter"
-    variant(0).save_pretrained(folder)
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    processes = [context.Process(target=_save_on, args=(folder, stop), daemon=True) for _ in range(writers)]
-    for process in processes:
-        process.start()
-    first = generation._identity(folder / "adapter_config.json")
-    while generation._identity(folder / "adapter_config.json") == first:
-        time.sleep(0.05)
-    found, refused = [], 0
-    try:
-        while len(found) < 5 and refused < 200:  # beside writers that never pause most are
-            try:
-                got = loaded_logits(folder)
-            except ValueError as error:  # never mixed: it says that it was saved anew with another configuration
-                assert "while it was being read" in str(error) or "without a pause" in str(error), error
-                refused += 1
-                continue
-            assert any(torch.equal(got, each) for each in expected)
-            found.append(got)
-    finally:
-        stop.set()
-        for process in processes:
-            process.join()
-    assert len(found) == 5
-    assert all(process.exitcode == 0 for process in processes)
 
 
 def test_a_configuration_of_the_save_before_is_noticed(tmp_path, monkeypatch):

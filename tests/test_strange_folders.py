@@ -403,6 +403,15 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, capsys, content):
         assert "adapter_config.json" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("kind", ["FOO", "XLORA", None])
+def test_an_adapter_of_another_kind_is_told(adapter_folder, capsys, kind):
+    folder = adapter_folder() / "adapter"
+    edit(folder, lambda settings: settings.update(peft_type=kind))
+    for command in (["generate", "--adapter", "adapter", "--prompt", "x"], ["inspect", "adapter"]):
+        assert main(command) == 2
+        assert "`peft_type`" in capsys.readouterr().err or kind == "XLORA"
+
+
 def test_weights_too_large_to_export_are_refused_before_anything_is_written(tmp_path, capsys):
     folder, out = tmp_path / "adapter", tmp_path / "out"
     trained().save_pretrained(folder)

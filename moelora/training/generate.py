@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..options import GenerateOptions, check_options
@@ -121,6 +121,8 @@ def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> Pef
     Raises:
         UserError: the adapter is damaged or belongs to another model.
     """
+    if (kind := read_config(Place(str(adapter))).get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(f"the adapter {adapter}: `peft_type` is {kind!r}, which PEFT does not know; give another adapter")
     try:
         model = PeftModel.from_pretrained(load_model(base, device), str(adapter))
     except (ValueError, RuntimeError, OSError) as error:
