@@ -122,7 +122,7 @@ def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> Pef
         UserError: the adapter is damaged or belongs to another model.
     """
     if (kind := read_config(Place(str(adapter))).get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UserError(f"the adapter {adapter}: `peft_type` is {kind!r}, which PEFT does not know; give another adapter")
+        raise UserError(f"the adapter {adapter}: `peft_type` is {kind!r}, which PEFT does not know; give another one")
     try:
         model = PeftModel.from_pretrained(load_model(base, device), str(adapter))
     except (ValueError, RuntimeError, OSError) as error:
