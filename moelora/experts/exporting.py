@@ -141,7 +141,7 @@ def locate(adapters: Sequence[StoredAdapter], expert: int | str) -> tuple[Stored
         start = next((n for n, (found, _) in enumerate(experts) if found is adapter), None)
         which = "" if start is None else f": {start} to {start + adapter.num_experts - 1}"
         raise ValueError(f"the adapter {expert!r} holds {adapter.num_experts} experts; give the number of one{which}")
-    if str(expert).isdigit() and int(expert) < len(experts):
+    if str(expert).isdecimal() and int(expert) < len(experts):
         return experts[int(expert)]
     single = [adapter.name for adapter in adapters if adapter.num_experts == 1]
     names = f", or one of {', '.join(single)}" if single else ""
