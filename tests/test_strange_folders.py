@@ -1,17 +1,19 @@
 """What a stranger's adapter folder must not do: to the API and to the commands that read adapters."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_persistence import EXPERTS, adapter_state, assert_same_state, base_model, logits, trained
 
 from moelora.cli import main
+from moelora.experts.lora_file import LoraError, read_lora
 from moelora.report.stored import read_mixture
-from moelora.storage.generation import checksum
+from moelora.storage.generation import PENDING, checksum
 from moelora.training.schema import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -382,6 +384,26 @@ def test_a_pattern_without_end_is_refused(tmp_path, capsys, monkeypatch, changes
         PeftModel.from_pretrained(base_model(), folder)
     assert main(["inspect", str(folder)]) == 2
     assert "did not come to an end" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(120)
+def test_a_pattern_without_end_is_refused_in_a_plain_lora(tmp_path, monkeypatch):
+    monkeypatch.setattr("moelora.names.PATTERN_SECONDS", 0.5)
+    get_peft_model(base_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    edit(tmp_path, lambda settings: settings.update(rank_pattern={ENDLESS: 2}))
+    with pytest.raises(LoraError, match=r"`rank_pattern` .* did not come to an end"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_in_place_of_a_pending_configuration_is_not_waited_for(tmp_path):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / PENDING).mkdir()
+    os.mkfifo(tmp_path / PENDING / CONFIG)
+    assert isinstance(PeftModel.from_pretrained(base_model(), tmp_path), PeftModel)
+    trained().save_pretrained(tmp_path)
+    assert not (tmp_path / PENDING).exists()
 
 
 @pytest.mark.parametrize(

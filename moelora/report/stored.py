@@ -147,7 +147,7 @@ def _sorted(routers: dict[str, Any]) -> list[tuple[str, Any]]:
 
     def key(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
         parts = item[0].split(".")
-        return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+        return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
     return sorted(routers.items(), key=key)
 

@@ -10,7 +10,6 @@ A reader beside a writer reads again where a file was replaced meanwhile.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -21,6 +20,8 @@ from secrets import token_hex
 from typing import Any, TypeVar
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..files import read_json
 
 T = TypeVar("T")
 
@@ -113,9 +114,9 @@ def _finish(folder: Path) -> None:
 def _kept(pending: Path) -> list[str] | None:
     """The data files of a save that is being put in place; None where its configuration has been."""
     try:
-        record = json.loads((pending / CONFIG_NAME).read_text(encoding="utf-8"))["checkpoint"]
+        record = read_json(pending / CONFIG_NAME)["checkpoint"]
         check_record(record)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return list(record["files"])
 
