@@ -376,7 +376,7 @@ ENDLESS = r"(([a-z0-9]+[._]?)+)+!"
     "changes", [{"target_modules": ENDLESS}, {"alpha_pattern": {ENDLESS: 2}}], ids=["targets", "alpha"]
 )
 def test_a_pattern_without_end_is_refused(tmp_path, capsys, monkeypatch, changes):
-    monkeypatch.setattr("moelora.names.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("moelora.patterns.SECONDS", 0.5)
     folder = tmp_path / "adapter"
     trained().save_pretrained(folder)
     edit(folder, lambda settings: settings.update(changes))
@@ -388,7 +388,7 @@ def test_a_pattern_without_end_is_refused(tmp_path, capsys, monkeypatch, changes
 
 @pytest.mark.timeout(120)
 def test_a_pattern_without_end_is_refused_in_a_plain_lora(tmp_path, monkeypatch):
-    monkeypatch.setattr("moelora.names.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("moelora.patterns.SECONDS", 0.5)
     get_peft_model(base_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     edit(tmp_path, lambda settings: settings.update(rank_pattern={ENDLESS: 2}))
     with pytest.raises(LoraError, match=r"`rank_pattern` .* did not come to an end"):

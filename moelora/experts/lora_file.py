@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config_rules import LORA_RULES, REFUSED_OPTIONS, check_fields
 from ..files import expand_user
-from ..names import check_patterns_end
+from ..patterns import check_patterns_end
 from ..storage import adapter_files
 from ..storage.adapter_files import Place, wrong_kind
 from ..storage.structure import FACTOR

@@ -238,9 +238,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_tensors(
-    source: str, name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], any_size: bool = False
+    name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], any_size: bool = False
 ) -> list[str]:
-    """What is wrong with an adapter's weights, beside those that a model has places for.
+    """What is wrong with an adapter's weights, compared with the tensors that a model has for them.
 
     Args:
         name: the adapter's.
