@@ -6,7 +6,6 @@ Shapes: D in, O out, E experts, r rank of one expert.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..config import MoELoraConfig
+from ..config_rules import is_float32
 from ..layer import MoELoraLayer
 from ..model import MoELoraModel
 from ..ops.pool import ExpertPool
@@ -161,8 +161,11 @@ def _plain(config: MoELoraConfig) -> dict[str, Any]:
 
 def _scaled(alpha: float, factor: float) -> float:
     scaled = alpha if factor == 1 else alpha * factor
-    if not math.isfinite(scaled):
-        raise ValueError(f"`lora_alpha` ({alpha:g}) times `routing_scale` ({factor:g}) is no finite number")
+    if not is_float32(scaled):
+        raise ValueError(
+            f"`lora_alpha` ({alpha:g}) times `routing_scale` ({factor:g}) is outside float32's range, so no LoRA can have "
+            "it; bring both nearer to 1 in adapter_config.json, and scale the factors by as much"
+        )
     return scaled
 
 
