@@ -163,8 +163,8 @@ def _scaled(alpha: float, factor: float) -> float:
     scaled = alpha if factor == 1 else alpha * factor
     if not is_float32(scaled):
         raise ValueError(
-            f"`lora_alpha` ({alpha:g}) times `routing_scale` ({factor:g}) is outside float32's range, so no LoRA can have "
-            "it; bring both nearer to 1 in adapter_config.json, and scale the factors by as much"
+            f"`lora_alpha` ({alpha:g}) times `routing_scale` ({factor:g}) is beyond float32, so no LoRA can have it; "
+            "bring both nearer to 1 in adapter_config.json, and scale the factors by as much"
         )
     return scaled
 
