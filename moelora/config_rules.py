@@ -38,7 +38,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-def _is_float32(value: Any) -> bool:
+def is_float32(value: Any) -> bool:
     """Whether it is a number that float32, in which routing is computed, neither overflows nor takes for zero."""
     return _is_number(value) and (value == 0 or _TINIEST <= abs(value) <= _LARGEST)
 
@@ -93,9 +93,9 @@ class Rule:
 # PEFT checks none of these, and a configuration file holds whatever somebody wrote.
 LORA_RULES = (
     Rule("r", lambda v: is_int(v) and 1 <= v < 2**31, "pass an integer of 1 or more"),
-    Rule("lora_alpha", _is_float32, "pass a finite number"),
+    Rule("lora_alpha", is_float32, "pass a finite number"),
     Rule("rank_pattern", _is_pattern(lambda v: is_int(v) and 1 <= v < 2**31), "pass a mapping of names to ranks"),
-    Rule("alpha_pattern", _is_pattern(_is_float32), "pass a mapping of names to finite numbers"),
+    Rule("alpha_pattern", _is_pattern(is_float32), "pass a mapping of names to finite numbers"),
     Rule("target_modules", _is_targets, f"pass {_REGEX}"),
     Rule("exclude_modules", _is_targets, f"pass {_REGEX}"),
     Rule("modules_to_save", lambda v: v is None or _is_patterns(v), "pass a list of names"),
@@ -119,8 +119,8 @@ MIXTURE_RULES = (
         lambda v: v is None or (is_int(v) and 1 <= v < 2**31),
         "pass None or an integer of 1 or more",
     ),
-    Rule("router_aux_loss_coef", lambda v: _is_float32(v) and v >= 0, "pass a number of 0 or more"),
-    Rule("router_temperature", lambda v: _is_float32(v) and v > 0, "pass a number greater than 0"),
+    Rule("router_aux_loss_coef", lambda v: is_float32(v) and v >= 0, "pass a number of 0 or more"),
+    Rule("router_temperature", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
     Rule("router_type", lambda v: v in ROUTER_TYPES, f"choose one of {', '.join(ROUTER_TYPES)}"),
     Rule(
         "expert_capacity_factor",
@@ -133,7 +133,7 @@ MIXTURE_RULES = (
     Rule("maturity_tokens", lambda v: is_int(v) and 1 <= v <= _LARGEST, "pass an integer of 1 or more"),
     Rule("router_memory", lambda v: is_int(v) and v >= 0, "pass an integer of 0 or more"),
     Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
-    Rule("routing_scale", lambda v: _is_float32(v) and v > 0, "pass a number greater than 0"),
+    Rule("routing_scale", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
     Rule("checkpoint", lambda v: v is None or isinstance(v, dict), "leave it to save_pretrained"),
 )
 

@@ -17,7 +17,8 @@ from .config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
 from .controls import STATE_ATTRIBUTE, RoutingControls
 from .forward import BlockHook, ForwardHook, encoder_argument_position
 from .layer import LayerLink, MoELoraLayer, make_routed
-from .names import check_adapter_name, check_patterns_end
+from .names import check_adapter_name
+from .patterns import check_patterns_end
 from .peft_model import adopt_peft_model
 from .recomputation import make_checkpoint_plain
 from .router import MoELoraRouter

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .training.files import expand_user
+from .files import expand_user
 from .training.schema import (
     Problem,
     a_seed,

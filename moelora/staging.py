@@ -63,7 +63,7 @@ def kept_numbers(folder: Path, kind: str) -> list[int]:
     """The numbers of the folders of a kind that are kept beside a folder."""
     prefix = f"{folder.name}.{kind}-"
     names = [path.name.removeprefix(prefix) for path in folder.parent.glob("*") if path.name.startswith(prefix)]
-    return [int(name) for name in names if name.isdigit()]
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def next_kept_place(folder: Path, kind: str) -> Path:

@@ -160,6 +160,8 @@ def test_generate_checks_its_options(tmp_path, capsys):
         ),
         (["report", "--adapter", "adapter", "--data", "a=./loop", "--out", "a.html"], "no such file"),
         (["inspect", "~nobodyoftheirs"], "no such folder"),
+        (["export", "~nobodyoftheirs", "--expert", "0", "--out", "out"], "no such folder"),
+        (["build", "--expert", "a=~nobodyoftheirs", "--out", "out"], "~nobodyoftheirs"),
         (["inspect", "a\0b"], "must not hold a zero byte"),
         (["inspect", "\udcff"], "must be UTF-8 text"),
         (["generate", "--adapter", "adapter", "--prompt", "a\0b"], "must not hold a zero byte"),

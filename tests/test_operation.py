@@ -18,6 +18,7 @@ from moelora.cli import main
 from moelora.experts.operation import Plan, carry_out, check_only_read, check_output, read_source
 from moelora.options import OperationOptions
 from moelora.report.history import read_history
+from moelora.staging import kept_numbers
 from moelora.training.generate import find_base
 from moelora.training.recipe import DomainOptions, ModelOptions
 from moelora.training.record import noted_base, record_of, write_json
@@ -150,6 +151,12 @@ def test_every_problem_is_told_before_any_work(tmp_path):
         (tmp_path / "out").chmod(0o500)
         with pytest.raises(UserError, match="may be written"):
             check_output(HalveOptions(out=str(tmp_path / "out" / "below")))
+
+
+def test_what_only_looks_like_a_number_is_no_backups(tmp_path):
+    (tmp_path / "out.backup-²").mkdir()
+    (tmp_path / "out.backup-2").mkdir()
+    assert kept_numbers(tmp_path / "out", "backup") == [2]
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make another")

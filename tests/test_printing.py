@@ -13,7 +13,7 @@ from moelora.cli import main
 from moelora.experts.operation import Plan, carry_out
 from moelora.options import OperationOptions
 from moelora.training.generate import _Printer
-from moelora.training.progress import make_stdout, printable, track
+from moelora.training.progress import make_stdout, number_from_launcher, printable, track
 from moelora.training.schema import Problem, RecipeError
 
 HOSTILE = "[v2] [/b] :smile: \x1b[2J\x1b]0;title\x07 \x9b31m \u202egnp.exe \r"
@@ -128,3 +128,11 @@ def test_text_of_a_model_steers_no_terminal_and_is_exact_elsewhere(monkeypatch, 
         printer.put(token[None])
     printer.end()
     assert out.getvalue() == expected
+
+
+@pytest.mark.parametrize(("value", "number"), [("3", 3), ("", 7), ("many", 7), ("²", 7), (None, 7)])
+def test_what_a_launcher_says_is_a_number_or_counts_for_nothing(monkeypatch, value, number):
+    monkeypatch.delenv("RANK", raising=False)
+    if value is not None:
+        monkeypatch.setenv("RANK", value)
+    assert number_from_launcher("RANK", 7) == number

@@ -1,17 +1,19 @@
 """What a stranger's adapter folder must not do: to the API and to the commands that read adapters."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_persistence import EXPERTS, adapter_state, assert_same_state, base_model, logits, trained
 
 from moelora.cli import main
+from moelora.experts.lora_file import LoraError, read_lora
 from moelora.report.stored import read_mixture
-from moelora.storage.generation import checksum
+from moelora.storage.generation import PENDING, checksum
 from moelora.training.schema import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -179,10 +181,17 @@ def assert_refused_and_unchanged(folder, reason):
     assert after.keys() == state.keys() and all(torch.equal(after[key], state[key]) for key in state)
 
 
-@WAYS
-@pytest.mark.parametrize(("change", "reason"), TENSORS, ids=[change.__name__ for change, _ in TENSORS])
-def test_tensors_that_are_none_of_a_mixtures_are_refused(tmp_path, capsys, names, seal, change, reason):
-    trained(names).save_pretrained(tmp_path)
+WAYS_OF_TENSORS = [("default", True, *case) for case in TENSORS] + [("experts", False, *case) for case in TENSORS[::4]]
+"""The other way of saving has other names, for which a few cases are enough."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "seal", "change", "reason"),
+    WAYS_OF_TENSORS,
+    ids=[f"{kind}-{change.__name__}" for kind, _, change, _ in WAYS_OF_TENSORS],
+)
+def test_tensors_that_are_none_of_a_mixtures_are_refused(tmp_path, capsys, kind, seal, change, reason):
+    trained(("default",) if kind == "default" else EXPERTS[:2]).save_pretrained(tmp_path)
     with_tensors(tmp_path, change, seal=seal)
     assert_refused_and_unchanged(tmp_path, reason)
     with pytest.raises(UserError, match=reason):
@@ -375,7 +384,7 @@ ENDLESS = r"(([a-z0-9]+[._]?)+)+!"
     "changes", [{"target_modules": ENDLESS}, {"alpha_pattern": {ENDLESS: 2}}], ids=["targets", "alpha"]
 )
 def test_a_pattern_without_end_is_refused(tmp_path, capsys, monkeypatch, changes):
-    monkeypatch.setattr("moelora.names.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("moelora.patterns.SECONDS", 0.5)
     folder = tmp_path / "adapter"
     trained().save_pretrained(folder)
     edit(folder, lambda settings: settings.update(changes))
@@ -383,6 +392,26 @@ def test_a_pattern_without_end_is_refused(tmp_path, capsys, monkeypatch, changes
         PeftModel.from_pretrained(base_model(), folder)
     assert main(["inspect", str(folder)]) == 2
     assert "did not come to an end" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(120)
+def test_a_pattern_without_end_is_refused_in_a_plain_lora(tmp_path, monkeypatch):
+    monkeypatch.setattr("moelora.patterns.SECONDS", 0.5)
+    get_peft_model(base_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    edit(tmp_path, lambda settings: settings.update(rank_pattern={ENDLESS: 2}))
+    with pytest.raises(LoraError, match=r"`rank_pattern` .* did not come to an end"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_in_place_of_a_pending_configuration_is_not_waited_for(tmp_path):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / PENDING).mkdir()
+    os.mkfifo(tmp_path / PENDING / CONFIG)
+    assert isinstance(PeftModel.from_pretrained(base_model(), tmp_path), PeftModel)
+    trained().save_pretrained(tmp_path)
+    assert not (tmp_path / PENDING).exists()
 
 
 @pytest.mark.parametrize(
@@ -422,9 +451,10 @@ def test_weights_too_large_to_export_are_refused_before_anything_is_written(tmp_
     assert main(["export", str(folder), "--mixture", "--weights", "1,2,3", "--out", str(out)]) == 0
 
 
-def test_a_lone_experts_alpha_stays_finite(tmp_path, capsys):
-    folder = tmp_path / "adapter"
-    trained(lora_alpha=3e38, routing_scale=3e38).save_pretrained(folder)
+def test_a_lone_experts_alpha_that_no_lora_takes_is_refused(tmp_path, capsys):
+    folder, out = tmp_path / "adapter", tmp_path / "out"
+    trained().save_pretrained(folder)
     edit(folder, lambda settings: settings.update(lora_alpha=3e38, routing_scale=3e38))
-    assert main(["export", str(folder), "--expert", "0", "--out", str(tmp_path / "out")]) in (0, 2)
-    assert "Traceback" not in capsys.readouterr().err
+    assert main(["export", str(folder), "--expert", "0", "--out", str(out)]) == 2
+    assert "`lora_alpha` (3e+38) times `routing_scale` (3e+38)" in capsys.readouterr().err
+    assert not out.exists()

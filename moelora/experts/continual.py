@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
+from ..files import expand_user, real_path
 from ..report.stored import StoredAdapter, check_fit, read_mixture
 from ..training.data import DomainBlocks, load_domains, mix
-from ..training.files import expand_user, real_path
 from ..training.load import NOT_IN_MIXTURE, load_recipe
 from ..training.progress import console, printable
 from ..training.recipe import DomainOptions, ModelOptions, Recipe
@@ -64,7 +64,7 @@ def inherited(config: MoELoraConfig) -> dict[str, Any]:
     """The settings of a mixture that new experts share or start from, as a recipe would say them."""
     plain = json.loads(json.dumps(config.to_dict(), default=sorted))
     default = MoELoraConfig()
-    own = {"adapters", "peft_type", "single_expert", *NOT_IN_MIXTURE}  # new experts are trained, not imported
+    own = {"single_expert", *NOT_IN_MIXTURE}  # new experts are trained, not imported
     return {
         name: value
         for name, value in plain.items()

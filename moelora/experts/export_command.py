@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import expand_user
 from ..options import ExportOptions
 from ..report.stored import StoredAdapter, read_mixture
 from ..training.base import load_config, load_model, load_tokenizer
@@ -26,7 +27,7 @@ def export(options: ExportOptions) -> Path | None:
             base model, where it is needed, is missing, quantised or another.
     """
     weights = _check(options)
-    adapter = Path(options.adapter).expanduser()
+    adapter = expand_user(options.adapter)
     stored, base = _read(options, adapter)
     try:
         lora = lora_of_mixture(stored, weights) if options.mixture else lora_of_expert(stored, str(options.expert))

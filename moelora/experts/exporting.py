@@ -6,7 +6,6 @@ Shapes: D in, O out, E experts, r rank of one expert.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..config import MoELoraConfig
+from ..config_rules import is_float32
 from ..layer import MoELoraLayer
 from ..model import MoELoraModel
 from ..ops.pool import ExpertPool
@@ -141,7 +141,7 @@ def locate(adapters: Sequence[StoredAdapter], expert: int | str) -> tuple[Stored
         start = next((n for n, (found, _) in enumerate(experts) if found is adapter), None)
         which = "" if start is None else f": {start} to {start + adapter.num_experts - 1}"
         raise ValueError(f"the adapter {expert!r} holds {adapter.num_experts} experts; give the number of one{which}")
-    if str(expert).isdigit() and int(expert) < len(experts):
+    if str(expert).isdecimal() and int(expert) < len(experts):
         return experts[int(expert)]
     single = [adapter.name for adapter in adapters if adapter.num_experts == 1]
     names = f", or one of {', '.join(single)}" if single else ""
@@ -161,8 +161,11 @@ def _plain(config: MoELoraConfig) -> dict[str, Any]:
 
 def _scaled(alpha: float, factor: float) -> float:
     scaled = alpha if factor == 1 else alpha * factor
-    if not math.isfinite(scaled):
-        raise ValueError(f"`lora_alpha` ({alpha:g}) times `routing_scale` ({factor:g}) is no finite number")
+    if not is_float32(scaled):
+        raise ValueError(
+            f"`lora_alpha` ({alpha:g}) times `routing_scale` ({factor:g}) is beyond float32, so no LoRA can have it; "
+            "bring both nearer to 1 in adapter_config.json, and scale the factors by as much"
+        )
     return scaled
 
 

@@ -16,6 +16,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..config_rules import LORA_RULES, REFUSED_OPTIONS, check_fields
+from ..files import expand_user
+from ..patterns import check_patterns_end
 from ..storage import adapter_files
 from ..storage.adapter_files import Place, wrong_kind
 from ..storage.structure import FACTOR
@@ -68,7 +70,7 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
     Raises:
         LoraError: there is none, it is damaged, or a part of it does not carry over into a mixture.
     """
-    folder = Path(path_or_id).expanduser()
+    folder = expand_user(path_or_id)
     source = str(folder if folder.is_dir() else path_or_id)
     settings = read_config(source)
     kind = settings.get("peft_type")
@@ -85,6 +87,10 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
         raise LoraError(f"{source}: {CONFIG_NAME}: {error}") from error
     check_carries_over(source, config)
     factors = factors_of(source, read_tensors(source))
+    try:
+        check_patterns_end(config, factors)
+    except ValueError as error:
+        raise LoraError(f"{source}: {CONFIG_NAME}: {error}") from error
     _check_ranks(source, config, factors)
     return LoraFile(source, config, factors)
 

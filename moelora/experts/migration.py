@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..training.files import expand_user
+from ..files import expand_user
 from ..training.recipe import plain_name
 from .lora_file import LoraError, LoraFile, check_carries_over, factors_of, read_config, read_lora, read_tensors
 

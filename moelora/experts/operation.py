@@ -25,10 +25,10 @@ from peft import PeftModel
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..files import expand_user, real_path
 from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
-from ..training.files import expand_user, real_path
 from ..training.generate import find_base, load_mixture
 from ..training.progress import make_stdout, printable
 from ..training.recipe import DomainOptions, ModelOptions

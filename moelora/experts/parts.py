@@ -75,7 +75,8 @@ def take_apart(model: PeftModel) -> list[AdapterParts]:
     if model.base_model.routing.attached is not None:
         raise ValueError(
             "the mixture has an attached router, whose weights are one per expert as they are now; call "
-            "`detach_router()` (or remove router.pt from the folder) to go on with the built-in routers"
+            "`detach_router()` to go on with the built-in routers. Of a folder: load it, detach and save it again, "
+            "which removes its router.safetensors"
         )
     state_dict = model.state_dict()
     active = model.base_model.routing.active_adapters

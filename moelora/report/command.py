@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..files import expand_user, real_path
 from ..options import ReportOptions, check_options
 from ..training.base import load_tokenizer
 from ..training.data import split_documents
-from ..training.files import expand_user, real_path
 from ..training.generate import find_base, load_mixture, tell_loading
 from ..training.progress import console, printable
 from ..training.recipe import DomainOptions, plain_name

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..training.checkpoints import STATE_FILE, last_checkpoint
-from ..training.files import read_json
 from ..training.record import record_of
 
 

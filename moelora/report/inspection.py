@@ -14,9 +14,9 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..files import expand_user
 from ..options import InspectOptions
 from ..routing import Router
-from ..training.files import expand_user
 from ..training.progress import make_stdout, print_exactly, printable, track
 from ..training.record import finite
 from .geometry import Geometry, geometry, group_modules, sharpness

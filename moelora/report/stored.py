@@ -117,7 +117,7 @@ def _against_base(
         with torch.device("meta"):
             mixture = get_peft_model(model, copy.deepcopy(config), adapter_name=name)
         expected = get_peft_model_state_dict(mixture, adapter_name=name, save_embedding_layers=False)
-        problems += check_tensors(str(folder), name, weights[name], expected)
+        problems += check_tensors(name, weights[name], expected)
         model = mixture.unload()
     return problems
 
@@ -147,7 +147,7 @@ def _sorted(routers: dict[str, Any]) -> list[tuple[str, Any]]:
 
     def key(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
         parts = item[0].split(".")
-        return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+        return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
     return sorted(routers.items(), key=key)
 

@@ -6,7 +6,6 @@ Shapes: E experts of an adapter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
+from ..files import NotReadableError, read_json
 from .generation import (
     ID_KEY,
     PICKLED_ROUTER_NAME,
@@ -133,11 +133,9 @@ def parse_config(path: Path) -> dict[str, Any]:
         ValueError: it is no JSON object, or a record of its save is not what `save_pretrained` writes.
     """
     try:
-        if path.stat().st_size > MOST_CONFIG_BYTES:
-            raise ValueError(f"it has more than {MOST_CONFIG_BYTES >> 20} MiB")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); restore it from a copy") from None
+        config = read_json(path, MOST_CONFIG_BYTES)
+    except NotReadableError as error:
+        raise ValueError(f"{path}: {error}; restore it from a copy") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must be a JSON object, not {type(config).__name__}; restore it from a copy")
     if not isinstance(config.get("peft_type", ""), str):
@@ -240,9 +238,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_tensors(
-    source: str, name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], any_size: bool = False
+    name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], any_size: bool = False
 ) -> list[str]:
-    """What is wrong with an adapter's weights, beside those that a model has places for.
+    """What is wrong with an adapter's weights, compared with the tensors that a model has for them.
 
     Args:
         name: the adapter's.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import time
@@ -22,6 +21,8 @@ from secrets import token_hex
 from typing import Any, TypeVar
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..files import read_json
 
 try:
     import fcntl
@@ -143,9 +144,9 @@ def _finish(folder: Path) -> None:
 def _kept(pending: Path) -> list[str] | None:
     """The data files of a save that is being put in place; None where its configuration has been."""
     try:
-        record = json.loads((pending / CONFIG_NAME).read_text(encoding="utf-8"))["checkpoint"]
+        record = read_json(pending / CONFIG_NAME)["checkpoint"]
         check_record(record)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return list(record["files"])
 

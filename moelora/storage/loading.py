@@ -193,7 +193,7 @@ def _check_fit(
                 "if that is wanted"
                 for key in changed
             ]
-        problems += check_tensors(source, name, weights, expected | of_base, any_size)
+        problems += check_tensors(name, weights, expected | of_base, any_size)
     refuse(source, problems)
     return set() if load_embedding_layers else left_out
 

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
-from ..names import check_patterns_end
+from ..patterns import check_patterns_end
 from ..routing import FixedRouter, Router
 from .adapter_files import check_tensors, wrong_kind
 
@@ -104,7 +104,7 @@ def _check_router(
             built = Router(first.shape[1], num_experts, config.router_hidden_size, config.router_memory)
     prefix = f"{router}.moe_router.lora_router."
     given = {prefix + key: tensor for key, tensor in tensors.items()}
-    return check_tensors("", name, given, {prefix + key: tensor for key, tensor in built.state_dict().items()})
+    return check_tensors(name, given, {prefix + key: tensor for key, tensor in built.state_dict().items()})
 
 
 def _check_scope(name: str, config: MoELoraConfig, linears: list[str], routers: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ SECONDS = 5.0
 
 
 class _TakesTooLongError(BaseException):
-    """A template that may never end. No Exception: Jinja passes over those of sums that it does beforehand."""
+    """A template that may never end. No Exception, for Jinja catches these all while it computes constants."""
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Any], **options: Any) -> Any:

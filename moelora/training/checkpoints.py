@@ -1,6 +1,5 @@
 """The Trainer's checkpoints in an output folder: which of them are whole, and what going on from one lacks."""
 
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,12 +8,13 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from .files import open_regular, read_json
+from ..files import open_regular, read_json
+from ..storage.adapter_files import Place, read_adapter, read_config
+from .progress import number_from_launcher
 from .recipe import Recipe
 from .schema import shorten
 
@@ -69,7 +69,7 @@ def what_it_lacks(checkpoint: Path) -> list[str]:
         for name, patterns in NEEDED.items()
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns)
     ]
-    wrote, now = len(list(checkpoint.glob("rng_state*.pth"))), int(os.environ.get("WORLD_SIZE", "1"))
+    wrote, now = len(list(checkpoint.glob("rng_state*.pth"))), number_from_launcher("WORLD_SIZE", 1)
     if wrote not in (0, now):
         found.append(
             f"{checkpoint.name} was written by {wrote} process(es), and {now} go on from it: texts come in another "
@@ -114,18 +114,13 @@ def _check_state(path: Path) -> None:
         raise ValueError(f"global_step = {state.global_step}")
 
 
-def _check_weights(path: Path) -> None:
-    open_regular(path).close()
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
-
-
 def _check_config(path: Path) -> None:
-    if not isinstance(read_json(path), dict):
-        raise ValueError("no mapping")
+    read_config(Place(str(path.parent)))
+
+
+def _check_weights(path: Path) -> None:
+    """As they will be loaded: with the configuration, and the checksums, of the save that they belong to."""
+    read_adapter(path.parent).refuse_damage()
 
 
 def _holding(*keys: str) -> Callable[[Path], None]:

@@ -7,11 +7,11 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from ..files import expand_user
 from ..options import GenerateOptions, check_options
 from ..storage.adapter_files import Place, read_config
 from .base import check_model, load_model, load_tokenizer
 from .chat import apply_template
-from .files import expand_user
 from .progress import console, naming_output, printable
 from .recipe import ModelOptions
 from .record import noted_base

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig
+from ..files import NotReadableError, expand_user, real_path
 from ..presets import PRESETS
 from .arguments import check_parts
 from .base import check_model
-from .files import NotReadableError, expand_user, real_path
 from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from .recipe_file import parse_yaml, read_yaml
 from .record import check_output_dir
@@ -83,6 +83,8 @@ NOT_IN_MIXTURE = {
     "auto_mapping": "drop it: PEFT fills it in",
     "peft_version": "drop it: PEFT fills it in",
     "router_memory": "drop it: `moelora train --grow` fills it in",
+    "adapters": "drop it: save_pretrained fills it in",
+    "checkpoint": "drop it: save_pretrained fills it in",
 }
 
 

@@ -18,8 +18,15 @@ T = TypeVar("T")
 
 NARROWEST = 40  # columns; rich fails to lay out tables where there is room for nothing
 
+
+def number_from_launcher(variable: str, default: int) -> int:
+    """What a launcher says of this process; what is no number comes from somebody else, and counts for nothing."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else default
+
+
 # Launchers number the processes of a run. All of them compute, one writes and talks.
-is_main_process = int(os.environ.get("RANK", "0")) == 0
+is_main_process = number_from_launcher("RANK", 0) == 0
 
 # What terminals obey: C0 and C1 controls, the separators that break lines, marks that turn text round. And halves of
 # characters, which no encoding can write. Joiners stay: scripts and emoji are written with them.

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME
 
+from ..files import real_path
 from ..staging import staging
 from .checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, step_of
-from .files import real_path
 from .recipe import Recipe
 from .record_check import LEARNED_BEFORE, read_checked_operation, read_checked_run
 from .schema import Problem

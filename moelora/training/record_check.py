@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .files import NotReadableError, read_json
+from ..files import NotReadableError, read_json
 from .progress import console, printable
 from .recipe import DomainOptions, ModelOptions, Recipe
 from .schema import Problem, check_values, describe

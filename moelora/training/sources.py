@@ -15,7 +15,7 @@ import datasets
 from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from .files import NotReadableError, expand_user, open_regular, parse_json, real_path
+from ..files import NotReadableError, expand_user, open_regular, parse_json, real_path
 from .progress import console, printable, track_reading
 from .recipe import DomainOptions
 from .schema import Problem, UserError, did_you_mean, shorten

@@ -11,8 +11,14 @@ FUZZ = int(os.environ.get("MOELORA_FUZZ", "400"))
 """Inputs of each file; `make fuzz` gives tens of thousands."""
 
 
-def examples(share: float = 1.0) -> settings:
-    """The settings of a test that takes a share of its file's inputs: seeded, and as slow as it is."""
+def examples(share: float = 1.0, *, in_make_test: float | None = None) -> settings:
+    """The settings of a test that takes a share of its file's inputs: seeded, and as slow as it is.
+
+    Args:
+        in_make_test: the share where nobody asked for a number of inputs, for tests that make models for each.
+    """
+    if in_make_test is not None and "MOELORA_FUZZ" not in os.environ:
+        share = in_make_test
     return settings(max_examples=max(1, round(FUZZ * share)), derandomize=True, deadline=None, database=None)
 
 

@@ -155,7 +155,7 @@ def try_all(folder, out):
 
 
 @given(st.data())
-@examples(0.3)
+@examples(0.3, in_make_test=0.1)
 def test_files_that_were_changed_are_refused_or_the_same(saved, tmp_path_factory, data):
     place, outputs = saved
     folder = tmp_path_factory.mktemp("changed") / "adapter"
@@ -174,7 +174,7 @@ def test_files_that_were_changed_are_refused_or_the_same(saved, tmp_path_factory
 
 
 @given(st.data())
-@examples(0.3)
+@examples(0.3, in_make_test=0.1)
 def test_what_was_written_with_its_checksums_is_refused_or_exactly_that(saved, tmp_path_factory, data):
     place, _ = saved
     folder = tmp_path_factory.mktemp("changed") / "adapter"

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import problems, write_jsonl, write_recipe
 
+from moelora.storage.generation import describe_save, new_id
 from moelora.training import load_recipe
 from moelora.training.checkpoints import last_whole_checkpoint, what_it_lacks
 from moelora.training.record import write_json
@@ -206,6 +207,24 @@ def test_another_number_of_processes_is_told(checkpoint, monkeypatch):
         shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
     (checkpoint / "rng_state.pth").unlink()
     assert what_it_lacks(checkpoint) == []
+
+
+def test_a_number_of_processes_that_is_none_counts_for_nothing(checkpoint, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert what_it_lacks(checkpoint) == []
+
+
+def test_a_checkpoint_whose_weights_are_not_those_that_were_saved_is_passed_over(folder, recipe, record, checkpoint):
+    record("training")
+    weights = checkpoint / "adapter_model.safetensors"
+    settings = {"checkpoint": describe_save(checkpoint, new_id())}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(settings))
+    assert load_recipe(write_recipe(folder, recipe), resume=True)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    found = problems(folder, recipe, resume=True)["training.output_dir"]
+    assert "adapter_model.safetensors cannot be read" in found and "is damaged" in found
 
 
 def test_a_checkpoint_without_weights_is_passed_over(folder, recipe, record, checkpoint):

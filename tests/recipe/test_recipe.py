@@ -88,6 +88,8 @@ MISTAKES = [
     ("mixture.router_scope", "layer", "block, model, module"),
     ("mixture.use_dora", True, "use_dora"),
     ("mixture.inference_mode", True, "drop it"),
+    ("mixture.adapters", [], "drop it: save_pretrained"),
+    ("mixture.checkpoint", {"id": "x", "files": {}}, "drop it: save_pretrained"),
     (
         "mixture.preset",
         "multi-domian",

@@ -1,4 +1,4 @@
-"""Read files that strangers wrote: ordinary files only, and nothing in them ends in a traceback."""
+"""Read files that strangers wrote: regular files only, and whatever is in them, the error says what is wrong."""
 
 import json
 import os
@@ -11,7 +11,7 @@ DEEPEST = 100
 
 
 class NotReadableError(ValueError):
-    """A file or a text is no regular file or does not hold what it should; the message says why, not where."""
+    """What is to be read is no regular file, or does not hold what it should; the message says why, not where."""
 
 
 def expand_user(path: str | Path) -> Path:
@@ -42,14 +42,19 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, most_bytes: int | None = None) -> Any:
     """What a JSON file holds.
 
+    Args:
+        most_bytes: of the file; by default it may be of any size.
+
     Raises:
-        NotReadableError: it is no regular file, or holds what [`parse_json`] refuses.
+        NotReadableError: it is no regular file, is too large, or holds what [`parse_json`] refuses.
         OSError: it cannot be opened.
     """
     with open_regular(path) as stream:
+        if most_bytes is not None and os.fstat(stream.fileno()).st_size > most_bytes:
+            raise NotReadableError(f"it has more than {most_bytes:,} bytes")
         content = stream.read()
     try:
         return parse_json(content.decode("utf-8"))
