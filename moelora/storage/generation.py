@@ -16,6 +16,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ _DATA_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ROUTER_NAME, PICKLED_ROUT
 _NAMES = (*_DATA_NAMES, CARD_NAME, CONFIG_NAME)
 """Every file that a save may write or remove, in the order in which they are put in place."""
 _READ_AGAIN = 50
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 class SaveError(ValueError):
@@ -58,16 +59,22 @@ def new_id() -> str:
 
 def checksum(path: Path) -> str:
     """CRC-32 of a file, which tells damage and mix-ups; it is no protection against somebody who wants to deceive."""
-    value = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
+    value, buffer = 0, bytearray(_CHUNK)  # one for all: fresh memory for each chunk would take longer than the sum
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            value = zlib.crc32(view[:size], value)
     return f"crc32:{value:08x}"
 
 
 def describe_save(folder: Path, save_id: str) -> dict[str, Any]:
     """What the configuration is to say of the other files of its save, which lie in the folder."""
-    files = {name: checksum(folder / name) for name in _DATA_NAMES if (folder / name).is_file()}
+    names = [name for name in _DATA_NAMES if (folder / name).is_file()]
+    with ThreadPoolExecutor(1) as other:  # while the disk writes, a processor has time to sum up
+        flushed = [other.submit(_flush, folder / name) for name in names]
+        files = {name: checksum(folder / name) for name in names}
+        for each in flushed:
+            each.result()
     return {"id": save_id, "files": files}
 
 
