@@ -6,7 +6,6 @@ Shapes: E experts of an adapter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
+from ..json_text import parse_json
 from .generation import (
     ID_KEY,
     PICKLED_ROUTER_NAME,
@@ -135,8 +135,8 @@ def parse_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_CONFIG_BYTES:
             raise ValueError(f"it has more than {MOST_CONFIG_BYTES >> 20} MiB")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore it from a copy") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must be a JSON object, not {type(config).__name__}; restore it from a copy")
@@ -197,9 +197,8 @@ def _read_tensors(source: str, path: Path) -> tuple[str | None, dict[str, Tensor
     try:
         if path.name == WEIGHTS_NAME:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-            is_plain = isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())
-            if not is_plain:
-                raise SaveError(f"{path.name} in {source!r} holds no tensors by name; restore it from a copy")
+            if not isinstance(tensors, dict) or not all(map(_is_plain, tensors.items())):
+                raise SaveError(f"{path.name} in {source!r} holds no plain tensors by name; restore it from a copy")
             return None, tensors
         with safe_open(path, framework="pt", device="cpu") as stream:
             return (stream.metadata() or {}).get(ID_KEY), {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
@@ -214,6 +213,18 @@ def _read_tensors(source: str, path: Path) -> tuple[str | None, dict[str, Tensor
             f"the weights {path.name} in {source!r} are damaged or truncated ({error}); restore them from a copy or an "
             "earlier checkpoint"
         ) from error
+
+
+def _is_plain(item: tuple[Any, Any]) -> bool:
+    """Whether it is a name and a tensor of which every number lies in the file, as in safetensors.
+
+    A pickle may hold sparse tensors, some without numbers, and views that show one number a trillion times.
+    """
+    name, tensor = item
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        return False
+    is_dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
+    return is_dense and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def _check_finite(source: str, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -279,6 +290,8 @@ def wrong_kind(key: str, tensor: Tensor, dtype: torch.dtype | None = None) -> st
     good = tensor.is_floating_point() and tensor.itemsize >= 2 if dtype.is_floating_point else tensor.dtype == dtype
     if not good:
         return f"holds {str(tensor.dtype).removeprefix('torch.')}, not {str(dtype).removeprefix('torch.')}"
+    if tensor.itemsize > dtype.itemsize and not is_finite(tensor.to(dtype)):
+        return f"has numbers beyond {str(dtype).removeprefix('torch.')}"
     if "lora_router" not in key.split("."):
         return None
     if what == "maturity" and not bool(((tensor >= 0) & (tensor <= 1)).all()):
