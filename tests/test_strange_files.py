@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_persistence import base_model, trained
@@ -11,6 +12,7 @@ from tiny import DATA, save_tiny_adapter
 from torch import nn
 
 from moelora.cli import main
+from moelora.storage import adapter_files
 from moelora.storage.generation import checksum
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -90,6 +92,22 @@ def test_transformers_own_loader_cannot_drop_an_attached_router(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="saved with an attached router, which only PeftModel"):
         base_model().load_adapter(str(tmp_path))
+
+
+def test_an_old_adapter_whose_router_cannot_be_asked_for_says_so(tmp_path, monkeypatch):
+    trained().save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
+    settings = json.loads((tmp_path / CONFIG).read_text()) | {"checkpoint": None}
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+
+    def download(repository, name, **options):
+        if name == "router.pt":
+            raise LocalEntryNotFoundError("no network")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(adapter_files, "hf_hub_download", download)
+    with pytest.warns(UserWarning, match="the hub could not be asked whether 'some/adapter'"):
+        assert adapter_files.read_adapter("some/adapter").pickled_router is None
 
 
 @pytest.fixture

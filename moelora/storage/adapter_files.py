@@ -6,6 +6,7 @@ Shapes: E experts of an adapter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
@@ -104,6 +105,14 @@ class Place:
         arguments = {"token" if key == "use_auth_token" else key: value for key, value in self.hub.items()}
         try:
             return Path(hf_hub_download(self.source, name, **arguments))
+        except LocalEntryNotFoundError:  # the hub could not be asked
+            if name == PICKLED_ROUTER_NAME:
+                warnings.warn(
+                    f"the hub could not be asked whether {self.source!r}, an adapter of November 2026 or before, has "
+                    f"an attached router ({name}); its built-in routers decide",
+                    stacklevel=2,
+                )
+            return None
         except EntryNotFoundError:
             return None
 
