@@ -152,8 +152,15 @@ class MoELoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """See PEFT."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        """See PEFT.
+
+        Raises:
+            ValueError: a field is out of range, or of a type that PEFT cannot take.
+        """
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"the configuration in {str(pretrained_model_name_or_path)!r}: {error}") from error
         if isinstance(config, MoELoraConfig):
             config.__dict__["read_from"] = str(pretrained_model_name_or_path), (config.checkpoint or {}).get("id")
         return config

@@ -55,6 +55,12 @@ def _is_integers(value: Any) -> bool:
     return isinstance(value, (list, tuple, range)) and all(map(is_int, value))
 
 
+def _is_tokens(value: Any) -> bool:
+    """Whether a value lists tokens, or does so by the names of embeddings."""
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(_is_integers(tokens) and min(tokens, default=0) >= 0 for tokens in lists)
+
+
 def _is_patterns(value: Any) -> bool:
     return _is_names(value) and all(map(_is_regex, value))
 
@@ -103,6 +109,8 @@ LORA_RULES = (
          "pass a name or a list of names"),
     Rule("layers_to_transform", lambda v: v is None or is_int(v) or _is_integers(v),
          "pass an integer or a list of integers"),
+    Rule("trainable_token_indices", lambda v: v is None or _is_tokens(v),
+         "pass a list of tokens, or a mapping of embeddings' names to such lists"),
     Rule("use_rslora", _is_one_of(bool), "pass True or False"),
     Rule("fan_in_fan_out", _is_one_of(bool), "pass True or False"),
     Rule("bias", lambda v: v in ("none", "all", "lora_only"), "choose one of none, all, lora_only"),

@@ -61,6 +61,11 @@ class MoELoraModel(RoutingControls, TunerModel):
                 f"this checkpoint holds a mixture of {len(saved)} adapters; load it with PeftModel.from_pretrained, "
                 "which restores them all"
             )
+        if isinstance(config, PeftConfig) and "router" in (first.checkpoint or {}):
+            raise ValueError(
+                "this checkpoint was saved with an attached router, which only PeftModel.from_pretrained loads; "
+                "without it the built-in routers would decide"
+            )
         if saved:
             adapter_name = next(iter(saved))
             config = {adapter_name: saved[adapter_name]}

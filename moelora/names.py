@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-LONGEST_NAME = 128  # a folder may have to be called so
+LONGEST_NAME = 128
+MOST_NAME_BYTES = 255  # in UTF-8: a folder may have to be called so
 _HOLDS_ADAPTERS = frozenset(
     (
         "lora_A",
@@ -61,6 +62,8 @@ def name_problem(name: Any) -> str | None:
         return f"it has more than {LONGEST_NAME} characters"
     if not name.isprintable():
         return "it holds characters that cannot be printed"
+    if len(name.encode()) > MOST_NAME_BYTES:
+        return f"it has more than {MOST_NAME_BYTES} bytes in UTF-8, and no folder can be called so"
     if found := [character for character in "./\\" if character in name]:
         return f"`{found[0]}` separates parts of names and of paths"
     if name in _PARTS_OF_PEFT or name in _OF_CONTAINERS:

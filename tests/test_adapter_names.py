@@ -16,7 +16,7 @@ OF_PEFT = ("weight", "lora_A", "lora_B", "moe_router", "lora_router", "base_laye
 OF_CONTAINERS = ("keys", "pop", "forward", "training", "items", "add_module")
 UNPRINTABLE = ("", "a\n", "a\x1b[31m", "\ud800", "a\u202eb", "n" * 129)
 SEPARATORS = ("a/b", "a.b", "..", "a\\b")
-REFUSED = (*CLASH, *OF_PEFT, *OF_CONTAINERS, *UNPRINTABLE, *SEPARATORS)
+REFUSED = (*CLASH, *OF_PEFT, *OF_CONTAINERS, *UNPRINTABLE, *SEPARATORS, "é" * 128)
 FINE = (
     "default",
     "expert_3",

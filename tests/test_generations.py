@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -160,6 +161,46 @@ def test_a_pending_folder_that_leads_elsewhere_moves_nothing(tmp_path):
     trained().save_pretrained(folder)
     assert (mine / "README.md").read_text() == "keep"
     assert not (folder / PENDING).exists()
+
+
+def no_folder(pending):
+    pending.write_text("x")
+
+
+def folders_for_files(pending):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (pending / name).mkdir(parents=True)
+
+
+@pytest.mark.parametrize("make", [no_folder, folders_for_files])
+def test_a_pending_folder_that_no_save_left_is_in_no_ones_way(tmp_path, make):
+    trained().save_pretrained(tmp_path)
+    make(tmp_path / PENDING)
+    expected = logits(PeftModel.from_pretrained(base_model(), tmp_path))
+    model = variant(1)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / PENDING).exists()
+    loaded = logits(PeftModel.from_pretrained(base_model(), tmp_path))
+    assert torch.equal(loaded, logits(model)) and not torch.equal(loaded, expected)
+
+
+def test_a_pipe_in_a_pending_folder_is_not_waited_for(tmp_path):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / PENDING).mkdir()
+    pipe = tmp_path / PENDING / "adapter_config.json"
+    os.mkfifo(pipe)
+    opened = []
+
+    def write():  # opening waits for a reader
+        while True:
+            with pipe.open("w") as stream:
+                opened.append(stream.write("[]"))
+            time.sleep(0.05)  # the reader sees the end
+
+    threading.Thread(target=write, daemon=True).start()
+    PeftModel.from_pretrained(base_model(), tmp_path)
+    trained().save_pretrained(tmp_path)
+    assert not opened
 
 
 # ---- read meanwhile --------------------------------------------------------------------------------------------------

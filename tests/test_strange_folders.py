@@ -67,6 +67,11 @@ def less_than_new(tensors, prefix):
     tensors[f"{prefix}{ROUTER}.maturity"].fill_(-3)
 
 
+def beyond_float32(tensors, prefix):
+    key = f"{prefix}{LINEAR}.lora_A.weight"
+    tensors[key] = torch.full_like(tensors[key], 1e300, dtype=torch.float64)
+
+
 def nan(tensors, prefix):
     tensors[f"{prefix}{LINEAR}.lora_B.weight"][0, 0] = torch.nan
 
@@ -148,6 +153,7 @@ TENSORS = [
     (negative_counters, "has negative numbers"),
     (too_mature, r"a maturity lies in \[0, 1\]"),
     (less_than_new, r"a maturity lies in \[0, 1\]"),
+    (beyond_float32, "has numbers beyond float32"),
     (nan, "lora_B.weight` of .* is not finite"),
     (infinite, "weight` of .* is not finite"),
     (two_infinities, "weight` of .* is not finite"),
@@ -304,6 +310,10 @@ SETTINGS = [
     ({"monteclora_config": {"": 1}}, r"MontecloraConfig|`monteclora_config`"),
     ({"peft_type": "LORA"}, r"peft_type|'LORA', not 'MOELORA'|damaged"),
     ({"peft_type": ["MOELORA"]}, r"`peft_type`"),
+    ({"trainable_token_indices": ["x"]}, r"`trainable_token_indices`"),
+    ({"trainable_token_indices": {"embed_tokens": [-1]}}, r"`trainable_token_indices`"),
+    ({"eva_config": [1]}, r"adapter_config.json.*EvaConfig|configuration in .*EvaConfig"),
+    ({"auto_mapping": json.loads("[" * 300 + "]" * 300)}, r"more than 100 levels deep"),
     ({"checkpoint": 7}, r"`checkpoint`"),
     ({"checkpoint": {"id": 7, "files": {}}}, r"`checkpoint`"),
     ({"checkpoint": {"id": "x", "files": {"../../x": "y"}}}, r"`checkpoint`"),

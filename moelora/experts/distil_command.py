@@ -74,6 +74,11 @@ def distil_command(options: DistilOptions) -> Path | None:
             return _Job(options, source, rank, blocks, tokenizer).run(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"the experts of {source.folder} compute numbers too large to be fitted ({error}); was their training "
+                "diverging?"
+            ) from error
 
     return carry_out(options, _plan(options, source, rank), work, inputs=[options.adapter], base=source.base)
 

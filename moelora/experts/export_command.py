@@ -96,6 +96,9 @@ def _merge(base: ModelOptions, lora: LoraFile, folder: Path) -> None:
     exact = dataclasses.replace(base, dtype="float32")
     model = load_model(exact, torch.device("cpu"))
     dtype = getattr(load_config(base), "dtype", None) or torch.float32
-    merge(model, lora)
+    try:
+        merge(model, lora)
+    except ValueError as error:
+        raise UserError(f"--merge: {error}") from error
     model.to(dtype).save_pretrained(str(folder))
     load_tokenizer(base).save_pretrained(str(folder))

@@ -6,6 +6,7 @@ Shapes: E experts of an adapter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
@@ -104,6 +105,14 @@ class Place:
         arguments = {"token" if key == "use_auth_token" else key: value for key, value in self.hub.items()}
         try:
             return Path(hf_hub_download(self.source, name, **arguments))
+        except LocalEntryNotFoundError:  # the hub could not be asked
+            if name == PICKLED_ROUTER_NAME:
+                warnings.warn(
+                    f"the hub could not be asked whether {self.source!r}, an adapter of November 2026 or before, has "
+                    f"an attached router ({name}); its built-in routers decide",
+                    stacklevel=2,
+                )
+            return None
         except EntryNotFoundError:
             return None
 
@@ -195,9 +204,8 @@ def _read_tensors(source: str, path: Path) -> tuple[str | None, dict[str, Tensor
     try:
         if path.name == WEIGHTS_NAME:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-            is_plain = isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())
-            if not is_plain:
-                raise SaveError(f"{path.name} in {source!r} holds no tensors by name; restore it from a copy")
+            if not isinstance(tensors, dict) or not all(map(_is_plain, tensors.items())):
+                raise SaveError(f"{path.name} in {source!r} holds no plain tensors by name; restore it from a copy")
             return None, tensors
         with safe_open(path, framework="pt", device="cpu") as stream:
             return (stream.metadata() or {}).get(ID_KEY), {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
@@ -212,6 +220,18 @@ def _read_tensors(source: str, path: Path) -> tuple[str | None, dict[str, Tensor
             f"the weights {path.name} in {source!r} are damaged or truncated ({error}); restore them from a copy or an "
             "earlier checkpoint"
         ) from error
+
+
+def _is_plain(item: tuple[Any, Any]) -> bool:
+    """Whether it is a name and a tensor of which every number lies in the file, as in safetensors.
+
+    A pickle may hold sparse tensors, some without numbers, and views that show one number a trillion times.
+    """
+    name, tensor = item
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        return False
+    is_dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
+    return is_dense and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def _check_finite(source: str, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -277,6 +297,8 @@ def wrong_kind(key: str, tensor: Tensor, dtype: torch.dtype | None = None) -> st
     good = tensor.is_floating_point() and tensor.itemsize >= 2 if dtype.is_floating_point else tensor.dtype == dtype
     if not good:
         return f"holds {str(tensor.dtype).removeprefix('torch.')}, not {str(dtype).removeprefix('torch.')}"
+    if tensor.itemsize > dtype.itemsize and not is_finite(tensor.to(dtype)):
+        return f"has numbers beyond {str(dtype).removeprefix('torch.')}"
     if "lora_router" not in key.split("."):
         return None
     if what == "maturity" and not bool(((tensor >= 0) & (tensor <= 1)).all()):

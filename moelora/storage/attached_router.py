@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 }
 """Layers that may describe themselves: their class, and the arguments that make them, which are attributes too."""
 _MOST_LAYERS = 64
+_WIDEST = 1 << 20
 
 
 class AwaitedRouter(nn.Module):
@@ -193,10 +194,35 @@ def router_for(
             raise ValueError(f"its weights are {_shapes(weights)}, its layers' {_shapes(built.state_dict())}")
         if any(not tensor.is_floating_point() for tensor in weights.values()):
             raise ValueError("its weights are no floating-point numbers")
-    except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
+        built.load_state_dict(weights, assign=True)
+        _check_routes(built, num_experts)
+    except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError, LookupError) as error:
         raise SaveError(f"the attached router of {source!r} is not what it is described as: {error}") from error
-    built.load_state_dict(weights, assign=True)
     return built.requires_grad_(True)
+
+
+def _check_routes(router: nn.Module, num_experts: int) -> None:
+    """Try a described router on one token: layers take their arguments as they come, and fail where they compute.
+
+    Raises:
+        ValueError: it gives no finite weight for every expert; layers raise errors of other kinds too.
+    """
+    wide = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+    first = next((layer for layer in router.modules() if isinstance(layer, wide)), None)
+    if first is None:
+        width = num_experts
+    else:
+        width = first.in_features if isinstance(first, nn.Linear) else first.normalized_shape[-1]
+    if width > _WIDEST:
+        raise ValueError(f"it reads {width} numbers")
+    dtype = next((parameter.dtype for parameter in router.parameters()), torch.float32)
+    with torch.no_grad():
+        routed = router.eval()(torch.linspace(-1, 1, width, dtype=torch.float64).to(dtype).view(1, 1, width))
+    router.train()
+    if routed.shape != (1, 1, num_experts) or not bool(routed.isfinite().all()):
+        raise ValueError(
+            f"it gives {list(routed.shape[2:])} numbers, or none that are finite, for {num_experts} experts"
+        )
 
 
 def check_loads_into(module: nn.Module, name: str, weights: dict[str, Tensor], source: str) -> None:

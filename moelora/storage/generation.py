@@ -132,8 +132,8 @@ def _locked(path: Path) -> int | None:
 def _finish(folder: Path) -> None:
     """Put the files of a save whose moment has come in their places, and remove those of the save before."""
     pending = folder / PENDING
-    if pending.is_symlink():  # of a stranger's folder: what it leads to is not ours to move
-        pending.unlink()
+    if pending.is_symlink() or pending.is_file():  # of a stranger's folder: what it leads to is not ours to move
+        pending.unlink(missing_ok=True)
     if not pending.is_dir():
         return
     kept = _kept(pending)
@@ -142,7 +142,9 @@ def _finish(folder: Path) -> None:
             if name not in kept:
                 (folder / name).unlink(missing_ok=True)
     for name in _NAMES:  # the configuration last: it says which others belong to it
-        with contextlib.suppress(FileNotFoundError):  # not in this save, or moved by another process
+        if not (pending / name).is_file():  # not in this save, or a stranger's folder or pipe
+            continue
+        with contextlib.suppress(FileNotFoundError):  # moved by another process
             os.replace(pending / name, folder / name)
     shutil.rmtree(pending, ignore_errors=True)
     _flush(folder)
@@ -150,6 +152,8 @@ def _finish(folder: Path) -> None:
 
 def _kept(pending: Path) -> list[str] | None:
     """The data files of a save that is being put in place; None where its configuration has been."""
+    if not (pending / CONFIG_NAME).is_file():  # a pipe would be waited for
+        return None
     try:
         record = read_json(pending / CONFIG_NAME)["checkpoint"]
         check_record(record)

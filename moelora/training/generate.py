@@ -127,7 +127,25 @@ def load_mixture(base: ModelOptions, adapter: Path, device: torch.device) -> Pef
         model = PeftModel.from_pretrained(load_model(base, device), str(adapter))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"the adapter {adapter} does not load onto {base.name}: {error}") from error
-    return model.to(device).eval()
+    model.to(device).eval()
+    _try_attached_router(model, adapter)
+    return model
+
+
+def _try_attached_router(model: PeftModel, adapter: Path) -> None:
+    """Run one token through an attached router: only a forward tells whether it fits this base model.
+
+    Raises:
+        UserError: it does not, or it is the user's code, which a command does not have.
+    """
+    routing = getattr(model.base_model, "routing", None)  # plain LoRA has none
+    if routing is None or routing.attached is None:
+        return
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    except Exception as error:  # whatever its layers raise
+        raise UserError(f"the attached router of the adapter {adapter} does not route: {error}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, options: GenerateOptions):
