@@ -59,7 +59,7 @@ def describe_router(folder, described, weight=None):
     weight = torch.ones(3, 16) if weight is None else weight
     path = folder / "router.safetensors"
     save_file({"0.weight": weight}, path, metadata={"moelora_save": record["id"]})
-    record["files"][path.name] = checksum(path)
+    record["files"][path.name] = checksum(load_file(path))
     record["router"] = {"class": "Gate", "num_experts": len(weight), "layers": described}
     (folder / CONFIG).write_text(json.dumps(settings))
 
@@ -152,7 +152,7 @@ def test_experts_too_large_to_compute_with_are_told(folder, capsys):
             tensor.fill_(3e38)
     save_file(tensors, folder / "adapter" / WEIGHTS)
     settings = json.loads((folder / "adapter" / CONFIG).read_text())
-    settings["checkpoint"]["files"][WEIGHTS] = checksum(folder / "adapter" / WEIGHTS)
+    settings["checkpoint"]["files"][WEIGHTS] = checksum(load_file(folder / "adapter" / WEIGHTS))
     (folder / "adapter" / CONFIG).write_text(json.dumps(settings))
     assert main(["distil", "adapter", "--r", "2", *DATA, "--out", "lora", "--steps", "0"]) == 2
     assert "too large to be fitted" in capsys.readouterr().err

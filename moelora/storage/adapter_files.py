@@ -187,8 +187,8 @@ def _read(place: Place) -> AdapterFiles:
     found, tensors = {}, {}
     with ThreadPoolExecutor(1) as other:  # checksums take a processor while the tensors' pages come from the disk
         for at in filter(None, (path, router_path)):
-            summed = other.submit(checksum, at) if record is not None else None
             save_id, tensors[at] = _read_tensors(place.source, at)
+            summed = other.submit(checksum, tensors[at]) if record is not None else None
             _check_finite(place.source, at.name, tensors[at])
             found[at.name] = save_id, "" if summed is None else summed.result()
     pickled = place.find(PICKLED_ROUTER_NAME) if place.folder is not None or record is None else None

@@ -140,8 +140,8 @@ def _built(layers: Any, budget: list[int] | None = None) -> nn.Module:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def save_router(router: nn.Module, folder: Path, save_id: str) -> None:
-    """Write a router's weights.
+def save_router(router: nn.Module, folder: Path, save_id: str) -> dict[str, Tensor]:
+    """Write a router's weights, and return them.
 
     Raises:
         ValueError: it keeps state that is no tensor.
@@ -154,6 +154,7 @@ def save_router(router: nn.Module, folder: Path, save_id: str) -> None:
         )
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     save_file(tensors, folder / ROUTER_NAME, metadata={"format": "pt", ID_KEY: save_id})
+    return tensors
 
 
 def router_for(

@@ -15,13 +15,14 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
 
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import Tensor
 
 from ..files import read_json
 
@@ -45,7 +46,6 @@ _DATA_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ROUTER_NAME, PICKLED_ROUT
 _NAMES = (*_DATA_NAMES, CARD_NAME, CONFIG_NAME)
 """Every file that a save may write or remove, in the order in which they are put in place."""
 _READ_AGAIN = 50
-_CHUNK = 1 << 20
 
 
 class SaveError(ValueError):
@@ -57,25 +57,17 @@ def new_id() -> str:
     return token_hex(8)
 
 
-def checksum(path: Path) -> str:
-    """CRC-32 of a file, which tells damage and mix-ups; it is no protection against somebody who wants to deceive."""
-    value, buffer = 0, bytearray(_CHUNK)  # one for all: fresh memory for each chunk would take longer than the sum
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as stream:
-        while size := stream.readinto(buffer):
-            value = zlib.crc32(view[:size], value)
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of tensors, their names, dtypes and shapes.
+
+    It tells damage and mix-ups, and is no protection against somebody who wants to deceive.
+    """
+    value = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
     return f"crc32:{value:08x}"
-
-
-def describe_save(folder: Path, save_id: str) -> dict[str, Any]:
-    """What the configuration is to say of the other files of its save, which lie in the folder."""
-    names = [name for name in _DATA_NAMES if (folder / name).is_file()]
-    with ThreadPoolExecutor(1) as other:  # while the disk writes, a processor has time to sum up
-        flushed = [other.submit(_flush, folder / name) for name in names]
-        files = {name: checksum(folder / name) for name in names}
-        for each in flushed:
-            each.result()
-    return {"id": save_id, "files": files}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

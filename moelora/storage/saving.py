@@ -14,6 +14,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from ..config import MoELoraConfig
 from ..layer import MoELoraLayer
 from ..staging import staging
 from .attached_router import describe, save_router
-from .generation import CARD_NAME, ID_KEY, describe_save, new_id, put_in_place
+from .generation import CARD_NAME, ID_KEY, ROUTER_NAME, checksum, new_id, put_in_place
 
 if TYPE_CHECKING:
     from ..peft_model import MixturePeftModel
@@ -161,15 +162,19 @@ def _write(
     with_router: bool,
 ) -> None:
     save_id, routing = new_id(), model.base_model.routing
-    if safe_serialization:
-        plain = _without_aliases(tensors)
-        save_file(plain, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", ID_KEY: save_id})
-    else:
-        torch.save(tensors, folder / WEIGHTS_NAME)
-    router = routing.attached if with_router else None
-    if router is not None:
-        save_router(router, folder, save_id)
-    config.checkpoint = describe_save(folder, save_id)
+    with ThreadPoolExecutor(1) as other:  # while the disk takes the tensors, a processor has time to sum them up
+        if safe_serialization:
+            tensors = _without_aliases(tensors)
+            sums = {SAFETENSORS_WEIGHTS_NAME: other.submit(checksum, tensors)}
+            save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", ID_KEY: save_id})
+        else:
+            sums = {WEIGHTS_NAME: other.submit(checksum, tensors)}
+            torch.save(tensors, folder / WEIGHTS_NAME)
+        router = routing.attached if with_router else None
+        if router is not None:
+            sums[ROUTER_NAME] = other.submit(checksum, save_router(router, folder, save_id))
+        files = {name: summed.result() for name, summed in sums.items()}
+    config.checkpoint = {"id": save_id, "files": files}
     if router is not None:
         config.checkpoint["router"] = describe(router, routing.num_experts)
     base = model.get_base_model()

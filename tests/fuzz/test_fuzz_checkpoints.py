@@ -101,7 +101,7 @@ def change_tensors(draw, folder):
                 prefix = key.partition("/")[0] + "/" if "/" in key else ""
                 tensors[f"{prefix}base_model.model.{base}"] = torch.zeros(16)
     save_file(tensors, folder / name, metadata={"format": "pt", "moelora_save": settings["checkpoint"]["id"]})
-    settings["checkpoint"]["files"][name] = checksum(folder / name)
+    settings["checkpoint"]["files"][name] = checksum(load_file(folder / name))
     (folder / CONFIG).write_text(json.dumps(settings))
 
 
