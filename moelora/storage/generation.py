@@ -76,19 +76,19 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def put_in_place(written: Path, folder: Path) -> None:
     """Let a folder of written files become the generation that the adapter's folder holds; other files there stay."""
     for path in written.iterdir():
-        _flush(path)
-    _flush(written)
+        flush(path)
+    flush(written)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # another process has just made it
             os.rename(written, folder)
-            _flush(folder.parent)
+            flush(folder.parent)
             return
     folder.mkdir(exist_ok=True)
     with _only_writer_in(folder):
         _finish(folder)
         os.rename(written, folder / PENDING)
-        _flush(folder)
+        flush(folder)
         _finish(folder)
 
 
@@ -139,7 +139,7 @@ def _finish(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # moved by another process
             os.replace(pending / name, folder / name)
     shutil.rmtree(pending, ignore_errors=True)
-    _flush(folder)
+    flush(folder)
 
 
 def _kept(pending: Path) -> list[str] | None:
@@ -154,7 +154,8 @@ def _kept(pending: Path) -> list[str] | None:
     return list(record["files"])
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the disk has what was written to a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

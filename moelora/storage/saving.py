@@ -28,7 +28,7 @@ from ..config import MoELoraConfig
 from ..layer import MoELoraLayer
 from ..staging import staging
 from .attached_router import describe, save_router
-from .generation import CARD_NAME, ID_KEY, ROUTER_NAME, checksum, new_id, put_in_place
+from .generation import CARD_NAME, ID_KEY, ROUTER_NAME, checksum, flush, new_id, put_in_place
 
 if TYPE_CHECKING:
     from ..peft_model import MixturePeftModel
@@ -162,24 +162,31 @@ def _write(
     with_router: bool,
 ) -> None:
     save_id, routing = new_id(), model.base_model.routing
-    with ThreadPoolExecutor(1) as other:  # while the disk takes the tensors, a processor has time to sum them up
-        if safe_serialization:
-            tensors = _without_aliases(tensors)
-            sums = {SAFETENSORS_WEIGHTS_NAME: other.submit(checksum, tensors)}
-            save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", ID_KEY: save_id})
-        else:
-            sums = {WEIGHTS_NAME: other.submit(checksum, tensors)}
-            torch.save(tensors, folder / WEIGHTS_NAME)
-        router = routing.attached if with_router else None
-        if router is not None:
-            sums[ROUTER_NAME] = other.submit(checksum, save_router(router, folder, save_id))
-        files = {name: summed.result() for name, summed in sums.items()}
+    if safe_serialization:
+        name, tensors = SAFETENSORS_WEIGHTS_NAME, _without_aliases(tensors)
+        save_file(tensors, folder / name, metadata={"format": "pt", ID_KEY: save_id})
+    else:
+        name = WEIGHTS_NAME
+        torch.save(tensors, folder / name)
+    files = {name: _sum_while_flushing(folder / name, tensors)}
+    router = routing.attached if with_router else None
+    if router is not None:
+        files[ROUTER_NAME] = checksum(save_router(router, folder, save_id))
     config.checkpoint = {"id": save_id, "files": files}
     if router is not None:
         config.checkpoint["router"] = describe(router, routing.num_experts)
     base = model.get_base_model()
     auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else auto_mapping)
+
+
+def _sum_while_flushing(path: Path, tensors: Tensors) -> str:
+    """The checksum of a file's tensors; while the disk takes the file, a processor has time for it."""
+    with ThreadPoolExecutor(1) as other:
+        flushing = other.submit(flush, path)
+        summed = checksum(tensors)
+        flushing.result()
+    return summed
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> Tensors:
