@@ -144,7 +144,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path, MOST_CONFIG_BYTES)
     except NotReadableError as error:
-        raise ValueError(f"{path}: {error}; restore it from a copy") from None
+        raise ValueError(f"{path}: not readable as JSON: {error}; restore it from a copy") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must be a JSON object, not {type(config).__name__}; restore it from a copy")
     if not isinstance(config.get("peft_type", ""), str):
