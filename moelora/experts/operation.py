@@ -29,6 +29,7 @@ from ..files import expand_user, real_path
 from ..options import OperationOptions, UndoOptions, check_options, whole_path
 from ..report.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
+from ..storage.generation import flush
 from ..training.generate import find_base, load_mixture
 from ..training.progress import make_stdout, printable
 from ..training.recipe import DomainOptions, ModelOptions
@@ -330,20 +331,12 @@ def replacing_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path
                 f"{folder}: another process has written to it meanwhile ({error.strerror}); that is kept, and nothing "
                 "of this run; give another folder"
             ) from error
-        _flush_entry(folder.parent)
+        flush(folder.parent)
 
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
 
 
 # ---- undo ------------------------------------------------------------------------------------------------------------
