@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import moelora.layer
+import moelora.tuner.layer
 from moelora import MoELoraConfig, ops
 
 from . import peers
@@ -128,7 +128,7 @@ def with_loop(run: Callable[[], object]) -> Callable[[], object]:
         return reader.base_layer(x) + delta
 
     def looped() -> object:
-        layers = moelora.layer
+        layers = moelora.tuner.layer
         with (
             mock.patch.object(layers.MoELoraLayer, "_shared_input", lambda *_: None),
             mock.patch.object(layers, "mixture_linear", loop),

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from moelora.training.base import load_model, load_tokenizer
-from moelora.training.progress import console
-from moelora.training.recipe import ModelOptions
+from moelora.console import console
+from moelora.recipe import ModelOptions
+from moelora.storage.base_model import load_model, load_tokenizer
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 OUTPUT = Path(__file__).parent.parent / "runs" / "quickstart"

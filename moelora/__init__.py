@@ -6,21 +6,22 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from .moved import MOVED, keep_old_names
 from .version import __version__
 
 if TYPE_CHECKING:
     from . import experts
     from .config import MoELoraConfig
-    from .model import MoELoraModel
     from .report.analysis import analyze
     from .training.callback import MoELoraCallback
+    from .tuner.model import MoELoraModel
 
 __all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze", "experts"]
 
 _LAZY = {
     "MoELoraCallback": ".training.callback",
     "MoELoraConfig": ".config",
-    "MoELoraModel": ".model",
+    "MoELoraModel": ".tuner.model",
     "analyze": ".report.analysis",
 }
 """Where the public names are, imported when somebody asks: `import moelora` must stay quick."""
@@ -31,6 +32,8 @@ def __getattr__(name: str) -> Any:
         return import_module(".experts", __name__)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
+    if name in MOVED:
+        return sys.modules[f"{__name__}.{name}"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -42,9 +45,11 @@ def _is_command() -> bool:
     return PurePath(program[0]).stem == "moelora"
 
 
+keep_old_names()
+
 # The command registers when it has something to do (`cli.main`): PEFT and PyTorch take seconds, and `--help` needs
 # neither. Until then Ctrl-C may end it there and then: there is nothing to clean up, and nothing to say.
 if not _is_command():
-    import_module(".registration", __name__)
+    import_module(".tuner.registration", __name__)
 elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

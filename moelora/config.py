@@ -12,18 +12,11 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 
-from ._peft import MOELORA
-from .config_rules import (
-    LORA_RULES,
-    MIXTURE_RULES,
-    REFUSED_OPTIONS,
-    check_fields,
-    is_int,
-    shown,
-)
+from .config_rules import LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
+from .files.adapter_files import parse_config
+from .files.generation import part, read_at_once
+from .peft_type import MOELORA
 from .presets import PRESETS
-from .storage.adapter_files import parse_config
-from .storage.generation import part, read_at_once
 
 # What the first active adapter decides for the whole mixture; adapters that disagree cannot be active together.
 SHARED_FIELDS = (

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from moelora import MoELoraConfig
-from moelora.recomputation import RoutedCheckpoint
+from moelora.forward.checkpointing import RoutedCheckpoint
 
 VOCAB = 64
 HIDDEN = 32

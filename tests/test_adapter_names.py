@@ -7,7 +7,7 @@ from test_persistence import adapter_state, assert_same_state, base_model, confi
 from tiny import save_tiny_model
 from transformers import LlamaForCausalLM
 
-from moelora.cli import main
+from moelora.cli.commands import main
 from moelora.experts import from_lora
 from moelora.storage import saving
 

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moelora
 from moelora import MoELoraConfig
+from moelora.data.texts import Block, Domain, cut, read_domain, sample, tokenise
 from moelora.report.advice import Thresholds, suggest
 from moelora.report.history import history_of
 from moelora.report.measure import mean_and_error
 from moelora.report.observe import look, losses_without, undisturbed, weights_without
 from moelora.report.specialisation import mutual_information, specialisation
-from moelora.report.texts import Block, Domain, cut, read_domain, sample, tokenise
 
 TEXTS = {
     "small": [f"some words of text {i}" for i in range(8)],

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from tiny import tiny_recipe, write_recipe
 
-from moelora import MoELoraCallback, options
-from moelora.cli import COMMANDS, build_parser, main
+from moelora import MoELoraCallback
+from moelora.cli import options
+from moelora.cli.commands import COMMANDS, build_parser, main
+from moelora.cli.reference import render
 from moelora.experts.importing import MIXTURES
 from moelora.experts.prune import CRITERIA
-from moelora.reference import render
 
 EXAMPLE = str(Path(__file__).parent.parent / "examples" / "quickstart.yaml")
 SLOW_TO_IMPORT = {"torch", "transformers", "peft", "datasets"}
@@ -32,16 +33,16 @@ def test_help_and_mistyped_options_are_answered_at_once(arguments, status):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == status
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "moelora.cli" in imported and not imported & SLOW_TO_IMPORT
+    assert "moelora.cli.commands" in imported and not imported & SLOW_TO_IMPORT
 
 
 def test_a_command_registers_before_it_works(tmp_path):
     program = """
 import sys
 sys.argv[0] = "/usr/bin/moelora"
-import moelora.cli
+import moelora.cli.commands
 assert "peft" not in sys.modules
-assert moelora.cli.main(["undo", sys.argv[1]]) == 2
+assert moelora.cli.commands.main(["undo", sys.argv[1]]) == 2
 from peft import MoELoraConfig
 assert moelora.MoELoraConfig is MoELoraConfig
 """
@@ -191,5 +192,5 @@ def test_places_and_numbers_that_the_system_has_not_are_told(adapter_folder, cap
 )
 def test_the_reference_is_up_to_date(name, tables):
     text = (Path(__file__).parent.parent / "docs" / name).read_text(encoding="utf-8")
-    assert render(text) == text, f"run: python -m moelora.reference docs/{name}"
+    assert render(text) == text, f"run: python -m moelora.cli.reference docs/{name}"
     assert text.count("<!-- end -->") == tables

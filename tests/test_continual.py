@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora import MoELoraConfig
-from moelora.cli import main
-from moelora.experts.continual import inherited
-from moelora.training.record import learned_domains
+from moelora.cli.commands import main
+from moelora.cli.grow import inherited
+from moelora.storage.run_record import learned_domains
 
 
 @pytest.fixture(scope="module")

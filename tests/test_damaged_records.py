@@ -5,10 +5,10 @@ import json
 import pytest
 from tiny import tiny_recipe, write_recipe
 
-from moelora.cli import main
+from moelora.cli.commands import main
 from moelora.report.history import history_of, read_history
+from moelora.storage.run_record import learned_domains, noted_base, read_record, write_json
 from moelora.training import load_recipe
-from moelora.training.record import learned_domains, noted_base, read_record, write_json
 
 
 @pytest.fixture(scope="module")

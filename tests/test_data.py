@@ -9,18 +9,17 @@ import datasets
 import pytest
 from tiny import CHAT_TEMPLATE, counting, shouting, tiny_tokenizer, write_jsonl
 
-from moelora.training import DomainOptions, ModelOptions, Recipe, UserError
-from moelora.training.data import (
+from moelora.data.preparation import (
     DomainBlocks,
     choose_held_out,
     load_domains,
     mix,
-    plain_text,
     split_documents,
     to_blocks,
-    token_ids,
 )
-from moelora.training.sources import check_domain, resolve_path
+from moelora.data.sources import check_domain, resolve_path
+from moelora.data.tokens import plain_text, token_ids
+from moelora.training import DomainOptions, ModelOptions, Recipe, UserError
 
 
 def domain(path, **options):
@@ -376,7 +375,7 @@ LOOPS += "{% endfor %}{% endfor %}"
     ],
 )
 def test_a_chat_template_that_does_not_end_or_fails_is_told(monkeypatch, template, said):
-    monkeypatch.setattr("moelora.training.chat.SECONDS", 0.2)
+    monkeypatch.setattr("moelora.data.chat.SECONDS", 0.2)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     before = signal.getsignal(signal.SIGVTALRM)

@@ -8,16 +8,16 @@ import sys
 import pytest
 import torch
 from helpers import VOCAB, assert_clean, mixture_of
+from moelora.experts.student import train_student
 from peft import PeftModel
 from test_experts_merging import products
 from tiny import DATA, save_tiny_adapter, write_jsonl
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from moelora.cli import main
+from moelora.cli.commands import main
 from moelora.experts.distil import base_of, closed_form, fit, fresh_lora, lora_of
 from moelora.experts.low_rank import truncated_product
 from moelora.experts.moments import gather, in_passes, linears_of, readers
-from moelora.experts.student import train_student
 
 
 def batches(count=4, length=9, seed=3):

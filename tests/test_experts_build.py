@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moelora import MoELoraConfig
-from moelora.cli import main
-from moelora.experts import LoraError, build, building, experts_of, from_lora
+from moelora.cli import build as building
+from moelora.cli.commands import main
+from moelora.experts import LoraError, build, experts_of, from_lora
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from moelora import MoELoraConfig
-from moelora.cli import main
+from moelora.cli.commands import main
 from moelora.experts import build, save_lora, to_lora, to_lora_mixture
 
 STOCK = """

@@ -10,7 +10,7 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from peft.tuners.lora.config import ArrowConfig
 from tiny import counting, shouting, tiny_tokenizer
 
-import moelora.layer
+import moelora.tuner.layer
 from moelora.experts import build, from_lora
 from moelora.experts.scoring import score_by_prototype, top_right_singular_vector
 
@@ -51,9 +51,11 @@ def test_an_expert_alone_is_the_plain_lora_bit_for_bit(tmp_path, router):
 def by_expert(monkeypatch):
     """The linears that run expert by expert, noted as they do."""
     noted = []
-    original = moelora.layer.mixture_by_expert
+    original = moelora.tuner.layer.mixture_by_expert
     monkeypatch.setattr(
-        moelora.layer, "mixture_by_expert", lambda x, *args: noted.append(len(args[0].pools)) or original(x, *args)
+        moelora.tuner.layer,
+        "mixture_by_expert",
+        lambda x, *args: noted.append(len(args[0].pools)) or original(x, *args),
     )
     return noted
 

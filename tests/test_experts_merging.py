@@ -7,13 +7,13 @@ from peft import PeftModel
 from peft.utils.merge_utils import dare_linear, ties
 from test_gate import gated_mixture
 
+from moelora.cli.options import METHODS
 from moelora.experts.low_rank import truncated
 from moelora.experts.memory import forget, remembers
 from moelora.experts.merging import MergeRecipe, memory_notes, merge_experts
 from moelora.experts.parts import names_of, put_together, take_apart
-from moelora.gate import combined, discriminants
-from moelora.layer import MoELoraLayer
-from moelora.options import METHODS
+from moelora.routing.domain_classifier import combined, discriminants
+from moelora.tuner.layer import MoELoraLayer
 
 SHARES = [0.1, 0.3]
 

@@ -7,9 +7,17 @@ from helpers import VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
 
 from moelora.experts import forget, grow, put_together, remember, remembers, select, take_apart
-from moelora.gate import WINDOW, InputSketch, Memory, combined, discriminants, gated_logits, over_context
 from moelora.ops.norm_linear import norm_linear
-from moelora.routing import rms_norm
+from moelora.routing.decision import rms_norm
+from moelora.routing.domain_classifier import (
+    WINDOW,
+    InputSketch,
+    Memory,
+    combined,
+    discriminants,
+    gated_logits,
+    over_context,
+)
 
 LOW, HIGH = (2, 10), (VOCAB - 8, VOCAB)  # two domains: spans of token ids
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from test_persistence import EXPERTS, base_model, logits, trained
 
 from moelora import MoELoraConfig
-from moelora.report.stored import read_mixture
-from moelora.storage import generation
-from moelora.storage.generation import PENDING
-from moelora.training.schema import UserError
+from moelora.files import generation
+from moelora.files.generation import PENDING
+from moelora.schema import UserError
+from moelora.storage.stored import read_mixture
 
 WAYS = pytest.mark.parametrize("names", [("default",), EXPERTS[:2]], ids=["default", "experts"])
 

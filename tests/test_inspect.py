@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import mixture_of, routers_of
 
-from moelora.cli import main
-from moelora.report.inspection import inspect_adapter
+from moelora.cli.commands import main
+from moelora.cli.inspect import inspect_adapter
 from moelora.training import UserError
 
 

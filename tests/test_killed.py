@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import DATA, tiny_recipe, write_recipe
 
-from moelora.cli import main
+from moelora.cli.commands import main
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ WRITING = {
 def server():
     """Starts processes that have imported everything, in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moelora.cli", "moelora.experts", "moelora.experts.auto_growth", "datasets"])
+    context.set_forkserver_preload(["moelora.cli.commands", "moelora.experts", "moelora.cli.auto_grow", "datasets"])
     return context
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from moelora.losses import load_balancing_loss, masked_sum, z_loss
-from moelora.routing import route, top_k_mask
-from moelora.stats import RoutingSums
+from moelora.routing.decision import route, top_k_mask
+from moelora.routing.losses import load_balancing_loss, masked_sum, z_loss
+from moelora.routing.sums import RoutingSums
 
 
 def sums_of(logits, top_k=2, mask=None):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, mixture_of
 
-from moelora import state
-from moelora.masks import decoder_mask_from_labels, token_mask
+from moelora.forward import state
+from moelora.forward.masks import decoder_mask_from_labels, token_mask
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
 RIGHT = LEFT.flip(1)

@@ -16,8 +16,9 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from moelora import MoELoraCallback, MoELoraConfig
-from moelora.monitor import TrainingWindow, pop_training_stats
-from moelora.stats import RouterStats
+from moelora.forward.window import pop_training_stats
+from moelora.routing.sums import RouterStats
+from moelora.routing.window import TrainingWindow
 from moelora.training.guards import RoutingGuard, RoutingWarning, narrowness
 
 ROUTERS = ["model.layers.0", "model.layers.1"]

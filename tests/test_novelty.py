@@ -10,10 +10,10 @@ from helpers import mixture_of
 from test_gate import HIGH, LOW, gated_mixture, texts
 from tiny import counting, save_tiny_adapter, shouting, tiny_recipe, write_jsonl, write_recipe
 
-from moelora.cli import main
+from moelora.cli.commands import main
 from moelora.experts import novelty
 from moelora.experts.novelty_score import Calibration, _Domain, auc, measure
-from moelora.gate import Memory
+from moelora.routing.domain_classifier import Memory
 
 MIDDLE = (24, 34)
 RECIPE = str(Path(__file__).parent.parent / "examples" / "quickstart.yaml")

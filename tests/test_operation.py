@@ -12,17 +12,17 @@ from peft import PeftModel, get_peft_model
 from tiny import DATA, save_tiny_model, tiny_recipe, write_recipe
 from transformers import AutoModelForCausalLM
 
-import moelora.experts.operation
+import moelora.cli.operation
 from moelora import MoELoraConfig
-from moelora.cli import main
-from moelora.experts.operation import Plan, carry_out, check_only_read, check_output, read_source
-from moelora.options import OperationOptions
+from moelora.cli.commands import main
+from moelora.cli.operation import Plan, carry_out, check_only_read, check_output, read_source
+from moelora.cli.options import OperationOptions
+from moelora.files.staging import kept_numbers
+from moelora.recipe import DomainOptions, ModelOptions
 from moelora.report.history import read_history
-from moelora.staging import kept_numbers
-from moelora.training.generate import find_base
-from moelora.training.recipe import DomainOptions, ModelOptions
-from moelora.training.record import noted_base, record_of, write_json
-from moelora.training.schema import UserError, about, at_least
+from moelora.schema import UserError, about, at_least
+from moelora.storage.finding import find_base
+from moelora.storage.run_record import noted_base, record_of, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,14 +229,14 @@ def test_an_adapter_that_another_process_replaces_while_it_is_read_is_told(adapt
     """As a second `prune --overwrite` of the same folder does, which is a moment ahead."""
     folder = adapter_folder()
     assert main(["prune", "adapter", "--drop", "0", *DATA, "--out", "smaller"]) == 0
-    load = moelora.experts.operation.load_mixture
+    load = moelora.cli.operation.load_mixture
 
     def overtaken(base, place, device):
         (folder / "adapter").rename(folder / "adapter.backup-1")
         (folder / ("smaller" if fits else "model")).rename(folder / "adapter")
         return load(base, place, device)
 
-    monkeypatch.setattr("moelora.experts.operation.load_mixture", overtaken)
+    monkeypatch.setattr("moelora.cli.operation.load_mixture", overtaken)
     base = ["--base", str(save_tiny_model(folder / "base"))]
     assert main(["prune", "adapter", "--drop", "1", *DATA, *base, "--out", "adapter", "--overwrite"]) == 2
     said = capsys.readouterr().err

@@ -13,10 +13,10 @@ from tiny import counting, save_tiny_adapter, shouting
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import moelora
-from moelora.cli import COMMANDS, build_parser
-from moelora.options import check_options
-from moelora.training.base import load_tokenizer
-from moelora.training.recipe import ModelOptions
+from moelora.cli.commands import COMMANDS, build_parser
+from moelora.cli.options import check_options
+from moelora.recipe import ModelOptions
+from moelora.storage.base_model import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

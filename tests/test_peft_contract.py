@@ -1,4 +1,4 @@
-"""The private parts of PEFT that moelora/_peft.py builds on. A failure here says which PEFT change broke it.
+"""The private parts of PEFT that moelora/tuner/_peft.py builds on. A failure here says which PEFT change broke it.
 
 Everything else in moelora uses PEFT's public interface; test_only_one_file_touches_private_parts keeps it so.
 """
@@ -44,7 +44,6 @@ SIGNATURES = {
         BaseTunerLayer.set_adapter,
         ["self", "adapter_names", "inference_mode"],
     ),
-    "load_adapter separates the hub's arguments with it": (PeftModel._split_kwargs, ["kwargs"]),
 }
 
 

@@ -44,7 +44,7 @@ def test_parameters_follow_peft_and_outputs_the_base(dtype, autocast_adapter_dty
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_routing_maths_is_float32(dtype, scope, monkeypatch):
     """What route() is given and returns, under a low-precision base and inside autocast."""
-    from moelora import router as module
+    from moelora.tuner import router as module
 
     seen = []
 

@@ -9,12 +9,12 @@ import pytest
 from rich.table import Table
 from tiny import tiny_tokenizer
 
-from moelora.cli import main
-from moelora.experts.operation import Plan, carry_out
-from moelora.options import OperationOptions
-from moelora.training.generate import _Printer
-from moelora.training.progress import make_stdout, number_from_launcher, printable, track
-from moelora.training.schema import Problem, RecipeError
+from moelora.cli.commands import main
+from moelora.cli.generate import _Printer
+from moelora.cli.operation import Plan, carry_out
+from moelora.cli.options import OperationOptions
+from moelora.console import make_stdout, number_from_launcher, printable, track
+from moelora.schema import Problem, RecipeError
 
 HOSTILE = "[v2] [/b] :smile: \x1b[2J\x1b]0;title\x07 \x9b31m \u202egnp.exe \r"
 
@@ -108,7 +108,7 @@ def test_warnings_of_a_command_quote_names_harmlessly(tmp_path, monkeypatch, cap
     def show(message, category, filename, lineno, file=None, line=None):  # pytest's own keeps warnings to itself
         print(warnings.formatwarning(message, category, filename, lineno, line))
 
-    monkeypatch.setattr("moelora.experts.operation.undo", warn)
+    monkeypatch.setattr("moelora.cli.operation.undo", warn)
     assert main(["undo", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert r"router \x1b[2J" in printed and is_harmless(printed)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from moelora.cli import main
-from moelora.training.progress import OutputClosedError
-from moelora.training.record import write_json
+from moelora.cli.commands import main
+from moelora.console import OutputClosedError
+from moelora.storage.run_record import write_json
 
 FULL = Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
@@ -59,7 +59,7 @@ def test_a_pipe_of_something_else_is_told(monkeypatch, capsys):
     def fail(options):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("moelora.experts.operation.undo", fail)
+    monkeypatch.setattr("moelora.cli.operation.undo", fail)
     assert main(["undo", "x"]) == 2
     assert capsys.readouterr().err == "moelora: Broken pipe\n"
 
@@ -68,7 +68,7 @@ def test_closed_streams_are_no_files_that_are_opened_later(tmp_path):
     program = "\n".join(
         [
             "import os, sys",
-            "from moelora.process import replace_closed_streams",
+            "from moelora.cli.process import replace_closed_streams",
             "replace_closed_streams()",
             "stream = open('file', 'w')",
             "print('lost')",
@@ -130,7 +130,7 @@ def test_errors_of_the_system_are_told_in_one_line(monkeypatch, capsys, error, s
     def fail(options):
         raise error
 
-    monkeypatch.setattr("moelora.experts.operation.undo", fail)
+    monkeypatch.setattr("moelora.cli.operation.undo", fail)
     assert main(["undo", "x"]) == 2
     assert capsys.readouterr().err == f"moelora: {said}\n"
 
@@ -139,7 +139,7 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
     def fail(options):
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("moelora.experts.operation.undo", fail)
+    monkeypatch.setattr("moelora.cli.operation.undo", fail)
     with pytest.raises(RuntimeError, match="ours"):
         main(["undo", "x"])
 
@@ -166,7 +166,7 @@ def test_an_output_that_closes_is_no_error_of_the_system():
 # Ctrl-C
 
 
-@pytest.mark.parametrize("module", ["argparse", "moelora.options", "torch._C", "transformers", "peft"])
+@pytest.mark.parametrize("module", ["argparse", "moelora.cli.options", "torch._C", "transformers", "peft"])
 def test_interrupting_while_modules_are_imported_ends_quietly(tmp_path, module):
     """Python tells of an import once it is done; whatever comes next is interrupted."""
     command = [sys.executable, "-X", "importtime", "-m", "moelora", "undo", str(tmp_path / "x")]
@@ -183,8 +183,8 @@ def test_interrupting_while_modules_are_imported_ends_quietly(tmp_path, module):
 INTERRUPTED = """
 import os, signal, sys
 sys.argv = ["moelora", "undo", "x"]
-import moelora.cli
-import moelora.experts.operation
+import moelora.cli.commands
+import moelora.cli.operation
 
 def interrupted(options):
     try:
@@ -192,8 +192,8 @@ def interrupted(options):
     finally:
         print("cleaned up")
 
-moelora.experts.operation.undo = interrupted
-status = moelora.cli.main()
+moelora.cli.operation.undo = interrupted
+status = moelora.cli.commands.main()
 sys.stdout.flush()
 if status == 130 and sys.argv[0] == "moelora":
     os.kill(os.getpid(), signal.SIGINT)  # a second time, while Python ends

@@ -10,11 +10,11 @@ from test_analysis import TEXTS, TOKENIZER, tiny
 from tiny import DATA, counting, shouting, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from moelora.cli import main
+from moelora.cli.commands import main
 from moelora.experts.parts import put_together, select, take_apart
 from moelora.experts.prune import drop, prune
 from moelora.experts.reading import Texts
-from moelora.layer import MoELoraLayer
+from moelora.tuner.layer import MoELoraLayer
 
 
 def texts():

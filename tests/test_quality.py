@@ -29,7 +29,7 @@ from benchmarks.quality.texts import without_repeats
 from benchmarks.quality.trainer import Training
 from benchmarks.quality.variants import UnnormalisedRouter, variant_of
 from moelora.presets import PRESETS
-from moelora.router import MoELoraRouter
+from moelora.tuner.router import MoELoraRouter
 
 SIZE = Size(experts=4, rank=2, top_k=2)
 ORIGIN = {"commit": "here", "hardware": "this"}

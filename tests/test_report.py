@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model, shouting, tiny_recipe, write_jsonl, write_recipe
 
-import moelora.report.command
-from moelora.cli import main
+import moelora.cli.report
+from moelora.cli.commands import main
 from moelora.report.history import History
 from moelora.report.page import payload, short_names
 from moelora.training import load_recipe, train
@@ -120,7 +120,7 @@ def test_limits_are_honoured_and_told(folder):
 
 
 def test_a_run_without_a_log_of_routers_says_so(folder, monkeypatch):
-    monkeypatch.setattr(moelora.report.command, "read_history", lambda folder: None)
+    monkeypatch.setattr(moelora.cli.report, "read_history", lambda folder: None)
     assert run(folder, "--worth-tokens", 0, out="unlogged.html") == 0
     assert data_of(folder / "unlogged.html")["history"] is None
 
@@ -128,8 +128,8 @@ def test_a_run_without_a_log_of_routers_says_so(folder, monkeypatch):
 def test_too_large_a_view_is_cut_but_everything_is_counted(page, monkeypatch, folder):
     kept = []
     monkeypatch.setattr("moelora.report.page.MOST_WEIGHTS", 2 * 3 * 2 * 30)
-    original = moelora.report.command.render
-    monkeypatch.setattr(moelora.report.command, "render", lambda *a: kept.append(a[0]) or original(*a))
+    original = moelora.cli.report.render
+    monkeypatch.setattr(moelora.cli.report, "render", lambda *a: kept.append(a[0]) or original(*a))
     assert run(folder, "--worth-tokens", 0, out="cut.html") == 0
     data = data_of(folder / "cut.html")
     assert [len(unpack(view["losses"])) for view in data["view"]] == [30, 30]
@@ -150,7 +150,7 @@ def test_short_names_lose_what_all_share():
 
 @pytest.fixture
 def no_model(monkeypatch):
-    monkeypatch.setattr(moelora.report.command, "load_mixture", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(moelora.cli.report, "load_mixture", lambda *_: pytest.fail("a model was loaded"))
 
 
 def files(folder):
@@ -274,7 +274,7 @@ def test_a_damaged_adapter_is_refused(folder, capsys, tmp_path):
 
 
 def test_a_failure_leaves_the_old_page_and_nothing_else(folder, page, monkeypatch):
-    monkeypatch.setattr(moelora.report.command, "render", lambda *_: "half a page" + "\ud800")  # cannot be encoded
+    monkeypatch.setattr(moelora.cli.report, "render", lambda *_: "half a page" + "\ud800")  # cannot be encoded
     before = files(folder)
     with pytest.raises(UnicodeEncodeError):
         run(folder, "--worth-tokens", 0)
@@ -285,8 +285,8 @@ def test_padding_changes_nothing(folder, monkeypatch):
     """A page of texts read together, padded, is that of texts read one by one."""
     write_jsonl(folder / "uneven.jsonl", [{"text": "A" * (1 + 7 * i % 23)} for i in range(8)] + shouting(2))
     found = []
-    original = moelora.report.command.render
-    monkeypatch.setattr(moelora.report.command, "render", lambda *a: found.append(a[0]) or original(*a))
+    original = moelora.cli.report.render
+    monkeypatch.setattr(moelora.cli.report, "render", lambda *a: found.append(a[0]) or original(*a))
     assert run(folder, data=("a=uneven.jsonl",), out="a.html") == 0
     monkeypatch.setattr("moelora.report.measure.TOKENS_AT_ONCE", {"cpu": 1})
     assert run(folder, data=("a=uneven.jsonl",), out="a.html") == 0

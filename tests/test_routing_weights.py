@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from moelora import MoELoraConfig
-from moelora.router import MoELoraRouter
-from moelora.state import ForwardContext, kv_cache
+from moelora.forward.state import ForwardContext, kv_cache
+from moelora.tuner.router import MoELoraRouter
 
 E = 4
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora import MoELoraConfig
-from moelora import shared_input as module
-from moelora.layer import MoELoraLayer
-from moelora.shared_input import readers_of
+from moelora.forward import shared_input as module
+from moelora.forward.shared_input import readers_of
+from moelora.tuner.layer import MoELoraLayer
 
 IDS = torch.arange(1, 43).view(3, 14)
 INPUTS = {"input_ids": IDS, "labels": IDS}

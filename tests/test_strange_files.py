@@ -11,9 +11,9 @@ from test_persistence import base_model, trained
 from tiny import DATA, save_tiny_adapter
 from torch import nn
 
-from moelora.cli import main
-from moelora.storage import adapter_files
-from moelora.storage.generation import checksum
+from moelora.cli.commands import main
+from moelora.files import adapter_files
+from moelora.files.generation import checksum
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_persistence import EXPERTS, adapter_state, assert_same_state, base_model, logits, trained
 
-from moelora.cli import main
-from moelora.experts.lora_file import LoraError, read_lora
-from moelora.report.stored import read_mixture
-from moelora.storage.generation import PENDING, checksum
-from moelora.training.schema import UserError
+from moelora.cli.commands import main
+from moelora.files.generation import PENDING, checksum
+from moelora.schema import UserError
+from moelora.storage.lora_file import LoraError, read_lora
+from moelora.storage.stored import read_mixture
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAR = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -394,7 +394,7 @@ ENDLESS = r"(([a-z0-9]+[._]?)+)+!"
     "changes", [{"target_modules": ENDLESS}, {"alpha_pattern": {ENDLESS: 2}}], ids=["targets", "alpha"]
 )
 def test_a_pattern_without_end_is_refused(tmp_path, capsys, monkeypatch, changes):
-    monkeypatch.setattr("moelora.patterns.SECONDS", 0.5)
+    monkeypatch.setattr("moelora.storage.patterns.SECONDS", 0.5)
     folder = tmp_path / "adapter"
     trained().save_pretrained(folder)
     edit(folder, lambda settings: settings.update(changes))
@@ -406,7 +406,7 @@ def test_a_pattern_without_end_is_refused(tmp_path, capsys, monkeypatch, changes
 
 @pytest.mark.timeout(120)
 def test_a_pattern_without_end_is_refused_in_a_plain_lora(tmp_path, monkeypatch):
-    monkeypatch.setattr("moelora.patterns.SECONDS", 0.5)
+    monkeypatch.setattr("moelora.storage.patterns.SECONDS", 0.5)
     get_peft_model(base_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     edit(tmp_path, lambda settings: settings.update(rank_pattern={ENDLESS: 2}))
     with pytest.raises(LoraError, match=r"`rank_pattern` .* did not come to an end"):

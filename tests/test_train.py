@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import moelora.training.run
 from moelora import MoELoraConfig
-from moelora.cli import main
-from moelora.staging import only_process_in
+from moelora.cli.commands import main
+from moelora.data.preparation import load_domains
+from moelora.files.staging import only_process_in
 from moelora.training import UserError, load_recipe, train
 from moelora.training.arguments import training_arguments
 from moelora.training.callback import MoELoraCallback
-from moelora.training.data import load_domains
 from moelora.training.summary import losses_table
 
 

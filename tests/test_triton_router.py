@@ -5,8 +5,8 @@ import torch
 from helpers import ARCHITECTURES, mixture_of, train_step
 
 from moelora.ops.norm_linear import norm_linear
-from moelora.routing import route
-from moelora.stats import RoutingSums
+from moelora.routing.decision import route
+from moelora.routing.sums import RoutingSums
 
 SHAPES = [
     (1, 8, 20, 2),
@@ -218,7 +218,7 @@ def test_whole_model(kernel_device, loss_type, monkeypatch):
     inputs = {name: value.to(kernel_device) for name, value in ARCHITECTURES["llama"].batch(3, 7).items()}
     results = []
     for with_kernels in (True, False):
-        monkeypatch.setattr("moelora.router.kernels_for", lambda _, answer=with_kernels: answer)
+        monkeypatch.setattr("moelora.tuner.router.kernels_for", lambda _, answer=with_kernels: answer)
         model = mixture_of("llama", **options).to(kernel_device)
         loss, gradients = train_step(model, inputs)
         results.append((loss, gradients, model.base_model.routing_stats()))

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moelora import MoELoraConfig
-from moelora.router import MoELoraRouter
+from moelora.tuner.router import MoELoraRouter
 
 from ..arms import ATTENTION, FEED_FORWARD, shared_copy
 from ..peers import SCALING

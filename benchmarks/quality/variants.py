@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelora.router import MoELoraRouter
-from moelora.routing import Router
+from moelora.routing.decision import Router
+from moelora.tuner.router import MoELoraRouter
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from torch import nn
 
 from ..config import MoELoraConfig
 from ..config_rules import is_float32
-from ..layer import MoELoraLayer
-from ..model import MoELoraModel
+from ..files.adapter_files import is_finite
+from ..files.staging import holds_something, staging
 from ..ops.pool import ExpertPool
 from ..report.geometry import owner_of
-from ..report.stored import StoredAdapter
-from ..staging import holds_something, staging
-from ..storage.adapter_files import is_finite
-from ..training.schema import settable_fields
-from .lora_file import Factors, LoraFile
+from ..schema import settable_fields
+from ..storage.lora_file import Factors, LoraFile
+from ..storage.stored import StoredAdapter
+from ..tuner.layer import MoELoraLayer
+from ..tuner.model import MoELoraModel
 
 _PREFIX = "base_model.model."
 

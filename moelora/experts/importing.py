@@ -16,18 +16,18 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .._peft import BaseTunerLayer
-from ..blocks import check_targets
 from ..config import SHARED_FIELDS, MoELoraConfig
-from ..layer import MoELoraLayer
-from ..model import MoELoraModel
-from ..names import check_adapter_name
-from ..report.stored import misfit
-from ..routing import Router
-from ..training.data import token_ids
-from ..training.recipe import plain_name
-from ..training.schema import settable_fields
-from .lora_file import LoraError, LoraFile, read_lora
+from ..data.tokens import token_ids
+from ..recipe import plain_name
+from ..routing.decision import Router
+from ..schema import settable_fields
+from ..storage.lora_file import LoraError, LoraFile, read_lora
+from ..storage.stored import misfit
+from ..tuner._peft import BaseTunerLayer
+from ..tuner.blocks import check_targets
+from ..tuner.layer import MoELoraLayer
+from ..tuner.model import MoELoraModel
+from ..tuner.names import check_adapter_name
 from .scoring import ARROW_UNITS, score_by_arrow, score_by_prototype
 
 MIXTURES: dict[str, dict[str, Any]] = {

@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..gate import InputSketch, Memory, discriminants, distinct
 from ..report.observe import count_anew, undisturbed
-from ..router import MoELoraRouter
-from ..routing import Router, rms_norm
+from ..routing.decision import Router, rms_norm
+from ..routing.domain_classifier import InputSketch, Memory, discriminants, distinct
+from ..tuner.router import MoELoraRouter
 
 RANK = 128
 TOKENS = 8_192

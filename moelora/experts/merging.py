@@ -22,8 +22,8 @@ import torch
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
-from ..gate import Memory, combined, distinct
-from ..report.stored import scaling_of
+from ..routing.domain_classifier import Memory, combined, distinct
+from ..storage.stored import scaling_of
 from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 
@@ -81,7 +81,7 @@ def merge_experts(
     The merged expert's row of every router is Σ π_e row_e, so its probability is the geometric mean of theirs, not
     their sum, which no row of a router without biases could score; fixed weights add up. Where the merged rank is that
     of the first expert's adapter it stays there; else it becomes an adapter `expert_<i>`. The adapter that takes it
-    remembers the domains of all the experts' adapters ([`moelora.gate.combined`]), if each remembers its own.
+    remembers the domains of all their adapters, if each remembers its own ([`combined`]).
 
     Args:
         numbers: two experts or more of the mixture.

@@ -16,9 +16,17 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..files import expand_user
-from ..training.recipe import plain_name
-from .lora_file import LoraError, LoraFile, check_carries_over, factors_of, read_config, read_lora, read_tensors
+from ..files.opening import expand_user
+from ..recipe import plain_name
+from ..storage.lora_file import (
+    LoraError,
+    LoraFile,
+    check_carries_over,
+    factors_of,
+    read_config,
+    read_lora,
+    read_tensors,
+)
 
 _LAYER = r"mixlora\.layers\.(?P<layer>\d+)"
 _MIXLORA_KEYS = (

@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..layer import MoELoraLayer
 from ..report.observe import count_anew, undisturbed
+from ..tuner.layer import MoELoraLayer
 
 Batch = Mapping[str, Tensor]  # input_ids and attention_mask
 

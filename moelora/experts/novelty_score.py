@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 
-from ..gate import RIDGE, Memory
+from ..data.texts import Block
 from ..report.observe import count_anew, losses_of, padded, undisturbed
-from ..report.texts import Block
-from ..router import MoELoraRouter
-from ..routing import FixedRouter, Router, rms_norm
+from ..routing.decision import FixedRouter, Router, rms_norm
+from ..routing.domain_classifier import RIDGE, Memory
+from ..tuner.router import MoELoraRouter
 
 Array = NDArray[np.float64]
 QUANTILE = 0.95

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
-from ..peft_model import MixturePeftModel
+from ..tuner.peft_model import MixturePeftModel
 from .memory import refresh_gate
 
 Tensors = dict[str, Tensor]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from ..console import progress_bar
+from ..data.texts import Block, Domain, cut, read_domain
 from ..report.measure import Routed, Worth, measure_worth, watch
 from ..report.observe import undisturbed
-from ..report.texts import Block, Domain, cut, read_domain
-from ..training.progress import progress_bar
 
 
 @dataclass(frozen=True)

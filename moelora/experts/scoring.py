@@ -14,11 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..layer import MoELoraLayer
-from ..model import MoELoraModel
-from ..router import MoELoraRouter
-from ..routing import Router, rms_norm
-from ..training.data import token_ids
+from ..data.tokens import token_ids
+from ..routing.decision import Router, rms_norm
+from ..tuner.layer import MoELoraLayer
+from ..tuner.model import MoELoraModel
 
 ARROW_UNITS = 2  # hidden units of the router that scores |v . h|
 _SHARPNESS = 1024.0  # a power of two, exact in every floating type
@@ -127,7 +126,7 @@ def _mean_inputs(
 
 
 @contextmanager
-def _summing(routers: Mapping[str, MoELoraRouter]) -> Iterator[dict[str, tuple[Tensor, int]]]:
+def _summing(routers: Mapping[str, Any]) -> Iterator[dict[str, tuple[Tensor, int]]]:
     """Within, the sum of each router's normalised inputs and their number."""
     sums: dict[str, tuple[Tensor, int]] = {}
 

@@ -6,24 +6,24 @@ Shapes: D domains, R routers, E experts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from peft import PeftModel
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ..layer import MoELoraLayer
-from ..router import MoELoraRouter
-from ..training.progress import progress_bar
+from ..console import progress_bar
+from ..data.texts import Domain, cut, read_domain
+from ..tuner.layer import MoELoraLayer
+from ..tuner.router import MoELoraRouter
 from . import frames
-from .advice import Suggestion, suggest
+from .advice import suggest
 from .geometry import Geometry, geometry, group_modules, sharpness
 from .history import History, history_of
-from .measure import Array, TokenView, measure_worth, watch
+from .measure import measure_worth, watch
+from .measured import Measured
 from .observe import is_learned, maturity_of, routers_of, undisturbed
-from .specialisation import Specialisation, specialisation
-from .texts import Domain, cut, read_domain
+from .specialisation import specialisation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,59 +32,8 @@ if TYPE_CHECKING:
 LONGEST_BLOCK = 512
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """What a mixture does with texts; made by [`analyze`]. Padding is in none of it.
-
-    Attributes:
-        domains, routers: names, in the order of D and R.
-        experts: name of the adapter that holds each expert, in the order of E.
-        num_tokens, num_documents: [D]; left_out: [D] documents beyond the limit on tokens.
-        is_held_out: [D] whether the texts are known not to have been trained on.
-        weight: [D, R, E] each expert's share of the routing weight.
-        load: [D, R, E] its share of the top-k assignments.
-        entropy, top1_probability: [D, R] means over tokens, NaN for an attached or fixed router.
-        specialisation: None with fewer than two domains; unit_is_document: what its permutations move.
-        loss: [D] nats per token.
-        worth, worth_error: [D, E] loss without the expert minus loss with it, and its standard error; None where not
-            measured. worth_tokens: [D] tokens it was measured on.
-        maturity: [R, E]; sharpness: [R], NaN where routing is not learned.
-        whole, by_router: the experts' geometry, over all linears and over each router's.
-        history: None without a training log.
-        suggestions: empty where every expert earns its place.
-        tokens: [D] every token.
-    """
-
-    domains: list[str]
-    routers: list[str]
-    experts: list[str]
-    top_k: int
-    num_tokens: list[int]
-    num_documents: list[int]
-    left_out: list[int]
-    is_held_out: list[bool]
-    weight: Array
-    load: Array
-    entropy: Array
-    top1_probability: Array
-    specialisation: Specialisation | None
-    unit_is_document: bool
-    loss: Array
-    worth: Array | None
-    worth_error: Array | None
-    worth_tokens: list[int]
-    maturity: Array
-    sharpness: list[float]
-    whole: Geometry
-    by_router: dict[str, Geometry]
-    history: History | None
-    suggestions: list[Suggestion]
-    tokens: list[TokenView] = field(repr=False)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.experts)
+class Analysis(Measured):
+    """What a mixture does with texts; made by [`analyze`]: see [`Measured`]. Tables need pandas, plots matplotlib."""
 
     def loads(self) -> DataFrame:
         """One row per domain, router and expert: weight, load."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .frames import known_router
+from .measured import Measured
 from .palette import COLOURS, DASHES
 
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError('figures need matplotlib: pip install "moelora[report]"') from error
-
-if TYPE_CHECKING:
-    from .analysis import Analysis
 
 MOST_NUMBERS = 400  # cells of a heat map beyond which numbers in them are no longer legible
 
@@ -25,7 +23,7 @@ def _short(router: str) -> str:
     return router.rpartition("layers.")[2] if "layers." in router else router
 
 
-def loads(found: Analysis, measure: str = "weight") -> Figure:
+def loads(found: Measured, measure: str = "weight") -> Figure:
     """See [`Analysis.plot_loads`].
 
     Raises:
@@ -55,7 +53,7 @@ def _number(axis: Any, values: Any, form: str, highest: float) -> None:
         axis.text(column, row, form.format(value), ha="center", va="center", color=colour, fontsize=7)
 
 
-def specialisation(found: Analysis) -> Figure:
+def specialisation(found: Measured) -> Figure:
     """See [`Analysis.plot_specialisation`].
 
     Raises:
@@ -76,7 +74,7 @@ def specialisation(found: Analysis) -> Figure:
     return figure
 
 
-def similarity(found: Analysis, router: str | None = None) -> Figure:
+def similarity(found: Measured, router: str | None = None) -> Figure:
     """See [`Analysis.plot_similarity`]."""
     geometry = found.whole if router is None else found.by_router[known_router(found, router)]
     figure = Figure(figsize=(1.5 + 0.5 * found.num_experts, 1 + 0.5 * found.num_experts), layout="constrained")
@@ -89,7 +87,7 @@ def similarity(found: Analysis, router: str | None = None) -> Figure:
     return figure
 
 
-def worth(found: Analysis) -> Figure:
+def worth(found: Measured) -> Figure:
     """See [`Analysis.plot_worth`].
 
     Raises:
@@ -111,7 +109,7 @@ def worth(found: Analysis) -> Figure:
     return figure
 
 
-def training(found: Analysis, router: str | None = None) -> Figure:
+def training(found: Measured, router: str | None = None) -> Figure:
     """See [`Analysis.plot_training`].
 
     Raises:

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..training.schema import did_you_mean
+from ..schema import did_you_mean
+from .measured import Measured
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from .analysis import Analysis
 
 
 def _pandas() -> Any:
@@ -28,13 +27,13 @@ def _grid(**axes: list[Any]) -> dict[str, Any]:
     return {name: [values[i] for i in grid.ravel()] for (name, values), grid in zip(axes.items(), grids, strict=True)}
 
 
-def loads(found: Analysis) -> DataFrame:
+def loads(found: Measured) -> DataFrame:
     """See [`Analysis.loads`]."""
     columns = _grid(domain=found.domains, router=found.routers, expert=list(range(found.num_experts)))
     return _pandas().DataFrame(columns | {"weight": found.weight.ravel(), "load": found.load.ravel()})
 
 
-def router_table(found: Analysis) -> DataFrame:
+def router_table(found: Measured) -> DataFrame:
     """See [`Analysis.router_table`]."""
     columns = _grid(domain=found.domains, router=found.routers)
     columns |= {"entropy": found.entropy.ravel(), "top1_probability": found.top1_probability.ravel()}
@@ -46,7 +45,7 @@ def router_table(found: Analysis) -> DataFrame:
     return _pandas().DataFrame(columns)
 
 
-def expert_table(found: Analysis) -> DataFrame:
+def expert_table(found: Measured) -> DataFrame:
     """See [`Analysis.expert_table`]."""
     columns: dict[str, Any] = {
         "expert": list(range(found.num_experts)),
@@ -63,7 +62,7 @@ def expert_table(found: Analysis) -> DataFrame:
     return _pandas().DataFrame(columns)
 
 
-def similarity(found: Analysis, router: str | None) -> DataFrame:
+def similarity(found: Measured, router: str | None) -> DataFrame:
     """See [`Analysis.similarity`].
 
     Raises:
@@ -73,7 +72,7 @@ def similarity(found: Analysis, router: str | None) -> DataFrame:
     return _pandas().DataFrame(matrix.numpy())
 
 
-def known_router(found: Analysis, router: str) -> str:
+def known_router(found: Measured, router: str) -> str:
     """The router's name, checked."""
     if router not in found.routers:
         hint = did_you_mean(router, found.routers) or f"; there are {', '.join(found.routers)}"
@@ -81,7 +80,7 @@ def known_router(found: Analysis, router: str) -> str:
     return router
 
 
-def token_table(found: Analysis, domain: str) -> DataFrame:
+def token_table(found: Measured, domain: str) -> DataFrame:
     """See [`Analysis.token_table`].
 
     Raises:
@@ -105,7 +104,7 @@ def token_table(found: Analysis, domain: str) -> DataFrame:
     )
 
 
-def training_table(found: Analysis) -> DataFrame:
+def training_table(found: Measured) -> DataFrame:
     """See [`Analysis.training_table`]."""
     rows = []
     history = found.history

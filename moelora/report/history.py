@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
-from ..training.checkpoints import STATE_FILE, last_checkpoint
-from ..training.record import record_of
+from ..files.opening import read_json
+from ..storage.run_record import record_of
+from ..storage.trainer_checkpoints import STATE_FILE, last_checkpoint
 
 
 @dataclass(frozen=True)

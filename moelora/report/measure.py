@@ -15,10 +15,10 @@ from peft import PeftModel
 from rich.progress import Progress
 from torch import Tensor
 
-from ..routing import top_k_mask
-from ..training.progress import printable
+from ..console import printable
+from ..data.texts import Block, Domain, sample
+from ..routing.decision import top_k_mask
 from .observe import count_anew, look, losses_without, reading_routers, stats_by_name
-from .texts import Block, Domain, sample
 
 Array = NDArray[np.float64]
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..router import MoELoraRouter
-from ..routing import FixedRouter, route
-from ..state import RoutingState
-from ..stats import RouterStats, RoutingTotals
-from .texts import Block
+from ..data.texts import Block
+from ..forward.state import RoutingState
+from ..routing.decision import FixedRouter, route
+from ..routing.sums import RouterStats, RoutingTotals
+from ..tuner.router import MoELoraRouter
 
 ATTACHED = "attached router"
 
@@ -37,7 +37,7 @@ class Batch:
     losses: list[Tensor]
 
 
-def routers_of(state: RoutingState) -> dict[str, nn.Module]:
+def routers_of(state: RoutingState) -> dict[str, Any]:
     """The routers that decide, by the names reports use: the attached one alone where there is one."""
     if state.attached is not None:
         return {ATTACHED: state.attached}

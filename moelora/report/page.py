@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..training.record import finite
+from ..storage.run_record import finite
 from ..version import __version__
 from .advice import Thresholds
 from .analysis import Analysis

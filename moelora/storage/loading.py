@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from huggingface_hub import hf_hub_download
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from .._peft import hub_arguments
 from ..config import MoELoraConfig
-from .adapter_files import AdapterFiles, check_tensors, read_adapter, refuse
+from ..files.adapter_files import AdapterFiles, check_tensors, read_adapter, refuse
+from ..files.generation import SaveError
 from .attached_router import check_loads_into, router_for, unpickle_router
-from .generation import SaveError
-
-if TYPE_CHECKING:
-    from ..peft_model import MixturePeftModel
 
 Tensors = dict[str, Tensor]
 
 
 def load(
-    model: MixturePeftModel,
+    model: PeftModel,
     load_as_peft: Callable[..., Any],
     model_id: str,
     adapter_name: str,
@@ -44,7 +42,7 @@ def load(
     Raises:
         ValueError: the checkpoint is damaged, mixed up or does not fit; nothing has changed then.
     """
-    files = _renamed(read_adapter(model_id, hub_arguments(kwargs)), kwargs.get("key_mapping"))
+    files = _renamed(read_adapter(model_id, _hub_arguments(kwargs)), kwargs.get("key_mapping"))
     saved = configurations(files, adapter_name)
     _check_same_save(model, files, saved)
     is_mixture = bool(files.config.get("adapters"))
@@ -103,7 +101,13 @@ def _configuration(files: AdapterFiles, settings: Mapping[str, Any]) -> MoELoraC
         raise ValueError(f"{CONFIG_NAME} in {files.source!r}: {error}") from error
 
 
-def _check_same_save(model: MixturePeftModel, files: AdapterFiles, saved: Mapping[str, MoELoraConfig]) -> None:
+def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of load_adapter's keyword arguments that say where on the hub to look, as PEFT finds them."""
+    known = {*inspect.signature(hf_hub_download).parameters, "use_auth_token"}
+    return {name: value for name, value in kwargs.items() if name in known}
+
+
+def _check_same_save(model: PeftModel, files: AdapterFiles, saved: Mapping[str, MoELoraConfig]) -> None:
     """Refuse weights of a save that came after the one whose configuration `from_pretrained` built the model by."""
     for name, config in model.peft_config.items():
         source, save_id = config.read_from or (None, None)
@@ -151,7 +155,7 @@ def _building_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _taking_back(model: MixturePeftModel, names: list[str]) -> Iterator[None]:
+def _taking_back(model: PeftModel, names: list[str]) -> Iterator[None]:
     """Delete the adapters that the block has added, where it fails."""
     try:
         yield
@@ -166,7 +170,7 @@ def _taking_back(model: MixturePeftModel, names: list[str]) -> Iterator[None]:
 
 
 def _check_fit(
-    model: MixturePeftModel,
+    model: PeftModel,
     per_adapter: Mapping[str, Tensors],
     source: str,
     any_size: bool,
@@ -198,7 +202,7 @@ def _check_fit(
     return set() if load_embedding_layers else left_out
 
 
-def _embedding_keys(model: MixturePeftModel, state_dict: Mapping[str, Any]) -> list[str]:
+def _embedding_keys(model: PeftModel, state_dict: Mapping[str, Any]) -> list[str]:
     """Names of the weights of the input and output embeddings, which PEFT saves along where they were resized."""
     base = model.get_base_model()
     found: list[Any] = []
@@ -220,15 +224,13 @@ def _is_same(saved: Tensor, there: Tensor) -> bool:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _is_offloaded(model: MixturePeftModel) -> bool:
+def _is_offloaded(model: PeftModel) -> bool:
     """Whether parts of the base model lie on the CPU or the disk until they are needed."""
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     return bool(places & {"cpu", "disk"})
 
 
-def _set_weights(
-    model: MixturePeftModel, name: str, weights: Tensors, kwargs: Mapping[str, Any], always_cast: bool
-) -> None:
+def _set_weights(model: PeftModel, name: str, weights: Tensors, kwargs: Mapping[str, Any], always_cast: bool) -> None:
     """Load one adapter's weights; what was saved in float32 stays float32 on any base, if autocast."""
     mismatched = bool(kwargs.get("ignore_mismatched_sizes"))
     autocast = kwargs.get("autocast_adapter_dtype", True)
@@ -244,7 +246,7 @@ def _set_weights(
 
 
 def _router_to_attach(
-    model: MixturePeftModel, files: AdapterFiles, given: nn.Module | None, allow_pickled_router: bool
+    model: PeftModel, files: AdapterFiles, given: nn.Module | None, allow_pickled_router: bool
 ) -> tuple[nn.Module, Tensors | None] | None:
     """The router that the save has (the user's module, or one made for it) and what to load into it; None without."""
     there = given or model.base_model.routing.attached
@@ -266,7 +268,7 @@ def _router_to_attach(
     return None
 
 
-def _attach(model: MixturePeftModel, router: nn.Module, weights: Tensors | None) -> None:
+def _attach(model: PeftModel, router: nn.Module, weights: Tensors | None) -> None:
     if weights is not None:
         router.load_state_dict(weights)
     if router is not model.base_model.routing.attached:

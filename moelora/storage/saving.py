@@ -16,28 +16,25 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import MoELoraConfig
-from ..layer import MoELoraLayer
-from ..staging import staging
+from ..files.generation import CARD_NAME, ID_KEY, ROUTER_NAME, checksum, flush, new_id, put_in_place
+from ..files.staging import staging
 from .attached_router import describe, save_router
-from .generation import CARD_NAME, ID_KEY, ROUTER_NAME, checksum, flush, new_id, put_in_place
-
-if TYPE_CHECKING:
-    from ..peft_model import MixturePeftModel
 
 Tensors = dict[str, Tensor]
 
 
 def save(
-    model: MixturePeftModel,
+    model: PeftModel,
     save_directory: str,
     safe_serialization: bool = True,
     selected_adapters: list[str] | None = None,
@@ -78,7 +75,7 @@ def save(
             put_in_place(folder, target)
 
 
-def _wanted(model: MixturePeftModel, selected: list[str] | None) -> list[str]:
+def _wanted(model: PeftModel, selected: list[str] | None) -> list[str]:
     there = list(model.peft_config)
     if missing := [name for name in selected or () if name not in there]:
         raise ValueError(f"`selected_adapters` has {missing[0]!r}; the model's adapters are {', '.join(there)}")
@@ -86,16 +83,16 @@ def _wanted(model: MixturePeftModel, selected: list[str] | None) -> list[str]:
 
 
 def _state_dict_of(
-    model: MixturePeftModel, name: str, state_dict: Tensors | None, save_embedding_layers: bool | str
+    model: PeftModel, name: str, state_dict: Tensors | None, save_embedding_layers: bool | str
 ) -> Tensors:
     return get_peft_model_state_dict(
         model, state_dict=state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
     )
 
 
-def _check_complete(model: MixturePeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _check_complete(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Compare what is to be written with what the model has: a save that lacks a part is found out years later."""
-    layers = [m for m in model.modules() if isinstance(m, MoELoraLayer) and name in m.lora_A]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
     routers = [r[name] for r in model.base_model.routing.routers.values() if name in r.lora_router]
     expected = 2 * len(layers) + sum(len(router.state_dict()) for router in routers)
     found = sum(".lora_A.weight" in key or ".lora_B.weight" in key or ".lora_router." in key for key in tensors)
@@ -106,7 +103,7 @@ def _check_complete(model: MixturePeftModel, name: str, tensors: Mapping[str, Te
         )
 
 
-def _saves_router(model: MixturePeftModel, names: list[str]) -> bool:
+def _saves_router(model: PeftModel, names: list[str]) -> bool:
     """Whether an attached router is saved with adapters: it knows the experts of all active ones by their number."""
     if model.base_model.routing.attached is None:
         return False
@@ -124,7 +121,7 @@ def _saves_router(model: MixturePeftModel, names: list[str]) -> bool:
 
 
 def _write_all(
-    model: MixturePeftModel,
+    model: PeftModel,
     gathered: Mapping[str, Tensors],
     as_one: bool,
     safe_serialization: bool,
@@ -154,7 +151,7 @@ def _write_all(
 
 
 def _write(
-    model: MixturePeftModel,
+    model: PeftModel,
     tensors: Tensors,
     config: MoELoraConfig,
     safe_serialization: bool,
@@ -204,7 +201,7 @@ def _without_aliases(tensors: Mapping[str, Tensor]) -> Tensors:
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 
-def _adapter_config(model: MixturePeftModel, name: str) -> MoELoraConfig:
+def _adapter_config(model: PeftModel, name: str) -> MoELoraConfig:
     config = copy.deepcopy(model.peft_config[name])
     base = model.get_base_model()
     config.base_model_name_or_path = config.base_model_name_or_path or base.__dict__.get("name_or_path") or None
@@ -212,7 +209,7 @@ def _adapter_config(model: MixturePeftModel, name: str) -> MoELoraConfig:
     return config
 
 
-def _mixture_config(model: MixturePeftModel) -> MoELoraConfig:
+def _mixture_config(model: PeftModel) -> MoELoraConfig:
     position = {name: index for index, name in enumerate(model.active_adapters)}
     config = _adapter_config(model, model.active_adapters[0])
     config.adapters = [

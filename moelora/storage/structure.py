@@ -14,9 +14,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
-from ..patterns import check_patterns_end
-from ..routing import FixedRouter, Router
-from .adapter_files import check_tensors, wrong_kind
+from ..files.adapter_files import check_tensors, wrong_kind
+from ..routing.decision import FixedRouter, Router
+from .patterns import check_patterns_end
 
 FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 ROUTER = re.compile(r"(?:base_model\.model\.)?(?P<router>.*?)\.?moe_router\.lora_router\.(?P<tensor>\w+)")

@@ -3,8 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .recipe import DomainOptions, ModelOptions, Recipe
-from .schema import Problem, RecipeError, UserError
+from ..recipe import DomainOptions, ModelOptions, Recipe
+from ..schema import Problem, RecipeError, UserError
 
 if TYPE_CHECKING:
     from .load import load_recipe

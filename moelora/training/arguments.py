@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, get_schedu
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
-from .progress import console
-from .schema import Problem
+from ..console import console
+from ..schema import Problem
 
 
 def training_arguments(**fields: Any) -> TrainingArguments:

@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler
 
-from ..monitor import TrainingWindow, pop_training_stats
-from ..state import RoutingState
-from ..stats import RouterStats
+from ..forward.state import RoutingState
+from ..forward.window import pop_training_stats
+from ..routing.sums import RouterStats
+from ..routing.window import TrainingWindow
 from .guards import RoutingGuard, RoutingWarning
 
 PER_EXPERT = ("expert_load", "maturity")

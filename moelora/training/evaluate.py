@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from .data import DomainBlocks
-from .progress import track
-from .schema import UserError
+from ..console import track
+from ..data.preparation import DomainBlocks
+from ..schema import UserError
 
 Collator = Callable[[list[dict[str, Any]]], Any]
 

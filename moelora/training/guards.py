@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..config import MoELoraConfig
-from ..stats import RouterStats
+from ..routing.sums import RouterStats
 
 SHOWN = 3  # a sick mixture is sick in many routers at once
 

@@ -10,14 +10,11 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig
-from ..files import NotReadableError, expand_user, real_path
+from ..data.sources import LIES_IN_TEXTS, check_domain, folder_read_around, paths_read, resolve_path
+from ..files.opening import NotReadableError, expand_user, real_path
 from ..presets import PRESETS
-from .arguments import check_parts
-from .base import check_model
-from .recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
-from .recipe_file import parse_yaml, read_yaml
-from .record import check_output_dir
-from .schema import (
+from ..recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
+from ..schema import (
     Check,
     Problem,
     RecipeError,
@@ -29,7 +26,10 @@ from .schema import (
     positive,
     settable_fields,
 )
-from .sources import LIES_IN_TEXTS, check_domain, folder_read_around, paths_read, resolve_path
+from ..storage.base_model import check_model
+from ..storage.run_record import check_output_dir
+from .arguments import check_parts
+from .recipe_file import parse_yaml, read_yaml
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from ..files import NotReadableError, open_regular
-from .schema import is_text, shorten
+from ..files.opening import NotReadableError, open_regular
+from ..schema import is_text, shorten
 
 MOST_BYTES = 200_000  # PyYAML takes seconds for more
 MOST_VALUES = 50_000

@@ -19,28 +19,21 @@ from transformers import (
 )
 
 from ..config import MoELoraConfig
-from ..staging import holds_something, next_kept_place, only_process_in
+from ..console import console, is_main_process, printable
+from ..data.preparation import DomainBlocks, load_domains, mix
+from ..files.staging import holds_something, next_kept_place, only_process_in
+from ..recipe import Recipe
+from ..schema import Problem, UserError
+from ..storage.base_model import load_model, load_tokenizer
+from ..storage.run_record import RUN_FILE, check_output_dir, environment, now, read_record, write_json
+from ..storage.trainer_checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, what_it_lacks
 from .arguments import training_arguments
-from .base import load_model, load_tokenizer
 from .callback import MoELoraCallback
-from .checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, what_it_lacks
-from .data import DomainBlocks, load_domains, mix
 from .evaluate import DomainResult, check_converged, evaluate
-from .progress import console, is_main_process, printable
-from .recipe import Recipe
-from .record import (
-    RUN_FILE,
-    check_output_dir,
-    environment,
-    now,
-    read_record,
-    write_json,
-)
-from .schema import Problem, UserError
 
 
 class Start:
-    """What a job starts from: a new mixture. `moelora.experts.continual` starts from one that is there."""
+    """What a job starts from: a new mixture. `moelora.cli.grow` starts from one that is there."""
 
     def build(
         self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from moelora.ranks import fits_over_ranks
-from moelora.routing import top_k_mask, within_capacity
+from moelora.ops.ranks import fits_over_ranks
+from moelora.routing.decision import top_k_mask, within_capacity
 
 COUNTS = [(5, 8, 3), (1, 63, 0), (7, 7, 7)]  # tokens by rank
 FACTORS = [0.1, 0.5, 1.0, 1.25, 100.0]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny import tiny_recipe, write_recipe
 from transformers import AutoModelForCausalLM
 
-from moelora.training.record import last_checkpoint
+from moelora.storage.run_record import last_checkpoint
 
 RUNS = [
     pytest.param("ddp", "step"),

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from test_triton_router import CLOSE, MASKS, MATURITY, case, fused
 
-from moelora.ranks import ROUNDS
+from moelora.ops.ranks import ROUNDS
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, __version__
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from moelora import cli
+from moelora.cli import main as cli
 
 assert __version__ == os.environ["MOELORA_TEST_TRANSFORMERS"], "another transformers than the test's"
 

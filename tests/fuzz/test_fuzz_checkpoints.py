@@ -13,8 +13,8 @@ from strategies import at_most, examples
 from test_persistence import EXPERTS, adapter_state, base_model, logits, trained
 from torch import nn
 
-from moelora.cli import main
-from moelora.storage.generation import checksum
+from moelora.cli.commands import main
+from moelora.files.generation import checksum
 
 SECONDS = 10
 CONFIG, WEIGHTS, ROUTER = "adapter_config.json", "adapter_model.safetensors", "router.safetensors"

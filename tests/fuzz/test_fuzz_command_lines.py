@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from strategies import at_most, examples, lay_out, words
 from tiny import save_tiny_adapter, tiny_recipe, write_recipe
 
-from moelora.cli import COMMANDS, main
-from moelora.training.schema import settable_fields, type_hints
+from moelora.cli.commands import COMMANDS, main
+from moelora.schema import settable_fields, type_hints
 
 GOOD = [
     "adapter",

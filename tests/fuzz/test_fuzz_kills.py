@@ -12,7 +12,7 @@ from strategies import FUZZ
 from test_generations import variant
 from test_persistence import base_model, logits
 
-from moelora.report.stored import read_mixture
+from moelora.storage.stored import read_mixture
 
 LONGEST = 0.2  # seconds until the kill, in which a few saves may end
 

@@ -9,9 +9,9 @@ from tiny import tiny_recipe, write_recipe
 from transformers import TrainingArguments
 
 from moelora import MoELoraConfig
+from moelora.recipe import DomainOptions, ModelOptions
+from moelora.schema import settable_fields
 from moelora.training import Recipe, RecipeError, load_recipe
-from moelora.training.recipe import DomainOptions, ModelOptions
-from moelora.training.schema import settable_fields
 
 SECONDS = 10
 SNIPPETS = [

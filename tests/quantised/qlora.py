@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moelora import MoELoraConfig
-from moelora.layer import MoELoraLayer
+from moelora.tuner.layer import MoELoraLayer
 
 VOCAB, STEPS = 64, 8
 WITHOUT_BACKWARD = {"torchao-int4"}  # "derivative for aten::_weight_int4pack_mm is not implemented", for any adapter

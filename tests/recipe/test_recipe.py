@@ -8,8 +8,8 @@ from tiny import problems, save_tiny_model, write_jsonl, write_recipe
 from transformers import PreTrainedModel
 
 from moelora.presets import PRESETS
+from moelora.recipe import MIXTURE_DEFAULTS, Recipe
 from moelora.training import RecipeError, load_recipe
-from moelora.training.recipe import MIXTURE_DEFAULTS, Recipe
 
 
 def test_a_valid_recipe_resolves_paths_and_defaults(folder, recipe):
@@ -264,8 +264,8 @@ def test_help_stands_on_every_field():
     import dataclasses
 
     from moelora import MoELoraConfig
-    from moelora.options import GenerateOptions, TrainOptions
-    from moelora.training.recipe import DomainOptions, ModelOptions
+    from moelora.cli.options import GenerateOptions, TrainOptions
+    from moelora.recipe import DomainOptions, ModelOptions
 
     for cls in (Recipe, ModelOptions, DomainOptions, TrainOptions, GenerateOptions, MoELoraConfig):
         for field in dataclasses.fields(cls):

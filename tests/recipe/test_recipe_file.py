@@ -6,7 +6,7 @@ import re
 import pytest
 from tiny import problems, write_recipe
 
-from moelora.files import NotReadableError
+from moelora.files.opening import NotReadableError
 from moelora.training import RecipeError, load_recipe
 from moelora.training.recipe_file import parse_yaml
 

@@ -1,4 +1,4 @@
-"""Triton form of a one-layer router: norm_linear, `moelora.routing.route` and `moelora.stats.RoutingSums.of` at once.
+"""Triton form of a one-layer router: norm_linear, `routing.decision.route` and `routing.sums.RoutingSums.of` at once.
 
 Forward:  one program scores and routes a block of tokens, and leaves its share of every sum. With a capacity, a second
           kernel, one program per expert, finds the least priority that still fits and takes the excess back. Where
@@ -18,8 +18,8 @@ import triton
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...ranks import ROUNDS, count_rows, num_ranks, sum_over_ranks
 from ..norm_linear import EPS, _exact_product
+from ..ranks import ROUNDS, count_rows, num_ranks, sum_over_ranks
 from .capacity_kernels import capacity_kernel, capacity_over_ranks_kernel, count_kernel
 from .router_kernels import backward_kernel, forward_kernel
 
@@ -212,7 +212,7 @@ def route_fused(
     scale: float = 1.0,
     over_ranks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`moelora.routing.route` on ``norm_linear(hidden_TH, weight_EH)``, and sums over the tokens of mask_T.
+    """`moelora.routing.decision.route` on ``norm_linear(hidden_TH, weight_EH)``, and sums over the tokens of mask_T.
 
     Returns:
         weights [T, E] float32 times scale; the sums [4E + 5] float32 in the order of RoutingSums.packed, without

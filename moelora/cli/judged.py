@@ -1,0 +1,103 @@
+"""What prune and merge share: they open a mixture with texts to judge it by, and write what they have made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..experts.parts import find_experts
+from ..experts.reading import Reading, Texts
+from ..recipe import DomainOptions
+from ..report.analysis import longest_block
+from ..schema import Problem, UserError
+from ..storage.base_model import load_config, load_tokenizer
+from ..storage.finding import tell_loading
+from ..storage.run_record import learned_domains, record_of
+from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
+from .options import JudgedOptions
+from .report import check_data, read_texts
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter on disk whose options are in order, and the texts it is to be judged by; nothing is loaded yet."""
+
+    options: JudgedOptions
+    source: Source
+    domains: list[DomainOptions]
+
+    def find(self, wanted: Sequence[str], flag: str) -> list[int]:
+        """Numbers of the experts that an option names, by number or adapter, apart or joined by commas.
+
+        Raises:
+            UserError: there is no such expert, or one is named twice.
+        """
+        try:
+            return find_experts([name.strip() for item in wanted for name in item.split(",")], self.source.experts)
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}") from None
+
+    def load(self) -> tuple[PeftModel, Texts]:
+        """The model with its mixture, and the texts.
+
+        Raises:
+            UserError: a domain holds no text of two tokens.
+        """
+        record = record_of(self.source.folder)
+        tell_loading(self.source.base, self.source.folder)
+        tokenizer = load_tokenizer(self.source.base)
+        domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
+        size = record["recipe"]["block_size"] if record else longest_block(load_config(self.source.base))
+        try:
+            texts = Texts(domains, size, tokenizer.pad_token_id)
+        except ValueError as error:
+            raise UserError(f"--data: {error}") from error
+        return self.source.load(), texts
+
+    def write(self, model: PeftModel, plan: Plan, outcome: dict[str, Any]) -> Path | None:
+        """Print the plan and save the mixture, unless this is a dry run."""
+
+        def save(folder: Path) -> dict[str, Any]:
+            model.save_pretrained(str(folder))
+            return outcome
+
+        return carry_out(self.options, plan, save, inputs=[self.options.adapter], base=self.source.base)
+
+
+def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
+    """Check the options and the adapter's files.
+
+    Args:
+        problems: what the operation found wrong with its own options.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    domains, more = check_data(options.data)
+    check_output(options, [*problems, *more])
+    source = read_source(options.adapter, options.base)
+    check_only_read(options, [options.adapter], source.base, domains)
+    return Opened(options, source, domains)
+
+
+def loss_notes(texts: Texts, before: Reading, after: Reading) -> list[str]:
+    """The loss of every domain before and after, for a plan."""
+    rows = zip(texts.domains, before.loss, after.loss, strict=True)
+    return [
+        "Loss in nats per token, before -> after:",
+        *(
+            f"  {domain.name}: {old:.4f} -> {new:.4f} ({new - old:+.4f}; {domain.num_tokens:,} "
+            f"{'held-out ' if domain.is_held_out else ''}tokens)"
+            for domain, old, new in rows
+        ),
+    ]
+
+
+def loss_record(texts: Texts, before: Reading, after: Reading) -> dict[str, dict[str, float]]:
+    """The same for operation.json."""
+    pairs = zip(texts.names, before.loss, after.loss, strict=True)
+    return {name: {"loss_before": float(old), "loss_after": float(new)} for name, old, new in pairs}

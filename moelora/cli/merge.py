@@ -1,0 +1,68 @@
+"""`moelora merge`: several experts of a mixture become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..experts.merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
+from ..experts.parts import names_of, put_together, take_apart
+from ..experts.reading import Reading
+from ..schema import Problem, UserError
+from .judged import loss_notes, loss_record, open_adapter
+from .operation import Plan, check_rank
+from .options import MergeOptions
+
+
+def merge_command(options: MergeOptions) -> Path | None:
+    """Merge experts of an adapter and write the result to a folder of its own.
+
+    Raises:
+        UserError: an option, a text or the adapter is not in order; nothing is written then.
+    """
+    recipe = MergeRecipe(options.method, options.rank, options.density, options.seed)
+    problems = []
+    if options.method == "average" and options.rank is not None:
+        problems.append(Problem("--rank", options.rank, "drop it: average keeps every rank; svd truncates"))
+    opened = open_adapter(options, problems)
+    numbers = opened.find(options.experts, "--experts")
+    if len(numbers) < 2:
+        raise UserError(str(Problem("--experts", options.experts, "name two experts or more, such as 0,1")))
+    names = opened.source.experts
+    if options.rank is not None:
+        chosen = [names[number] for number in numbers]
+        check_rank("--rank", options.rank, opened.source.highest_rank(chosen, options.method in ("ties", "dare")))
+    model, texts = opened.load()
+    try:
+        adapters = take_apart(model)
+        check_mergeable(adapters, numbers, recipe)
+        before = texts.read(model)
+        shares = [float(before.share[number]) for number in numbers]
+        merged = merge_experts(adapters, numbers, shares, recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model = put_together(model, merged.adapters)
+    after = texts.read(model)
+    outcome = {"becomes": merged.becomes, "domains": loss_record(texts, before, after)}
+    notes = [*memory_notes(adapters, numbers), *loss_notes(texts, before, after)]
+    plan = _plan(options, names, numbers, merged, notes, before)
+    return opened.write(model, plan, outcome)
+
+
+def _plan(
+    options: MergeOptions,
+    names: Sequence[str],
+    numbers: Sequence[int],
+    merged: Merged,
+    notes: Sequence[str],
+    before: Reading,
+) -> Plan:
+    after = names_of(merged.adapters)
+    common = sum(before.share[number] for number in numbers)
+    rows = []
+    for number, (name, place) in enumerate(zip(names, merged.becomes, strict=True)):
+        share = before.share[number]
+        part = f"merged with a share of {share / common:.1%} into" if number in numbers else "stays, as"
+        rows.append((str(number), name, f"{share:.1%}", f"{part} {place} ({after[place]})"))
+    title = f"Merge {options.adapter}: experts {', '.join(map(str, numbers))} become one ({options.method})"
+    return Plan(title, ("expert", "adapter", "routing weight", "outcome"), rows, notes)

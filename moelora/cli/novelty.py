@@ -1,0 +1,114 @@
+"""`moelora novelty`: whether an adapter knows some texts, and how well that can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from ..console import make_stdout
+from ..data.texts import tokenise
+from ..experts.novelty_score import FEWEST, Calibration, Novelty, auc, measure
+from ..recipe import DomainOptions
+from ..schema import Problem, UserError
+from ..storage.base_model import load_tokenizer
+from ..storage.finding import tell_loading
+from ..storage.run_record import learned_domains
+from .operation import read_source
+from .options import NoveltyOptions, check_options
+from .report import documents_of, read_domains
+
+SEED = 0
+
+
+def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
+    """Print a table of how new each file's texts are; return the scores by name.
+
+    Half of the calibration texts calibrate; the other half is known texts, against which the others' area under the ROC
+    curve is measured.
+
+    Raises:
+        UserError: everything that is wrong with options and files, before the model is loaded; or too few texts.
+    """
+    known, others = _check(options)
+    source = read_source(options.adapter, options.base)
+    if source.stored[0].config.router_type == "fixed":
+        raise UserError(f"{options.adapter}: router_type='fixed' weighs experts alike for every text: it knows nothing")
+    learned = learned_domains(source.folder)
+    tokenizer = load_tokenizer(source.base)
+    read = {
+        domain.name: sample(documents_of(domain, learned)[0], tokenizer, options.max_texts, options.length)
+        for domain in (*known, *others)
+    }
+    if (known_texts := sum(len(read[domain.name]) for domain in known)) < 2 * FEWEST:
+        raise UserError(
+            f"--calibration: {known_texts} texts of two tokens or more say too little; give {2 * FEWEST} or more: half "
+            "of them calibrate, and the other half is what the others are compared with"
+        )
+    if silent := [domain.name for domain in others if not read[domain.name]]:
+        raise UserError(f"--data {silent[0]}: no text of two tokens, so there is no loss; give longer texts")
+    tell_loading(source.base, source.folder)
+    model = source.load()
+    pad = int(tokenizer.pad_token_id or 0)
+    try:
+        found = judge(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
+    except ValueError as error:
+        raise UserError(f"--calibration: {error}") from error
+    make_stdout().print(_table(found))
+    return found
+
+
+KNOWN = "(known)"
+
+
+def judge(
+    model: PeftModel, known: Sequence[list[list[int]]], others: dict[str, list[list[int]]], pad: int
+) -> dict[str, Novelty]:
+    """Scores by name; those of the calibration texts that did not calibrate are under "(known)"."""
+    halves = [[text for texts in known for text in texts[start::2]] for start in (0, 1)]
+    names, numbers = measure(model, halves[0], pad=pad)
+    calibration = Calibration.of(names, numbers)
+    groups = {KNOWN: halves[1], **others}
+    return {name: calibration.judge(measure(model, texts, pad=pad)[1]) for name, texts in groups.items()}
+
+
+def sample(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[list[int]]:
+    """Token ids of the starts of some documents, drawn at random but the same every time."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED))[:count]
+    texts = [tokenise(documents[number], tokenizer).token_ids[:length] for number in order.tolist()]
+    return [text for text in texts if len(text) > 1]
+
+
+def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOptions]]:
+    problems = check_options(options)
+    found = []
+    for flag, given in (("--calibration", options.calibration), ("--data", options.data)):
+        domains, bad = read_domains(given, flag)
+        problems += bad
+        if not given:
+            problems.append(Problem(flag, given, f"give texts: {flag} NAME=FILE"))
+        found.append(domains)
+    names = [domain.name for domain in found[0]]
+    problems += [
+        Problem("--data", d.name, "calibration texts have this name; rename one") for d in found[1] if d.name in names
+    ]
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
+    return found[0], found[1]
+
+
+def _table(found: dict[str, Novelty]) -> Table:
+    first = found[KNOWN]
+    table = Table(title=f"Novelty: mean z-scores over known texts; new above {first.threshold:.2f}")
+    table.add_column("texts")
+    for column in ("number", "score", *first.names, "new", "AUC against known"):
+        table.add_column(column, justify="right")
+    for name, novelty in found.items():
+        cells = [f"{value:.2f}" for value in (novelty.scores.mean(), *novelty.z_scores.mean(0))]
+        area = "" if name == KNOWN else f"{auc(first.scores, novelty.scores):.3f}"
+        table.add_row(name, str(len(novelty.scores)), *cells, f"{novelty.share_new:.0%}", area)
+    return table

@@ -1,0 +1,214 @@
+"""Hooks that run routing: on the base model and on its blocks.
+
+Hooks are objects, not closures, so that models can be pickled and deep-copied.
+Shapes: B batch, S sequence, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .balance import finish_forward
+from .checkpointing import make_checkpoint_routed
+from .interfaces import MixtureRouter
+from .shared_input import SharedInput
+from .state import BlockRouting, ForwardContext, Opened, RoutingState, kv_cache
+
+
+class ForwardHook:
+    """On the base model and on owners of block stacks: opens a context before a forward, closes it whatever happens.
+
+    The base model always opens a new one. The owner of a stack does so only when it is called by itself, as `generate`
+    calls an encoder; otherwise it only makes its stack decide anew.
+    """
+
+    def __init__(self, module: nn.Module, state: RoutingState, stacks: Sequence[str], is_root: bool) -> None:
+        self.state = state
+        self.stacks = stacks
+        self.is_root = is_root
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.parameter_names = [parameter.name for parameter in parameters if parameter.kind in positional]
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook.
+
+        Raises:
+            RuntimeError: under nn.DataParallel, whose replicas would share the routers of one GPU.
+        """
+        state, here = self.state, self.state.in_force
+        mine = here.opened = Opened(self, here.context, here.opened)  # first: whatever is raised, `after` is called
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "a mixture cannot run under nn.DataParallel, which the Trainer uses where a process sees several GPUs: "
+                "start with `accelerate launch` or torchrun, one process a GPU, or set CUDA_VISIBLE_DEVICES=0"
+            )
+        if not state.enabled:
+            here.context = None
+        elif self.is_root or here.context is None:
+            inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+            mine.context = here.context = ForwardContext(state, inputs, training=module.training)
+            if self.is_root and module.training:
+                for name, hook in state.hooks.items():
+                    make_checkpoint_routed(module.get_submodule(name), hook)
+        else:
+            here.context.forget(self.stacks)
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook, also called when the forward raised (output is then None)."""
+        here = self.state.in_force
+        mine = here.opened
+        while mine is not None and mine.hook is not self:  # others that an interrupt kept from ending
+            mine = mine.before
+        if mine is None:
+            return None  # it raised before it began
+        here.opened, here.context = mine.before, mine.outer
+        context = mine.context
+        if context is None:
+            return None
+        if context.call.copies is not None:
+            context.call.prefilled = True
+        context.said.keep_on(kv_cache(output) if context.cache is None else context.cache)
+        return None if output is None else finish_forward(context, module, output)
+
+
+class BlockHook:
+    """On one block: decides the routing of the tokens entering it, and leaves it with the forward that is in force.
+
+    Args:
+        name: the block's name.
+        stack: the name of the list of blocks it belongs to.
+        router: the block's own router ("block" scope), the model's ("model") or None ("module").
+        is_decoder: it belongs to the decoder of an encoder-decoder model.
+        scope: the router scope.
+    """
+
+    def __init__(
+        self,
+        state: RoutingState,
+        name: str,
+        stack: str,
+        router: MixtureRouter | None,
+        scope: str,
+        is_decoder: bool,
+        is_encoder_decoder: bool,
+        encoder_position: int | None,
+    ) -> None:
+        self.state = state
+        self.name = name
+        self.stack = stack
+        self.router = router
+        self.scope = scope
+        self.is_decoder = is_decoder
+        self.is_encoder_decoder = is_encoder_decoder
+        self.encoder_position = encoder_position
+
+    @property
+    def routing(self) -> BlockRouting | None:
+        """The routing in force inside the block, in this thread; None while it does not run."""
+        context = self.state.in_force.context
+        return None if context is None else context.blocks.get(self.name)
+
+    def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        context = self.state.in_force.context
+        if context is not None and context.region == self.name:
+            return  # decided before the checkpoint
+        self.decide(args, kwargs)
+        make_checkpoint_routed(block, self)
+
+    def decide(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Route the tokens that the block's arguments bring."""
+        if not self.state.enabled:
+            return
+        here = self.state.in_force
+        context = here.context
+        if context is None:
+            _refuse_foreign_checkpoint(self.name)
+            context = ForwardContext(self.state, {}, training=False, is_lone=True)
+        hidden = _hidden_states(args, kwargs)
+        mask = context.mask(hidden, self.is_decoder)
+        shared = self._shared_weights(context, hidden)
+        weights = self._built_in_weights(context, hidden, mask) if shared is None else shared
+        context.latest = context.blocks[self.name] = BlockRouting(
+            context=context,
+            lead=hidden.shape[:-1],
+            mask=mask,
+            pool=context.pool if shared is not None or self.router is None else self.router.pool,
+            weights=weights,
+            shared_by_user=shared is not None,
+            router=self.router,
+            encoder_hidden=self._encoder_hidden(args, kwargs),
+            shared_input=None if torch.compiler.is_compiling() else SharedInput(),
+        )
+        here.context = context
+
+    def after(self, block: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook, also called when the forward raised."""
+        context = self.state.in_force.context
+        if context is not None and context.region != self.name:
+            self.leave(context)
+
+    def leave(self, context: ForwardContext) -> None:
+        """Let go of the block's routing: it has run."""
+        routing = context.blocks.pop(self.name, None)
+        if routing is not None and routing.shared_input is not None:
+            routing.shared_input.close()
+        if context.is_lone and not context.blocks:
+            self.state.in_force.context = None
+
+    @property
+    def has_to_wait(self) -> bool:
+        """Whether it cannot decide yet: its router is a shard until FSDP2's hooks on the block have run."""
+        state = self.state
+        is_given = state.in_force.call.routing_weights is not None or state.attached is not None
+        if self.router is None or self.scope != "block" or is_given or not state.enabled:
+            return False
+        return any(hasattr(parameter, "full_tensor") for parameter in self.router.parameters())  # a DTensor
+
+    def _shared_weights(self, context: ForwardContext, hidden: Tensor) -> Tensor | None:
+        if context.call.routing_weights is not None:
+            return context.user_weights(hidden.shape[:-1], self.is_encoder_decoder)
+        return context.router_weights(self.stack, hidden)
+
+    def _built_in_weights(self, context: ForwardContext, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        if self.router is None:
+            return None
+        if self.scope == "block":
+            return self.router(hidden, context, mask) if self.router.pool else None
+        if self.stack not in context.stack_weights:
+            context.stack_weights[self.stack] = self.router(hidden, context, mask)
+        return context.stack_weights[self.stack]
+
+    def _encoder_hidden(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        if self.encoder_position is not None and len(args) > self.encoder_position:
+            return args[self.encoder_position]
+        return kwargs.get("encoder_hidden_states")
+
+
+def encoder_argument_position(block: nn.Module) -> int | None:
+    """Where a block's forward takes `encoder_hidden_states`, counted without self; None if it does not."""
+    names = list(inspect.signature(type(block).forward).parameters)
+    return names.index("encoder_hidden_states") - 1 if "encoder_hidden_states" in names else None
+
+
+def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+    return hidden
+
+
+def _refuse_foreign_checkpoint(name: str) -> None:
+    # In the backward pass without a context of ours: a checkpoint we did not prepare is running the block again, and
+    # would route it without the mask and the maturity of the first time.
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"block `{name}` is recomputed by a checkpoint that does not carry its routing; use the model's own "
+            "gradient_checkpointing_enable() (Trainer: gradient_checkpointing=True)"
+        )

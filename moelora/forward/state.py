@@ -1,0 +1,383 @@
+"""What one model's routers, blocks and layers share, and what one forward pass knows.
+
+Nothing here is global: two models never share routing, every forward starts a fresh context, and which forward is in
+force is a matter of the thread.
+Shapes: B batch, S sequence, E experts of all active adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MoELoraConfig, count_experts
+from ..ops.ranks import num_ranks
+from ..routing.decision import sole_expert
+from ..routing.domain_classifier import Said
+from ..routing.sums import RoutingSums
+from ..routing.window import TrainingWindow
+from .call import Call
+from .interfaces import MixtureRouter, Pool
+from .masks import decoder_mask_from_labels, packed_mask, token_mask
+from .overflow import Growth
+from .shared_input import SharedInput
+
+
+@dataclass
+class Opened:
+    """A forward that has begun and not ended, as the hook that began it finds it again."""
+
+    hook: object
+    outer: ForwardContext | None  # in force again when it ends
+    before: Opened | None  # what had been opened before it
+    context: ForwardContext | None = None  # None where the module runs within another's forward, or nothing is routed
+
+
+class InForce(threading.local):
+    """What is in force in the thread that asks: each has its own, so that threads can run one model at once.
+
+    Not a ContextVar, which torch.compile cannot trace.
+    """
+
+    def __init__(self) -> None:
+        self.context: ForwardContext | None = None  # the forward in progress
+        self.opened: Opened | None = None  # the innermost one
+        self.call = Call()
+        self.copies: int | None = None  # what `generate` is about to call with; see [`Call`]
+
+
+@dataclass
+class RoutingState:
+    """Shared by reference, and by all threads; lives as long as the base model is adapted."""
+
+    configs: dict[str, MoELoraConfig]
+    routers: dict[str, MixtureRouter] = field(default_factory=dict)  # by name, in the order of the model
+    hooks: dict[str, Any] = field(default_factory=dict)  # the BlockHooks, by block name
+    handles: list[Any] = field(default_factory=list)  # that remove the hooks
+    in_force: InForce = field(default_factory=InForce)
+    attached: nn.Module | None = None  # the user's own router
+    balancing_loss: Tensor | None = None  # of the latest training forward
+    growth: Growth | None = None  # of the latest training forward, where a loss scaler may skip its step
+    window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that form the mixture, in expert order."""
+        return next(iter(self.routers.values())).active_adapters if self.routers else []
+
+    @property
+    def config(self) -> MoELoraConfig:
+        """The configuration that governs the mixture: the first active adapter's.
+
+        Raises:
+            ValueError: no adapter is active.
+        """
+        self.check_active()
+        return self.configs[self.active_adapters[0]]
+
+    def check_active(self) -> None:
+        """Raise ValueError where no adapter is active, so that there are no experts."""
+        if not self.active_adapters:
+            raise ValueError(
+                "the mixture has no active adapter; add one with `add_adapter`, or choose one with `set_adapter`"
+            )
+
+    @property
+    def pool(self) -> Pool:
+        """Every active adapter with its number of experts."""
+        return tuple((name, count_experts(name, self.configs[name])) for name in self.active_adapters)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return sum(count for _, count in self.pool)
+
+    @property
+    def may_single_out(self) -> bool:
+        """Whether tokens can be an imported LoRA's alone: by weights given by hand, by a fixed router, or by top-1."""
+        if not any(self.configs[name].single_expert for name in self.active_adapters):
+            return False
+        is_given = self.in_force.call.routing_weights is not None or self.attached is not None
+        return is_given or self.config.router_type == "fixed" or min(self.config.top_k_experts, self.num_experts) == 1
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is routed at all."""
+        return bool(self.active_adapters) and not any(router.disable_adapters for router in self.routers.values())
+
+    def device_of(self, router: MixtureRouter) -> torch.device | None:
+        """The device that a router's other adapters are on, else that of the first router found elsewhere."""
+        for candidate in (router, *self.routers.values()):
+            for parameter in candidate.parameters():
+                if not parameter.is_meta:
+                    return parameter.device
+        return None
+
+    def current_context(self) -> ForwardContext:
+        """This thread's forward in progress, or a throw-away context for a submodule that is called by itself."""
+        return self.in_force.context or ForwardContext(self, {}, training=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold no forward in progress and no autograd graph."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "in_force"}
+        return kept | {"balancing_loss": None, "growth": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, in_force=InForce())
+
+
+class ForwardContext:
+    """One forward pass of the base model: its inputs, its padding, its blocks' routing, what its routers reported.
+
+    Args:
+        inputs: the base model's arguments by name.
+        training: whether capacity, expert dropout and the balancing loss apply.
+        is_lone: it stands in for a forward around one block that is called by itself, and ends with it.
+    """
+
+    def __init__(self, state: RoutingState, inputs: dict[str, Any], training: bool, is_lone: bool = False) -> None:
+        self.state = state
+        self.call = state.in_force.call
+        self.is_lone = is_lone
+        self.look_up()
+        self.inputs = inputs
+        self.training = training
+        self.recomputing = False  # inside a checkpointed region's second run
+        self.in_checkpoint = False
+        self.region: str | None = None  # the block whose checkpointed region runs, and carries its routing
+        self.blocks: dict[str, BlockRouting] = {}  # of the blocks that run, by name
+        self.records: list[tuple[MixtureRouter, RoutingSums]] = []
+        self.attached_weights: dict[str, Tensor] = {}  # by stack
+        self.stack_weights: dict[str, Tensor] = {}  # "model" scope, by stack
+        self.latest: BlockRouting | None = None  # of the block that ran last
+        self.grad_enabled = torch.is_grad_enabled()
+        self.cache = kv_cache(inputs)
+        self.past_length = _past_length(self.cache)  # now: the blocks' attention lets it grow
+        self.said = Said.on(self.cache)
+        says_nothing = inputs.get("attention_mask") is None
+        self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
+        self._maturity: dict[str, Tensor] = {}
+        self._masks: dict[tuple[int, bool], Tensor | None] = {}  # by length and is_decoder
+
+    def look_up(self) -> None:
+        """Note what the active adapters are, which is the same for all blocks and layers of a forward.
+
+        Raises:
+            ValueError: no adapter is active.
+        """
+        self.config = self.state.config
+        self.pool = self.state.pool
+        self.may_single_out = self.state.may_single_out
+
+    def within_checkpoint(self, recomputing: bool) -> ForwardContext:
+        """The same forward for a checkpointed region, which may run again when, and where, others are under way.
+
+        Only what says where it is becomes its own; what routers report, and have decided, is the forward's.
+        """
+        context = copy.copy(self)
+        context.blocks, context.region = dict(self.blocks), None
+        context.in_checkpoint, context.recomputing = True, recomputing
+        return context
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether data-parallel ranks share capacity: in a training step, which all of them take together."""
+        return self.grad_enabled and num_ranks() > 1
+
+    def maturity(self, router: MixtureRouter) -> Tensor:
+        """[E] as it was when this forward first asked, so that a recomputed block routes as it did before."""
+        if not self.training:
+            return router.maturity(copy=False)
+        if router.name not in self._maturity:
+            self._maturity[router.name] = router.maturity()
+        return self._maturity[router.name]
+
+    def record(self, router: MixtureRouter, sums: RoutingSums) -> None:
+        """Keep a router's sums, once.
+
+        Raises:
+            RuntimeError: inside a reentrant checkpoint, whose side results carry no gradient.
+        """
+        if self.recomputing or self is not self.state.in_force.context:
+            return
+        loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
+        if self.training and loses_gradient and self.config.router_aux_loss_coef > 0:
+            raise RuntimeError(
+                f"the balancing loss of router `{router.name}` would be lost: it runs inside a reentrant gradient "
+                'checkpoint. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="block", '
+                "or set `router_aux_loss_coef` to 0"
+            )
+        self.records.append((router, sums))
+
+    def forget(self, stacks: Sequence[str]) -> None:
+        """Make these stacks decide anew: their blocks are about to run (again)."""
+        for stack in stacks:
+            self.stack_weights.pop(stack, None)
+            self.attached_weights.pop(stack, None)
+
+    def mask(self, hidden: Tensor, is_decoder: bool) -> Tensor | None:
+        """[B, S] bool for hidden [B, S, H], False on padding; None where no mask fits.
+
+        Args:
+            is_decoder: hidden belongs to the decoder of an encoder-decoder model.
+        """
+        if hidden.dim() != 3:
+            return None
+        batch, length = hidden.shape[:2]
+        if torch.compiler.is_compiling():  # a compiled block would be compiled anew where it finds another's mask
+            mask = self._mask_of(length, is_decoder)
+        elif (length, is_decoder) in self._masks:
+            mask = self._masks[length, is_decoder]
+        else:
+            mask = self._masks[length, is_decoder] = self._mask_of(length, is_decoder)
+        return mask if mask is not None and mask.shape == (batch, length) else None
+
+    def _mask_of(self, length: int, is_decoder: bool) -> Tensor | None:
+        if is_decoder:
+            given = self.inputs.get("decoder_attention_mask")
+            if given is None:
+                given = decoder_mask_from_labels(self.inputs.get("labels"))
+            return token_mask(given, length, self.past_length)
+        if self.packed is not None:
+            return self.packed
+        return token_mask(self.inputs.get("attention_mask"), length, self.past_length)
+
+    def user_weights(self, lead: torch.Size, is_encoder_decoder: bool = False) -> Tensor | None:
+        """The user's `routing_weights` as [*lead, E] for hidden states [*lead, H]; None if there are none.
+
+        Raises:
+            ValueError: the shape does not fit; the message names both.
+        """
+        num_experts = self.state.num_experts
+        return self.call.weights_for(lead, num_experts, self.past_length, is_encoder_decoder)
+
+    def router_weights(self, stack: str, hidden: Tensor) -> Tensor | None:
+        """[B, S, E] from the attached router, called once per stack on the first hidden states; None without one.
+
+        Raises:
+            ValueError: it returned another shape; the message names both.
+        """
+        if self.state.attached is None:
+            return None
+        if stack not in self.attached_weights:
+            self.attached_weights[stack] = call_attached_router(self.state, hidden)
+        return self.attached_weights[stack]
+
+
+@dataclass
+class BlockRouting:
+    """The routing in force inside one block, while it runs."""
+
+    context: ForwardContext
+    pool: Pool  # those that the columns of weights belong to
+    lead: torch.Size  # [B, S], or whatever precedes H in the block's hidden states
+    mask: Tensor | None  # lead, False on padding
+    weights: Tensor | None  # [*lead, E]; None where each module routes for itself
+    shared_by_user: bool  # weights are the user's own or the attached router's
+    router: MixtureRouter | None  # the block's or model's
+    encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
+    shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
+    encoder_weights: Tensor | None = None
+    _sole: dict[bool, int | None] = field(default_factory=dict, init=False)  # of the encoder's tokens, of the block's
+
+    def weights_for(self, x: Tensor, module: str) -> Tensor:
+        """[..., E] for a linear's input x [..., D].
+
+        Raises:
+            ValueError: x holds other tokens than the block's.
+        """
+        if self._is_encoder(x):
+            if self.encoder_weights is None:
+                self.encoder_weights = self._route_encoder(x)
+            return self.encoder_weights
+        assert self.weights is not None
+        fitted = _fit(self.weights, self.lead, x)
+        if fitted is None:
+            raise ValueError(
+                f"`{module}` reads an input of shape {list(x.shape)}, which does not line up with the tokens "
+                f'{list(self.lead)} entering its block; use router_scope="module" or exclude it from `target_modules`'
+            )
+        return fitted
+
+    def sole_expert(self, x: Tensor) -> int | None:
+        """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""
+        is_encoder = self._is_encoder(x)
+        if is_encoder not in self._sole:
+            weights = self.encoder_weights if is_encoder else self.weights
+            self._sole[is_encoder] = None if weights is None else sole_expert(weights)
+        return self._sole[is_encoder]
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The padding mask of a linear's input x [..., D] in "module" scope; None where none fits."""
+        if self._is_encoder(x):
+            return self.context.mask(x, is_decoder=False)
+        return None if self.mask is None else _fit(self.mask, self.lead, x, trailing=0)
+
+    def _is_encoder(self, x: Tensor) -> bool:
+        encoder = self.encoder_hidden
+        if encoder is None:
+            return False
+        # Identity first: encoder and decoder may be equally long. Device maps copy the tensor, so shape is next.
+        return x is encoder or (x.shape[:-1] == encoder.shape[:-1] and x.shape[:-1] != self.lead)
+
+    def _route_encoder(self, x: Tensor) -> Tensor:
+        """The encoder's tokens were counted in the encoder; here the same router only weighs them."""
+        if self.shared_by_user and self.context.call.routing_weights is None:
+            return call_attached_router(self.context.state, x)
+        if self.shared_by_user:
+            assert self.weights is not None
+            return self.weights[:, :1].expand(*x.shape[:-1], -1)
+        assert self.router is not None
+        weights = self.router.decide(x, self.context.maturity(self.router))
+        return weights * self.context.config.routing_scale
+
+
+def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tensor | None:
+    """values [*lead, ...] lined up with x [..., D]: the same tokens, or (OPT) the tokens flattened; else None."""
+    if x.shape[:-1] == lead:
+        return values
+    if x.dim() == 2 and len(lead) == 2 and x.shape[0] == lead.numel():
+        return values.reshape(lead.numel(), *values.shape[values.dim() - trailing :])
+    return None
+
+
+def kv_cache(values: Any) -> Any:
+    """The KV cache among a model's inputs or outputs, if there is one; tuples have no names to find it by."""
+    if not isinstance(values, Mapping):
+        return None
+    cache = values.get("cache")  # from transformers 5.24 on
+    return values.get("past_key_values") if cache is None else cache
+
+
+def _past_length(cache: Any) -> int | Tensor:
+    """Tokens in a KV cache."""
+    length = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def call_attached_router(state: RoutingState, hidden: Tensor) -> Tensor:
+    """The attached router's weights for hidden [B, S, H], checked to be [B, S, E].
+
+    Raises:
+        TypeError: it returned no tensor.
+        ValueError: it returned another shape; the message names both.
+    """
+    assert state.attached is not None
+    weights = state.attached(hidden)
+    expected = (*hidden.shape[:-1], state.num_experts)
+    if not isinstance(weights, Tensor):
+        raise TypeError(
+            f"the attached router returned {type(weights).__name__}; its forward must return a tensor [B, S, E]"
+        )
+    if weights.shape != expected:
+        raise ValueError(
+            f"the attached router returned shape {list(weights.shape)} for hidden states {list(hidden.shape)}, "
+            f"expected {list(expected)} (the mixture has {state.num_experts} experts)"
+        )
+    return weights

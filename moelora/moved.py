@@ -1,0 +1,88 @@
+"""Where modules have moved to. Their old names still import: pickles of whole models hold them, and scripts may.
+
+The new modules are imported when a name of theirs is asked for, so that none of this takes time.
+"""
+
+import sys
+import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "_peft": "tuner._peft",
+    "balance": "forward.balance",
+    "blocks": "tuner.blocks",
+    "call": "forward.call",
+    "controls": "tuner.controls",
+    "experts.auto_growth": "cli.auto_grow",
+    "experts.building": "cli.build",
+    "experts.continual": "cli.grow",
+    "experts.distil_command": "cli.distil",
+    "experts.export_command": "cli.export",
+    "experts.judged": "cli.judged",
+    "experts.lora_file": "storage.lora_file",
+    "experts.merge_command": "cli.merge",
+    "experts.novelty_command": "cli.novelty",
+    "experts.operation": "cli.operation",
+    "experts.router_training": "training.router_training",
+    "experts.student": "training.student",
+    "gate": "routing.domain_classifier",
+    "layer": "tuner.layer",
+    "losses": "routing.losses",
+    "masks": "forward.masks",
+    "model": "tuner.model",
+    "monitor": "forward.window",
+    "names": "tuner.names",
+    "options": "cli.options",
+    "overflow": "forward.overflow",
+    "patterns": "storage.patterns",
+    "peft_model": "tuner.peft_model",
+    "process": "cli.process",
+    "ranks": "ops.ranks",
+    "recomputation": "forward.checkpointing",
+    "reference": "cli.reference",
+    "registration": "tuner.registration",
+    "report.command": "cli.report",
+    "report.inspection": "cli.inspect",
+    "report.stored": "storage.stored",
+    "report.texts": "data.texts",
+    "router": "tuner.router",
+    "shared_input": "forward.shared_input",
+    "staging": "files.staging",
+    "state": "forward.state",
+    "stats": "routing.sums",
+    "storage.adapter_files": "files.adapter_files",
+    "storage.generation": "files.generation",
+    "training.base": "storage.base_model",
+    "training.chat": "data.chat",
+    "training.checkpoints": "storage.trainer_checkpoints",
+    "training.data": "data.preparation",
+    "training.generate": "cli.generate",
+    "training.progress": "console",
+    "training.recipe": "recipe",
+    "training.record": "storage.run_record",
+    "training.record_check": "storage.record_check",
+    "training.schema": "schema",
+    "training.sources": "data.sources",
+}
+
+
+class _Moved(ModuleType):
+    """Stands under an old name and hands out what the new module holds."""
+
+    def __init__(self, old: str, new: str) -> None:
+        super().__init__(old, f"Moved to {new}.")
+        self._new = new
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what is asked of every module there is
+            raise AttributeError(name)
+        warnings.warn(f"`{self.__name__}` is now `{self._new}`", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(self._new), name)
+
+
+def keep_old_names() -> None:
+    """Let the old names import."""
+    for old, new in MOVED.items():
+        sys.modules.setdefault(f"moelora.{old}", _Moved(f"moelora.{old}", f"moelora.{new}"))

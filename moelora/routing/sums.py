@@ -1,0 +1,205 @@
+"""What routers did: sums kept on the device, turned into numbers only when somebody asks.
+
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decision import Routing, top_k_mask
+from .losses import load_balancing_loss, masked_sum, z_loss
+
+_COUNTING = threading.Lock()
+
+
+def counting_alone() -> AbstractContextManager[Any]:
+    """Held while something is added to what all threads share, so that none loses what another adds meanwhile.
+
+    Compiled graphs know no locks; training and evaluation count apart, which is why they may run beside each other.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _COUNTING
+
+
+@dataclass(frozen=True)
+class RoutingSums:
+    """Sums of routing decisions over their non-padding tokens, of one router or (leading dimension) of several.
+
+    Counts and sums come as one tensor, so that those of all routers add up in one operation. In it lie, in this order:
+    num_tokens; assignments [E], the top-k assignments; top1 [E], tokens whose most probable expert this is; dropped,
+    assignments beyond capacity; mass [E], routing weights; entropy; top1_probs; probs [E]; squared_lse.
+    """
+
+    packed: Tensor  # [..., 4E + 5] float32 or wider, without gradient; the Triton router writes it
+    probs: Tensor  # [..., E], with gradient
+    squared_lse: Tensor  # [...], with gradient
+
+    @classmethod
+    def of(
+        cls, routing: Routing, logits_TE: Tensor, mask_T: Tensor | None = None, loss_type: str | None = None
+    ) -> RoutingSums:
+        """Sum up routing, whose logits are logits_TE [T, E], over the tokens where mask_T [T] is True (None: all).
+
+        A loss_type leaves out (as zero) what only other losses need, for this runs in every forward of every router;
+        the Triton router has all sums in hand and leaves out nothing.
+        """
+        probs_TE, selected_TE = routing.probs, routing.selected
+        squared_lse_T1 = torch.zeros_like(logits_TE[:, :1])
+        if loss_type in (None, "z_loss"):
+            squared_lse_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square()
+        with torch.no_grad():
+            top1_TE = top_k_mask(probs_TE, 1) if loss_type in (None, "switch") else torch.zeros_like(selected_TE)
+            entropy_T1 = torch.special.entr(probs_TE).sum(-1, keepdim=True)
+            dropped_T1 = (selected_TE & ~routing.kept).sum(-1, keepdim=True)
+            first = [torch.ones_like(entropy_T1), selected_TE, top1_TE, dropped_T1, routing.weights]
+            last = [entropy_T1, probs_TE.amax(dim=-1, keepdim=True), probs_TE, squared_lse_T1]
+            packed = masked_sum(torch.cat([*first, *last], dim=-1), mask_T)
+        return cls(packed, masked_sum(probs_TE, mask_T), masked_sum(squared_lse_T1, mask_T).squeeze(-1))
+
+    @classmethod
+    def of_packed(cls, packed: Tensor) -> RoutingSums:
+        """The same without gradients, from `packed` [..., 4E + 5] alone."""
+        num_experts = (packed.shape[-1] - 5) // 4
+        return cls(packed, packed[..., -num_experts - 1 : -1], packed[..., -1])
+
+    def _part(self, index: int) -> Tensor:
+        E = self.probs.shape[-1]
+        return self.packed.split([1, E, E, 1, E, 1, 1, E, 1], dim=-1)[index]
+
+    num_tokens = property(lambda self: self._part(0).squeeze(-1), doc="[...]")
+    assignments = property(lambda self: self._part(1), doc="[..., E]")
+    top1 = property(lambda self: self._part(2), doc="[..., E]")
+    dropped = property(lambda self: self._part(3).squeeze(-1), doc="[...]")
+    mass = property(lambda self: self._part(4), doc="[..., E]")
+    entropy = property(lambda self: self._part(5).squeeze(-1), doc="[...]")
+    top1_probs = property(lambda self: self._part(6).squeeze(-1), doc="[...]")
+
+    def balancing_loss(self, loss_type: str) -> Tensor:
+        """The balancing loss, [...] float32: see [`moelora.routing.losses`]."""
+        if loss_type == "z_loss":
+            return z_loss(self.squared_lse, self.num_tokens)
+        assignments = self.top1 if loss_type == "switch" else self.assignments
+        return load_balancing_loss(assignments, self.probs, self.num_tokens)
+
+
+def without_non_finite(packed_LF: Tensor) -> tuple[Tensor, Tensor]:
+    """Routers' sums [L, 4E + 5] with zeros for those with a NaN or an infinity among them, which are also [L, 1] bool.
+
+    One such forward, added to maturity or to statistics, would stay in them for good.
+
+    Example:
+        >>> without_non_finite(torch.tensor([[1.0, 2.0], [torch.inf, 1.0]]))
+        (tensor([[1., 2.],
+                [0., 0.]]), tensor([[False],
+                [ True]]))
+    """
+    totals_L1 = packed_LF.sum(-1, keepdim=True)
+    left_out_L1 = (totals_L1 - totals_L1).isnan()  # a quarter of what isfinite() costs the host
+    return packed_LF.masked_fill(left_out_L1, 0.0), left_out_L1
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """One router's behaviour since the statistics were last reset, padding excluded.
+
+    expert_load is each expert's share of the top-k assignments, mean_probability its mean probability, entropy the mean
+    entropy of the probabilities in nats (log E when undecided), top1_probability the mean probability of the first
+    choice, dropped the share of assignments beyond capacity, maturity as of now, dead_experts those without an
+    assignment, balancing_loss its loss over all these tokens. non_finite counts the forwards that are in none of these
+    (nor in maturity), because there was a NaN or an infinity in the router's sums.
+    """
+
+    num_tokens: int
+    expert_load: list[float]
+    mean_probability: list[float]
+    entropy: float
+    top1_probability: float
+    dropped: float
+    maturity: list[float]
+    dead_experts: list[int]
+    balancing_loss: float
+    non_finite: int = 0
+
+
+def describe(
+    sums: RoutingSums, maturity_E: Tensor, balancing_loss: float, non_finite: float = 0.0
+) -> RouterStats | None:
+    """The statistics that sums amount to, as numbers; None where nothing was routed. Pass tensors of the CPU."""
+    # Plain numbers from here on: a log describes every router, and a tensor operation costs more than all this sums.
+    counted = int(sums.num_tokens)
+    if counted == 0 and non_finite == 0:
+        return None
+    num_tokens = max(counted, 1)
+    assignments = sums.assignments.tolist()
+    num_assignments = max(sum(assignments), 1.0)
+    return RouterStats(
+        num_tokens=counted,
+        expert_load=[count / num_assignments for count in assignments],
+        mean_probability=[total / num_tokens for total in sums.probs.tolist()],
+        entropy=float(sums.entropy) / num_tokens,
+        top1_probability=float(sums.top1_probs) / num_tokens,
+        dropped=float(sums.dropped) / num_assignments,
+        maturity=maturity_E.tolist(),
+        dead_experts=[expert for expert, count in enumerate(assignments) if count == 0],
+        balancing_loss=balancing_loss,
+        non_finite=int(non_finite),
+    )
+
+
+def counting_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many forwards are kept in: float32 adds no single token to 2**24; MPS has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class _RunningSum:
+    """A vector of sums that grows by one forward at a time."""
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+
+    def beside(self, others_LF: Tensor) -> Tensor:
+        """The sums, on the device of what is about to be added."""
+        if self.values is not None and self.values.device == others_LF.device:
+            return self.values
+        # What is made in inference mode could not be added to outside of it. (Dynamo does not know such modes.)
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            fresh = torch.zeros(others_LF.shape[1:], dtype=others_LF.dtype, device=others_LF.device)
+            self.values = fresh if self.values is None else fresh + self.values.to(fresh.device)
+        return self.values
+
+
+class RoutingTotals:
+    """Running sums of one router: a forward's [`RoutingSums`], and whether it was left out."""
+
+    def __init__(self) -> None:
+        self._training, self._evaluation = _RunningSum(), _RunningSum()
+
+    @staticmethod
+    def add_each(totals: Sequence[RoutingTotals], counted_LF: Tensor, is_training_step: bool) -> None:
+        """Add row l of counted_LF [L, 4E + 6] to totals[l], on its device and all rows in one operation."""
+        counted_LF = counted_LF.to(counting_dtype(counted_LF.device))
+        with counting_alone():
+            sums = [total._training if is_training_step else total._evaluation for total in totals]
+            torch._foreach_add_([each.beside(counted_LF) for each in sums], list(counted_LF.unbind(0)))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with counting_alone():
+            self._training, self._evaluation = _RunningSum(), _RunningSum()
+
+    def report(self, maturity_E: Tensor, loss_type: str) -> RouterStats | None:
+        """The statistics as numbers (synchronises with the device); None before the first token."""
+        with counting_alone():
+            found = [each.values.clone() for each in (self._training, self._evaluation) if each.values is not None]
+        if not found:
+            return None
+        values = torch.stack([values.cpu() for values in found]).sum(0)
+        sums = RoutingSums.of_packed(values[:-1])
+        return describe(sums, maturity_E.cpu(), float(sums.balancing_loss(loss_type)), float(values[-1]))

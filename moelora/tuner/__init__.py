@@ -1,0 +1,1 @@
+"""The PEFT tuner: model, layer, router, PeftModel, and what a user does with them."""

@@ -1,0 +1,141 @@
+"""The only place that touches private parts of PEFT.
+
+PEFT's tuner contract is made of underscore methods, so this file holds the overrides and translates each into a public
+method of ours. tests/test_peft_contract.py checks every name and signature used here and says which one changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+
+from ..config import MoELoraConfig
+from ..peft_type import MOELORA
+
+__all__ = [
+    "BaseTunerLayer",
+    "LoraLayer",
+    "RouterTunerLayer",
+    "TunerModel",
+    "lora_prefix",
+    "register",
+]
+
+lora_prefix = "lora_"
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Make PEFT and transformers know the method, and export its classes beside PEFT's own; repeating is harmless."""
+    if MOELORA not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="moelora", config_cls=config_cls, model_cls=model_cls, prefix=lora_prefix)
+    for module in (peft, peft.tuners, peft.tuners.lora):
+        for cls in (config_cls, model_cls):
+            setattr(module, cls.__name__, cls)
+
+
+class RouterTunerLayer(BaseTunerLayer):
+    """A tuner layer without a base layer: it holds routers, so PEFT switches, freezes, casts and saves them."""
+
+    def get_base_layer(self) -> nn.Module:
+        raise AttributeError("a router wraps no base layer")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        self.move_adapter(adapter_name, device)
+
+    @abstractmethod
+    def move_adapter(self, adapter_name: str, device: torch.device | None) -> None:
+        """Move one adapter's router to where it is needed."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Note what the layers merge: a model's status compares all tuner layers."""
+        available = self._get_available_adapters()
+        self.merged_adapters = [name for name in adapter_names or self.active_adapters if name in available]
+
+    def unmerge(self) -> None:
+        """Forget what was merged."""
+        self.merged_adapters = []
+
+
+class TunerModel(LoraModel):
+    """LoraModel with its private hooks translated into the public methods below."""
+
+    @abstractmethod
+    def check_adapter(self, adapter_name: str, config: MoELoraConfig) -> None:
+        """Raise for an adapter that cannot be saved and loaded whole, before any module is replaced."""
+
+    @abstractmethod
+    def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
+        """Raise for targets that cannot be routed, before any module is replaced."""
+
+    @abstractmethod
+    def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
+        """The LoRA configuration that the layers are created with."""
+
+    @abstractmethod
+    def check_merge(self) -> None:
+        """Raise where merging would change outputs."""
+
+    @abstractmethod
+    def forward_arguments(self, routing_weights: Tensor | None, adapter_names: list[str] | None = None) -> Any:
+        """Context manager around a PeftModel's forward or generate."""
+
+    @staticmethod
+    def is_mixture_key(key: str) -> bool:
+        """Whether a state dict key belongs to the mixture as a whole rather than to an adapter."""
+        raise NotImplementedError
+
+    @staticmethod
+    def prepare_layer(layer: nn.Module, config: MoELoraConfig, adapter_name: str) -> nn.Module:
+        """Turn the layer that PEFT chose into a routed one."""
+        raise NotImplementedError
+
+    def resolve_targets(self, config: MoELoraConfig) -> list[str]:
+        """Names of the modules that injecting config would adapt."""
+        config = copy.copy(config)  # PEFT resolves defaults and "all-linear" on the object itself
+        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
+        config = _maybe_include_all_linear_layers(config, self.model)
+        inside = tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer))
+        return [
+            name
+            for name, _ in self.model.named_modules()
+            if name and not name.startswith(inside) and bool(self._check_target_module_exists(config, name))
+        ]
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        self.check_adapter(adapter_name, config)
+        self.check_targets(config, self.resolve_targets(config) if config.use_moe_routing else [])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        stored = self.stored(adapter_name, lora_config)
+        super()._create_and_replace(stored, adapter_name, target, target_name, parent, current_key, **kwargs)
+        self.prepare_layer(parent.get_submodule(target_name), lora_config, adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        self.check_merge()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        routing_weights = kwargs.pop("routing_weights", None)
+        with (
+            self.forward_arguments(routing_weights, adapter_names=kwargs.get("adapter_names")),
+            super()._enable_peft_forward_hooks(*args, **kwargs),
+        ):
+            yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {key: value for key, value in selected.items() if not cls.is_mixture_key(key)}

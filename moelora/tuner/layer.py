@@ -1,0 +1,257 @@
+"""The routed linear layer: PEFT's own LoRA layer for the base at hand, with a mixture in its forward.
+
+Shapes: D in, O out, E experts, r rank of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import peft.tuners.lora as peft_lora
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from ..config import MoELoraConfig, count_experts
+from ..forward.hooks import BlockHook
+from ..forward.interfaces import Pool
+from ..forward.shared_input import SharedInput
+from ..forward.state import BlockRouting, RoutingState
+from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
+from ..routing.decision import sole_expert
+from .router import MoELoraRouter
+
+
+@dataclass
+class LayerLink:
+    """Where a layer finds its routing."""
+
+    name: str
+    state: RoutingState
+    hook: BlockHook | None  # of the block around it; None outside every block
+    followers: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
+
+    @property
+    def routing(self) -> BlockRouting | None:
+        """That of the block around it, while it runs, in this thread. Looked up once for each run of a layer."""
+        return None if self.hook is None else self.hook.routing
+
+
+# Python lets an object change its class only where the memory layouts agree, so at run time the mixin has no base.
+_LayerBase: Any = LoraLayer if TYPE_CHECKING else object
+
+
+class MoELoraLayer(_LayerBase):
+    """Mixed into the layer class that PEFT dispatched, so quantised bases, merging and Conv1D stay PEFT's.
+
+    1. Routing weights [..., E] of this input: from the block, the model, or the layer's own router.
+    2. The frozen base layer.
+    3. ``sum_e w_e * scaling * B_e A_e dropout(x)`` over the active adapters' experts, added to 2.
+
+    lora_A[adapter].weight is [E * r, D] and lora_B[adapter].weight [O, E * r]; rank block e is expert e.
+    """
+
+    other_param_names = (*LoraLayer.other_param_names, "num_experts")  # deleted with an adapter
+
+    link: LayerLink
+    num_experts: dict[str, int]
+    merged_weights: dict[str, Tensor]  # fixed routing weights [E] of each merged adapter
+    moe_router: MoELoraRouter  # "module" scope only
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See the class. x [..., D] -> [..., O].
+
+        Raises:
+            RuntimeError: the layer is called outside its block, which decides its routing.
+            ValueError: x does not line up with the tokens that were routed.
+        """
+        names = [] if self._is_left_to_peft else self._routed_adapters()
+        if not names:
+            return super().forward(x, *args, **kwargs)
+        routing = self.link.routing
+        inputs = None if args or kwargs else self._shared_input(routing)
+        if inputs is not None and (ready := inputs.take(self, x)) is not None:
+            return ready
+        weights, pool = self._weights_of_pool(x, routing)
+        if self._may_be_plain_lora(routing) and (sole := self._sole_expert(x, weights, pool, routing)) is not None:
+            return self._as_plain_lora(x, *sole, *args, **kwargs)
+        reader = Reader(self.base_layer, [self.expert_pool(name) for name in names])
+        weights = _columns(weights, pool, names).to(x.device)
+        if inputs is None:
+            return mixture_linear(x, reader, weights, *args, **kwargs)
+        return inputs.run(x, self, reader, weights)
+
+    def _may_be_plain_lora(self, routing: BlockRouting | None) -> bool:
+        """Whether the tokens may have to come out as a plain LoRA that was imported makes them, to the last bit.
+
+        Not in training, where dropout, and soon the expert itself, are other than they were.
+        """
+        if self.training:
+            return False
+        context = self.link.state.current_context() if routing is None else routing.context
+        return context.may_single_out
+
+    def _sole_expert(
+        self, x: Tensor, weights: Tensor, pool: Pool, routing: BlockRouting | None
+    ) -> tuple[str, Tensor] | None:
+        """The imported LoRA that has all tokens to itself, with its weights [..., 1]; None if there is none."""
+        column = sole_expert(weights) if routing is None or routing.weights is None else routing.sole_expert(x)
+        if column is None:
+            return None
+        name = [name for name, count in pool for _ in range(count)][column]
+        return (name, weights[..., column : column + 1]) if self.link.state.configs[name].single_expert else None
+
+    def _as_plain_lora(self, x: Tensor, adapter_name: str, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if adapter_name not in self.lora_A:
+            return self.base_layer(x, *args, **kwargs)
+        reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
+        return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
+
+    @staticmethod
+    def _shared_input(routing: BlockRouting | None) -> SharedInput | None:
+        """Where linears of the block leave each other results; None where each has weights of its own."""
+        return None if routing is None or routing.weights is None else routing.shared_input
+
+    @property
+    def _is_left_to_peft(self) -> bool:
+        return self.disable_adapters or self.merged
+
+    def _routed_adapters(self) -> list[str]:
+        adapted = self.lora_A
+        return [name for name in self.active_adapters if name in adapted]
+
+    def expert_pools(self) -> list[ExpertPool]:
+        """The factors of every routed adapter, in expert order; none where PEFT computes: disabled or merged."""
+        return [] if self._is_left_to_peft else [self.expert_pool(name) for name in self._routed_adapters()]
+
+    def expert_pool(self, adapter_name: str) -> ExpertPool:
+        """The factors of one adapter's experts."""
+        return ExpertPool(
+            lora_A=self.lora_A[adapter_name].weight,
+            lora_B=self.lora_B[adapter_name].weight,
+            num_experts=self.num_experts[adapter_name],
+            scaling=self.scaling[adapter_name],
+            dropout=self.lora_dropout[adapter_name],
+        )
+
+    def weights_for(self, x: Tensor) -> Tensor:
+        """Routing weights [..., E] for x [..., D], E being the experts of this layer's routed adapters."""
+        return _columns(*self._weights_of_pool(x, self.link.routing), self._routed_adapters()).to(x.device)
+
+    def _weights_of_pool(self, x: Tensor, routing: BlockRouting | None) -> tuple[Tensor, Pool]:
+        link = self.link
+        if link.hook is None:
+            return self._weights_outside_blocks(x)
+        if routing is None:
+            raise RuntimeError(
+                f"`{link.name}` was called outside its block `{link.hook.name}`, which decides its routing; call the "
+                'block or the model, or use router_scope="module"'
+            )
+        if routing.weights is not None:
+            return routing.weights_for(x, link.name), routing.pool
+        return self.moe_router(x, routing.context, routing.mask_for(x)), self.moe_router.pool
+
+    def _weights_outside_blocks(self, x: Tensor) -> tuple[Tensor, Pool]:
+        state = self.link.state
+        context = state.current_context()
+        if (weights := context.user_weights(x.shape[:-1])) is not None:
+            return weights, context.pool
+        routing = context.latest
+        if state.attached is None and "moe_router" in self._modules:
+            return self.moe_router(x, context, context.mask(x, is_decoder=False)), self.moe_router.pool
+        if routing is None or routing.weights is None:
+            raise ValueError(
+                f"`{self.link.name}` runs before the first transformer block, so no router has decided yet; use "
+                'router_scope="module" or leave it out with `exclude_modules`'
+            )
+        return routing.weights_for(x, self.link.name), routing.pool
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """See PEFT. The experts weigh in as in a mixture of the adapters that are merged, whatever is active, and their
+        weights are kept, so that unmerging takes back what was merged even if routing has changed since."""
+        names = list(adapter_names or self.active_adapters)
+        if self.link.state.configs[names[0]].router_type == "fixed":
+            chosen = {name: self._fixed_router().fixed_weights_of(name, names) for name in names if name in self.lora_A}
+            self.merged_weights = chosen | self.merged_weights
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """See PEFT."""
+        super().unmerge()
+        self.merged_weights = {}
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """[O, D] (PEFT's orientation): the adapter's delta under fixed routing, which alone can be merged.
+
+        Raises:
+            ValueError: routing depends on the token.
+        """
+        config = self.link.state.configs[adapter]
+        if config.router_type != "fixed":
+            raise ValueError(f'`{self.link.name}` routes per token and has no single delta; use router_type="fixed"')
+        factor = self.lora_B[adapter].weight
+        weights_E = self.merged_weights.get(adapter)
+        if weights_E is None:
+            weights_E = self._fixed_router().fixed_weights_of(adapter, self.active_adapters)
+        weights_E = weights_E * config.routing_scale
+        per_rank = weights_E.repeat_interleave(factor.shape[1] // self.num_experts[adapter])
+        original = factor.data
+        try:  # PEFT's own method does the rest: transposition, precision, quantised types
+            factor.data = original * per_rank.to(original)
+            return super().get_delta_weight(adapter)
+        finally:
+            factor.data = original
+
+    def _fixed_router(self) -> Any:
+        if "moe_router" in self._modules:
+            return self.moe_router
+        hook = self.link.hook
+        router = hook.router if hook is not None else None
+        return router or next(iter(self.link.state.routers.values()))
+
+
+def _columns(weights: Tensor, pool: Pool, names: Sequence[str]) -> Tensor:
+    """The columns of weights [..., E], whose experts are those of pool, of the adapters of these names."""
+    pooled = [name for name, _ in pool]
+    if pooled == names:
+        return weights
+    pieces = dict(zip(pooled, weights.split([count for _, count in pool], dim=-1), strict=True))
+    return torch.cat([pieces[name] for name in names], dim=-1)
+
+
+_CLASS_PREFIX = "MoELora"
+
+
+def routed_class(layer_cls: type) -> type:
+    """The class that mixes MoELoraLayer into one of PEFT's LoRA layer classes."""
+    return _routed_class_of(f"{_CLASS_PREFIX}{layer_cls.__name__}", layer_cls)
+
+
+def _routed_class_of(name: str, layer_cls: type) -> type:
+    if name not in globals():
+        globals()[name] = type(name, (MoELoraLayer, layer_cls), {"__module__": __name__})
+    return globals()[name]
+
+
+def __getattr__(name: str) -> type:
+    """Make routed classes importable by name, so that models can be pickled and unpickled elsewhere."""
+    if name.startswith(_CLASS_PREFIX):
+        for module in vars(peft_lora).values():
+            layer_cls = getattr(module, name.removeprefix(_CLASS_PREFIX), None)
+            if isinstance(layer_cls, type) and issubclass(layer_cls, LoraLayer):
+                return _routed_class_of(name, layer_cls)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_routed(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
+    """Turn the LoRA layer that PEFT created into a routed one, or add an adapter to a routed one."""
+    if not isinstance(layer, MoELoraLayer):
+        layer.__class__ = routed_class(type(layer))
+        layer.num_experts = {}
+        layer.merged_weights = {}
+    layer.num_experts[adapter_name] = count_experts(adapter_name, config)
+    if config.init_lora_weights == "gaussian" and not layer.lora_A[adapter_name].weight.is_meta:
+        # PEFT draws with deviation 1 / rank, and the stored rank is that of all experts together.
+        layer.lora_A[adapter_name].weight.data *= layer.num_experts[adapter_name]

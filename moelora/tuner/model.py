@@ -1,0 +1,398 @@
+"""MoELoraModel: the PEFT tuner that injects experts and routers into a base model and manages them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+from accelerate import init_empty_weights
+from peft import PeftConfig
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
+from ..forward.checkpointing import make_checkpoint_plain
+from ..forward.hooks import BlockHook, ForwardHook, encoder_argument_position
+from ..forward.shared_input import readers_of
+from ..forward.state import RoutingState
+from ..storage.patterns import check_patterns_end
+from . import blocks
+from ._peft import LoraLayer, TunerModel
+from .controls import STATE_ATTRIBUTE, RoutingControls
+from .layer import LayerLink, MoELoraLayer, make_routed
+from .names import check_adapter_name
+from .peft_model import adopt_peft_model
+from .router import MoELoraRouter
+
+
+class MoELoraModel(RoutingControls, TunerModel):
+    """Injects a mixture of LoRA experts into a model; made by [`peft.get_peft_model`].
+
+    A PEFT adapter holds one expert when it is named ``expert_<i>`` or has `single_expert`, and `num_experts` otherwise,
+    with the routers that score them. The active adapters form the mixture: their experts are pooled in the order of the
+    adapters.
+
+    Args:
+        model: the base model; it is changed in place.
+        config: the adapter's configuration.
+        adapter_name: the adapter's name.
+
+    Raises:
+        ValueError: a target cannot be routed in the configured scope, or the adapter disagrees with the mixture.
+    """
+
+    tuner_layer_cls = (LoraLayer, MoELoraRouter)
+    _frozen_by_disabling: frozenset[nn.Parameter] = frozenset()
+    _is_disabled = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MoELoraConfig | dict[str, MoELoraConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        first = config if isinstance(config, PeftConfig) else config[adapter_name]
+        saved = _saved_adapters(first)
+        if saved and isinstance(config, PeftConfig):
+            raise ValueError(
+                f"this checkpoint holds a mixture of {len(saved)} adapters; load it with PeftModel.from_pretrained, "
+                "which restores them all"
+            )
+        if isinstance(config, PeftConfig) and "router" in (first.checkpoint or {}):
+            raise ValueError(
+                "this checkpoint was saved with an attached router, which only PeftModel.from_pretrained loads; "
+                "without it the built-in routers would decide"
+            )
+        if saved:
+            adapter_name = next(iter(saved))
+            config = {adapter_name: saved[adapter_name]}
+        super().__init__(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        for name in list(saved)[1:]:
+            self.peft_config[name] = saved[name]
+            self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        if saved:
+            self.set_adapter(_active_order(first), inference_mode=first.inference_mode)
+        if not isinstance(config, PeftConfig) and first.use_moe_routing:
+            adopt_peft_model(self)
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def check_adapter(self, adapter_name: str, config: MoELoraConfig) -> None:
+        """Raise for a name that PEFT's tensors cannot be told apart by, and for patterns that never end."""
+        check_adapter_name(adapter_name, self.model, [name for name in self.peft_config if name != adapter_name])
+        check_patterns_end(config, (name for name, _ in self.model.named_modules()))
+
+    def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
+        """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
+        others = [other for other in self.peft_config.values() if other is not config]
+        if any(other.use_moe_routing != config.use_moe_routing for other in others):
+            raise ValueError(
+                "an adapter with `use_moe_routing=False` is plain LoRA and cannot share a model with routed adapters; "
+                "give all adapters the same `use_moe_routing`"
+            )
+        if not config.use_moe_routing:
+            return
+        if others and others[0].router_scope != config.router_scope:
+            raise ValueError(
+                f"`router_scope` ({config.router_scope!r}) differs from that of the model's other adapters "
+                f"({others[0].router_scope!r}); use the same"
+            )
+        blocks.check_targets(self.model, module_names, config.router_scope)
+
+    def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
+        """The LoRA that stores the adapter's experts side by side along the rank."""
+        return storage_config(config, count_experts(adapter_name, config)) if config.use_moe_routing else config
+
+    @staticmethod
+    def prepare_layer(layer: nn.Module, config: MoELoraConfig, adapter_name: str) -> nn.Module:
+        """Turn the layer that PEFT chose into a routed one."""
+        if config.use_moe_routing:
+            make_routed(layer, adapter_name, config)
+        return layer
+
+    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
+        """Create the adapter's experts and routers; see PEFT for the arguments."""
+        frozen = self._frozen_by_disabling
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        self._frozen_by_disabling = frozen  # PEFT activates what is active once more
+        config = self.peft_config[adapter_name]
+        if config.use_moe_routing:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add_routers(adapter_name, config)
+        if self._is_disabled:
+            self._disable_new_layers()
+
+    def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
+        state = self._open_state()
+        for name, layer in list(self.model.named_modules()):
+            if not isinstance(layer, MoELoraLayer) or adapter_name not in layer.lora_A:
+                continue
+            block = blocks.find_block(self.model, name)
+            router = self._router_for(layer, name, block, config.router_scope)
+            if adapter_name not in router.lora_router:
+                router.add_adapter(adapter_name, config, like=layer.lora_A[adapter_name].weight)
+            if not hasattr(layer, "link"):
+                hook = self._hook_block(block, config.router_scope) if block else None
+                layer.link = LayerLink(name, state, hook)
+        self._link_readers()
+        state.routers = {m.name: m for m in self.model.modules() if isinstance(m, MoELoraRouter)}
+        is_trainable = adapter_name in self.active_adapters and not config.inference_mode
+        with self.keep_trainability():
+            for each in state.routers.values():
+                each.set_adapter(self.active_adapters)
+        for each in state.routers.values():
+            if adapter_name in each.lora_router:
+                each[adapter_name].requires_grad_(is_trainable)
+
+    def _disable_new_layers(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, (*self.tuner_layer_cls, AuxiliaryTrainingWrapper)) and not module.disable_adapters:
+                cast(Any, module).enable_adapters(False)
+
+    def _link_readers(self) -> None:
+        """Tell every routed layer which others read the same tensor after it."""
+        parents = (m for m in self.model.modules() if any(isinstance(child, MoELoraLayer) for child in m.children()))
+        for parent in parents:
+            for names in readers_of(type(parent).forward):
+                children = [child for name in names if isinstance(child := getattr(parent, name, None), MoELoraLayer)]
+                for i, child in enumerate(children):
+                    child.link.followers = tuple(children[i + 1 :])
+
+    def _open_state(self) -> RoutingState:
+        state = self.routing_or_none
+        if state is None:
+            state = RoutingState(self.peft_config)
+            setattr(self.model, STATE_ATTRIBUTE, state)
+            self._hook_forward(state, "", [], is_root=True)
+        state.configs = self.peft_config
+        return state
+
+    def _hook_forward(self, state: RoutingState, owner: str, stacks: list[str], is_root: bool = False) -> None:
+        module = self.model.get_submodule(owner)
+        hook = ForwardHook(module, state, stacks, is_root)
+        state.handles += [
+            module.register_forward_pre_hook(hook.before, with_kwargs=True),
+            module.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
+        ]
+
+    def _router_for(self, layer: MoELoraLayer, name: str, block: str | None, scope: str) -> MoELoraRouter:
+        owner: Any
+        if scope == "module":
+            owner, owner_name, width = layer, name, layer.in_features
+        else:
+            owner_name = block if scope == "block" and block else ""
+            owner, width = self.model.get_submodule(owner_name), 0
+        if "moe_router" not in owner._modules:
+            width = width or blocks.hidden_size(self.model, block or self._some_block())
+            owner.moe_router = MoELoraRouter(owner_name, width, self.routing)
+        return owner.moe_router
+
+    def _some_block(self) -> str:
+        names = (name for name, module in self.model.named_modules() if isinstance(module, MoELoraLayer))
+        return next(block for name in names if (block := blocks.find_block(self.model, name)))
+
+    def _hook_block(self, block: str, scope: str) -> BlockHook:
+        """The hook of a block; its stack's first block gets one too: "model" scope and attached routers read there."""
+        stack = blocks.stack_of(block)
+        first = blocks.first_block(self.model, stack)
+        owner = stack.rpartition(".")[0]
+        if owner and first not in self.routing.hooks:
+            self._hook_forward(self.routing, owner, [stack])
+        for name in dict.fromkeys((first, block)):
+            if name not in self.routing.hooks:
+                self.routing.hooks[name] = self._new_hook(name, scope)
+        hook = self.routing.hooks[block]
+        if scope == "block":
+            hook.router = self._router_of(block)
+        return hook
+
+    def _router_of(self, owner: str) -> MoELoraRouter:
+        return cast(MoELoraRouter, self.model.get_submodule(f"{owner}.moe_router".lstrip(".")))
+
+    def _new_hook(self, name: str, scope: str) -> BlockHook:
+        module = self.model.get_submodule(name)
+        decoder = blocks.decoder_blocks_of(self.model)
+        hook = BlockHook(
+            state=self.routing,
+            name=name,
+            stack=blocks.stack_of(name),
+            router=self._router_of("") if scope == "model" else None,
+            scope=scope,
+            is_decoder=module in decoder,
+            is_encoder_decoder=bool(decoder),
+            encoder_position=encoder_argument_position(module),
+        )
+        self.routing.handles += [
+            module.register_forward_pre_hook(hook.before, with_kwargs=True),
+            module.register_forward_hook(hook.after, always_call=True),
+        ]
+        return hook
+
+    # ---- the mixture -------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters the mixture, and trainable unless inference_mode.
+
+        Raises:
+            ValueError: an adapter does not exist, or the adapters disagree on a field that the mixture shares.
+        """
+        if self.routing_or_none is None:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            self._frozen_by_disabling = frozenset()
+            return
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_agreement(names)
+        self._frozen_by_disabling = frozenset()  # what is trainable is said anew
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                # Modules to save and trainable tokens can be one adapter's only: the mixture's first that has them.
+                holders = [name for name in names if module.check_set_adapter([name]) is not None]
+                module.set_adapter(holders[:1], inference_mode=inference_mode)
+            elif isinstance(module, self.tuner_layer_cls):
+                if module.merged:
+                    module.unmerge()
+                module.set_adapter(names, inference_mode=inference_mode)
+        if names and self.routing.in_force.context is not None:  # a forward in progress, or one that was interrupted
+            self.routing.in_force.context.look_up()
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+
+    def _check_agreement(self, names: list[str]) -> None:
+        if missing := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"adapter {missing[0]!r} does not exist; there are {', '.join(self.peft_config)}")
+        configs = [self.peft_config[name] for name in names]
+        if len(names) < 2 or not configs[0].use_moe_routing:
+            return
+        for name, config in zip(names[1:], configs[1:], strict=True):
+            for field in SHARED_FIELDS:
+                ours, theirs = getattr(configs[0], field), getattr(config, field)
+                if ours != theirs:
+                    raise ValueError(
+                        f"adapters {names[0]!r} and {name!r} cannot form one mixture: `{field}` is {ours!r} in one and "
+                        f"{theirs!r} in the other; make them equal"
+                    )
+
+    def activate_adapter(self, adapter_name: str) -> None:
+        """Let an adapter join the mixture, trainable unless its configuration is for inference; others stay as set."""
+        if adapter_name in self.active_adapters:
+            return
+        with self.keep_trainability():
+            self.set_adapter([*self.active_adapters, adapter_name])
+        is_trainable = not self.peft_config[adapter_name].inference_mode
+        for module in self.model.modules():
+            # Of its modules to save, only those in use: another adapter's copy may be the active one.
+            is_in_use = isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module.active_adapters
+            if is_in_use or isinstance(module, self.tuner_layer_cls):
+                cast(Any, module).set_requires_grad(adapter_name, is_trainable)
+
+    @contextmanager
+    def keep_trainability(self) -> Iterator[None]:
+        """Undo changes that PEFT makes to `requires_grad` as a side effect."""
+        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        frozen = self._frozen_by_disabling
+        yield
+        self._frozen_by_disabling = frozen
+        for parameter in self.model.parameters():
+            parameter.requires_grad = before.get(parameter, parameter.requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; the others of the mixture stay active and as trainable as they were."""
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        is_merged = any(getattr(module, "merged", False) for module in self.model.modules())
+        if self.routing_or_none is None or is_merged:  # PEFT refuses where the merged adapter is to go
+            super().delete_adapter(adapter_name)
+            return
+        with self.keep_trainability():
+            if remaining and adapter_name in self.peft_config:
+                self.set_adapter(remaining[:1])  # PEFT's modules_to_save refuse several active adapters here
+            super().delete_adapter(adapter_name)
+            if remaining:
+                self.set_adapter(remaining)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch the mixture off: the output is the base model's."""
+        trainable = {p for p in self.model.parameters() if p.requires_grad}
+        super().disable_adapter_layers()
+        self._frozen_by_disabling |= {p for p in trainable if not p.requires_grad}
+        self._is_disabled = True
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the mixture on again, as trainable as it was or as it has been made since."""
+        if not self._is_disabled:
+            super().enable_adapter_layers()
+            return
+        with self.keep_trainability():
+            super().enable_adapter_layers()
+        for parameter in self._frozen_by_disabling:
+            parameter.requires_grad = True
+        self._frozen_by_disabling, self._is_disabled = frozenset(), False
+
+    def unload(self) -> nn.Module:
+        """Return the base model without experts, routers and hooks."""
+        base = super().unload()
+        self._remove_routing()
+        return base
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge the experts under fixed weights into the base model and return it.
+
+        Raises:
+            ValueError: routing depends on the token, so no single weight equals the mixture.
+        """
+        base = super().merge_and_unload(*args, **kwargs)
+        self._remove_routing()
+        return base
+
+    def _remove_routing(self) -> None:
+        state = self.model.__dict__.pop(STATE_ATTRIBUTE, None)
+        if state is None:
+            return
+        for handle in state.handles:
+            handle.remove()
+        for module in list(self.model.modules()):
+            module._modules.pop("moe_router", None)
+            make_checkpoint_plain(module)
+
+    def check_merge(self) -> None:
+        """Raise where merging would change outputs."""
+        state = self.routing_or_none
+        if state is None:
+            return
+        if state.attached is not None:
+            raise ValueError("cannot merge: the attached router decides per token; call `detach_router()` first")
+        if state.config.router_type != "fixed":
+            raise ValueError(
+                f"cannot merge: router_type={state.config.router_type!r} weighs experts differently for each token, "
+                'so no single weight equals the mixture; only router_type="fixed" merges exactly'
+            )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused for a mixture: PEFT would combine the experts of an adapter as if they were one LoRA."""
+        if self.routing_or_none is not None:
+            raise ValueError("`add_weighted_adapter` cannot combine routed adapters; activate them together instead")
+        super().add_weighted_adapter(*args, **kwargs)
+
+    # ---- saving ----
+
+    @staticmethod
+    def is_mixture_key(key: str) -> bool:
+        """Whether a state dict key belongs to the attached router, which is saved once and not with each adapter."""
+        return key.removeprefix("base_model.").startswith("router.")
+
+
+def _active_order(config: MoELoraConfig) -> list[str]:
+    """The adapters that were active when a mixture was saved, in expert order."""
+    active = [entry for entry in config.adapters or [] if entry["active"] is not None]
+    return [entry["name"] for entry in sorted(active, key=lambda entry: entry["active"])]
+
+
+def _saved_adapters(config: MoELoraConfig) -> dict[str, MoELoraConfig]:
+    """The configurations of the adapters that a saved mixture lists; empty for a single adapter."""
+    saved = {}
+    for entry in config.adapters or []:
+        saved[entry["name"]] = MoELoraConfig.from_peft_type(**entry["config"])
+        saved[entry["name"]].inference_mode = config.inference_mode
+        saved[entry["name"]].__dict__["read_from"] = config.read_from
+    return saved

@@ -1,0 +1,289 @@
+"""The router of one scope: it pools the scores of the active adapters and decides.
+
+Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts of all active adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import MoELoraConfig, count_experts
+from ..forward.interfaces import Pool
+from ..forward.state import ForwardContext, RoutingState
+from ..ops.norm_linear import norm_linear
+from ..ops.triton import kernels_for
+from ..routing.decision import FixedRouter, Router, Routing, route
+from ..routing.domain_classifier import gated_logits, over_context
+from ..routing.sums import RoutingSums, RoutingTotals
+from ._peft import RouterTunerLayer
+
+_Gating = Callable[[Tensor], Tensor]
+
+
+class MoELoraRouter(nn.Module, RouterTunerLayer):
+    """Holds every adapter's router for one block, model or module, and routes with the active ones.
+
+    1. rms_norm the hidden states and score them with each active adapter's router, in float32: logits [T, E]. Where
+       adapters remember their domains, these decide between adapters and scores within: `routing.domain_classifier`.
+    2. Softmax, top-k, maturity and (in training) capacity: [`moelora.routing.decision.route`].
+    3. Report the sums that losses, maturity and statistics need to the forward's context.
+    4. In training, drop contributions by `expert_dropout`; multiply by `routing_scale`.
+
+    Args:
+        name: the block, module or model this router serves, for statistics and errors.
+        hidden_size: H.
+        state: the model's routing state.
+    """
+
+    adapter_layer_names = ("lora_router",)
+    active_adapters: list[str]  # a property of PEFT's
+
+    def __init__(self, name: str, hidden_size: int, state: RoutingState) -> None:
+        super().__init__()
+        self.name = name
+        self.hidden_size = hidden_size
+        self.lora_router = nn.ModuleDict()
+        self.state = state
+        self.totals = RoutingTotals()
+        self.pending: Tensor | None = None  # [2, E]: mass and assignments not yet added to maturity and counters
+        self.set_adapter([])
+
+    def add_adapter(self, adapter_name: str, config: MoELoraConfig, like: Tensor) -> None:
+        """Create an adapter's router on the device and in the floating dtype of `like`."""
+        num_experts = count_experts(adapter_name, config)
+        router: Router | FixedRouter
+        if config.router_type == "fixed":
+            router = FixedRouter(num_experts)
+        else:
+            router = Router(self.hidden_size, num_experts, config.router_hidden_size, config.router_memory)
+        if not any(p.is_meta for p in router.parameters()):
+            router.to(like.device, like.dtype if like.is_floating_point() else None)
+        self.lora_router[adapter_name] = router
+
+    def move_adapter(self, adapter_name: str, device: torch.device | None) -> None:
+        """Put an adapter's router, just loaded, beside the other routers or layers of its scope."""
+        if adapter_name in self.lora_router and (device := device or self.state.device_of(self)) is not None:
+            self[adapter_name].to(device)
+
+    @property
+    def pool(self) -> Pool:
+        """The active adapters that this router scores, with their numbers of experts."""
+        routers = self.lora_router
+        return tuple((name, self[name].num_experts) for name in self.active_adapters if name in routers)
+
+    def __getitem__(self, adapter_name: str) -> Router | FixedRouter:
+        """One adapter's router."""
+        return cast("Router | FixedRouter", self.lora_router[adapter_name])
+
+    def active_routers(self) -> list[Router | FixedRouter]:
+        """The active adapters' routers, in expert order."""
+        routers = self.lora_router
+        return [self[name] for name in self.active_adapters if name in routers]
+
+    def maturity(self, copy: bool = True) -> Tensor:
+        """[E] float32; a copy, or the buffer itself where one adapter holds all experts."""
+        parts = [router.maturity for router in self.active_routers()]
+        return parts[0] if len(parts) == 1 and not copy else torch.cat(parts)
+
+    def decide(self, hidden: Tensor, maturity_E: Tensor | None = None) -> Tensor:
+        """Routing weights [..., E] for hidden [..., H] as evaluation uses them; no capacity, nothing is counted."""
+        config = self.state.config
+        if config.router_type == "fixed":
+            return self._fixed_weights().expand(*hidden.shape[:-1], -1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            maturity_E = self.maturity() if maturity_E is None else maturity_E
+            logits_TE = self.logits(hidden)
+            return self._route(logits_TE, config, maturity_E).weights.view(*hidden.shape[:-1], logits_TE.shape[-1])
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the active adapters, several, all remember their domains, which then decide between adapters."""
+        routers = self.active_routers()
+        return len(routers) > 1 and all(isinstance(router, Router) and router.remembers for router in routers)
+
+    def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
+        """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
+
+        Raises:
+            ValueError: hidden has another width than the router.
+        """
+        config = context.config
+        if config.router_type == "fixed":
+            weights = self._fixed_weights().expand(*hidden.shape[:-1], -1)
+            return self._finish(weights, config.routing_scale, context)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight_NH = self._first_weights()
+            hidden_TH = self._checked(hidden).to(weight_NH.device)
+            mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
+            maturity_E = context.maturity(self) if config.router_type == "learned_with_maturity" else None
+            # Under a gate a batch of one domain goes to one adapter: a share of the whole pool would drop most of it.
+            is_limited = context.training and not self.is_gated
+            limit = (self._capacity_factor(config) if is_limited else None, context.over_ranks)
+            if self._can_fuse(hidden_TH, weight_NH, limit[0]):
+                routed = self._fused(hidden_TH, weight_NH, config, maturity_E, mask_T, *limit)
+                weights_TE, sums, scale = *routed, 1.0
+            else:
+                logits_TE = self._logits(hidden_TH, weight_NH, self._gating(hidden, mask, context))
+                routing = self._route(logits_TE, config, maturity_E, mask_T, *limit)
+                sums = RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type)
+                weights_TE, scale = routing.weights, config.routing_scale
+            context.record(self, sums)
+            return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], weights_TE.shape[-1])
+
+    def _capacity_factor(self, config: MoELoraConfig) -> float | None:
+        """With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats."""
+        factor = config.expert_capacity_factor
+        return None if factor is None else min(factor, self.out_features)
+
+    def _finish(self, weights: Tensor, scale: float, context: ForwardContext) -> Tensor:
+        if context.training and context.config.expert_dropout > 0:
+            weights = F.dropout(weights, context.config.expert_dropout)
+        return weights if scale == 1.0 else weights * scale
+
+    def _checked(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] as [T, H]."""
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"the router of `{self.name or 'the model'}` reads hidden states of width {self.hidden_size}, but got "
+                f'{hidden.shape[-1]}; use router_scope="module"'
+            )
+        return hidden.flatten(0, -2)
+
+    def _first_weights(self) -> Tensor:
+        """[N, H]: what the normalised hidden states meet first, of all active adapters."""
+        routers = cast("list[Router]", self.active_routers())
+        firsts = [router.first_weight for router in routers]
+        if self.is_gated:
+            firsts += [router.gate_weight.to(firsts[0].device) for router in routers]
+        return firsts[0] if len(firsts) == 1 else torch.cat(firsts)
+
+    def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
+        """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
+        return self._logits(self._checked(hidden), self._first_weights(), self._gating(hidden), without)
+
+    def _logits(self, hidden_TH: Tensor, weight_NH: Tensor, gating: _Gating, without: int | None = None) -> Tensor:
+        """[T, E]."""
+        routers = cast("list[Router]", self.active_routers())
+        sizes = [router.first_weight.shape[0] for router in routers]
+        product_TN = norm_linear(hidden_TH.to(weight_NH.device), weight_NH)
+        firsts, densities_TA = product_TN.split([sum(sizes), product_TN.shape[-1] - sum(sizes)], dim=-1)
+        logits = [router.logits(piece) for router, piece in zip(routers, firsts.split(sizes, dim=-1), strict=True)]
+        if without is not None:
+            together = torch.cat(logits, dim=-1).index_fill(
+                -1, torch.tensor([without], device=firsts.device), -torch.inf
+            )
+            logits = list(together.split([router.num_experts for router in routers], dim=-1))
+        if not self.is_gated:
+            return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+        biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
+        gates_AH = weight_NH[sum(sizes) :]
+        same_AA = (gates_AH[:, None] == gates_AH).all(-1)  # memories are, to the last bit
+        temperature = self.state.config.router_temperature
+        return gated_logits(logits, gating(densities_TA + biases_A), temperature, same_AA)
+
+    def _gating(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _Gating:
+        """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
+        if hidden.dim() != 3:
+            return lambda densities_TA: densities_TA  # no sequence to read on in
+        said = None if context is None else context.said
+        past = 0 if context is None else context.past_length
+
+        def add_up(densities_TA: Tensor) -> Tensor:
+            densities_BSA = densities_TA.view(*hidden.shape[:-1], -1)
+            mask_BS = None if mask is None else mask.to(densities_TA.device)
+            return over_context(densities_BSA, mask_BS, said, self.name, past).flatten(0, 1)
+
+        return add_up
+
+    def _can_fuse(self, hidden_TH: Tensor, weight_NH: Tensor, capacity_factor: float | None) -> bool:
+        """Whether the Triton router serves these tokens; else steps 1 to 3 run one by one."""
+        if not kernels_for(hidden_TH):
+            return False
+        from ..ops.triton.router import serves
+
+        is_linear = not self.is_gated and all(
+            router.hidden_weight is None for router in cast("list[Router]", self.active_routers())
+        )
+        return is_linear and serves(hidden_TH, weight_NH, capacity_factor)
+
+    @staticmethod
+    def _fused(
+        hidden_TH: Tensor,
+        weight_EH: Tensor,
+        config: MoELoraConfig,
+        maturity_E: Tensor | None,
+        mask_T: Tensor | None,
+        capacity_factor: float | None,
+        over_ranks: bool,
+    ) -> tuple[Tensor, RoutingSums]:
+        """Weights [T, E], times routing_scale, and sums by one kernel."""
+        from ..ops.triton.router import route_fused
+
+        weights_TE, packed, probs, squared_lse = route_fused(
+            hidden_TH,
+            weight_EH,
+            top_k=min(config.top_k_experts, weight_EH.shape[0]),
+            temperature=config.router_temperature,
+            maturity_E=maturity_E,
+            mask_T=mask_T,
+            capacity_factor=capacity_factor,
+            over_ranks=over_ranks,
+            scale=config.routing_scale,
+        )
+        return weights_TE, RoutingSums(packed, probs, squared_lse)
+
+    @staticmethod
+    def _route(
+        logits_TE: Tensor,
+        config: MoELoraConfig,
+        maturity_E: Tensor | None,
+        mask_T: Tensor | None = None,
+        capacity_factor: float | None = None,
+        over_ranks: bool = False,
+    ) -> Routing:
+        return route(
+            logits_TE,
+            top_k=min(config.top_k_experts, logits_TE.shape[-1]),
+            temperature=config.router_temperature,
+            maturity_E=maturity_E if config.router_type == "learned_with_maturity" else None,
+            mask_T=mask_T,
+            capacity_factor=capacity_factor,
+            over_ranks=over_ranks,
+        )
+
+    def _fixed_weights(self) -> Tensor:
+        num_pooled = sum(count for _, count in self.pool)
+        return torch.cat([router(num_pooled) for router in self.active_routers()])
+
+    def fixed_weights_of(self, adapter_name: str, mixture: Sequence[str]) -> Tensor:
+        """[E] of one adapter in a mixture of these adapters, a copy; the adapter's router must be fixed."""
+        num_pooled = sum(self[name].num_experts for name in mixture if name in self.lora_router)
+        return self[adapter_name](num_pooled).clone()
+
+    @property
+    def in_features(self) -> int:
+        """H, as on PEFT's layers."""
+        return self.hidden_size
+
+    @property
+    def out_features(self) -> int:
+        """E."""
+        return sum(count for _, count in self.pool)
+
+    def reset_counts(self) -> None:
+        """Forget statistics and pending counts: the pool of experts they belong to has changed."""
+        self.totals.reset()
+        self.pending = None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """See PEFT."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.reset_counts()
+
+    def __repr__(self) -> str:
+        return f"MoELoraRouter({self.name!r}, hidden_size={self.hidden_size}, pool={dict(self.pool)})"
