@@ -32,7 +32,7 @@ MOVED = {
     "losses": "routing.losses",
     "masks": "forward.masks",
     "model": "tuner.model",
-    "monitor": "forward.window",
+    "monitor": "routing.window",
     "names": "tuner.names",
     "options": "cli.options",
     "overflow": "forward.overflow",

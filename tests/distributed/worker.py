@@ -145,7 +145,7 @@ def recipe(engine: str, out: Path, arguments: list[str]) -> None:
     if original is not None:
         setattr(Trainer, original.__name__, die)
     for words in arguments:
-        assert cli.main(["train", str(out / "recipe.yaml"), *words.split(",")]) == 0
+        assert cli(["train", str(out / "recipe.yaml"), *words.split(",")]) == 0
 
 
 TASKS = {"equality": equality, "quantised": quantised, "recipe": recipe}
