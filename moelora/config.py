@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from .files.adapter_files import parse_config
 from .files.generation import part, read_at_once
 from .peft_type import MOELORA
 from .presets import PRESETS
+from .routing import BALANCING_LOSSES, ROUTER_KINDS, BalancingLoss, RouterKind
 
 # What the first active adapter decides for the whole mixture; adapters that disagree cannot be active together.
 SHARED_FIELDS = (
@@ -30,7 +32,12 @@ SHARED_FIELDS = (
     "router_scope",
     "maturity_tokens",
     "routing_scale",
+    "bias_update_speed",
 )
+
+
+def _listed(choices: Iterable[RouterKind | BalancingLoss]) -> str:
+    return "; ".join(f"'{choice.name}': {choice.help}" for choice in choices)
 
 
 @dataclass
@@ -69,10 +76,7 @@ class MoELoraConfig(LoraConfig):
     )
     router_type: str = field(
         default="learned_with_maturity",
-        metadata={
-            "help": "'learned': top-k. 'learned_with_maturity': an expert is dense while new and sparse once mature. "
-            "'fixed': constant weights, no router parameters, mergeable."
-        },
+        metadata={"help": f"{_listed(ROUTER_KINDS.values())}."},
     )
     expert_capacity_factor: float | None = field(
         default=1.25,
@@ -86,7 +90,11 @@ class MoELoraConfig(LoraConfig):
     )
     load_balance_loss_type: str = field(
         default="aux_loss",
-        metadata={"help": "'aux_loss' (GShard, top-k load), 'switch' (top-1 load) or 'z_loss' (ST-MoE)."},
+        metadata={"help": f"{_listed(BALANCING_LOSSES.values())}."},
+    )
+    bias_update_speed: float = field(
+        default=0.001,
+        metadata={"help": "How far 'loss_free' moves the biases of experts after each optimizer step."},
     )
     router_scope: str = field(
         default="block",
@@ -165,6 +173,21 @@ class MoELoraConfig(LoraConfig):
         settings = read_at_once(path.parent, [path.name], lambda: parse_config(part(path.parent, path.name)))
         settings.pop("runtime_config", None)
         return settings
+
+    @property
+    def router_kind(self) -> RouterKind:
+        """What `router_type` stands for."""
+        return ROUTER_KINDS[self.router_type]
+
+    @property
+    def balancing(self) -> BalancingLoss:
+        """What `load_balance_loss_type` stands for."""
+        return BALANCING_LOSSES[self.load_balance_loss_type]
+
+    @property
+    def balancing_coef(self) -> float:
+        """What the balancing loss is multiplied by in the training loss."""
+        return self.router_aux_loss_coef if self.balancing.is_optimised else 0.0
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> MoELoraConfig:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ROUTER_TYPES = ("learned", "learned_with_maturity", "fixed")
+from .routing import BALANCING_LOSSES, ROUTER_KINDS
+
 ROUTER_SCOPES = ("block", "model", "module")
-LOSS_TYPES = ("aux_loss", "z_loss", "switch")
 
 # One weight per expert scales that expert's B A x. Each of these adds something that is not of that form, is shared
 # between experts, or changes the base weights, so a mixture would ignore it or compute something else.
@@ -36,6 +36,10 @@ def is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _is_in(value: Any, names: Collection[str]) -> bool:
+    return isinstance(value, str) and value in names  # a list has no hash
 
 
 def is_float32(value: Any) -> bool:
@@ -129,14 +133,19 @@ MIXTURE_RULES = (
     ),
     Rule("router_aux_loss_coef", lambda v: is_float32(v) and v >= 0, "pass a number of 0 or more"),
     Rule("router_temperature", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
-    Rule("router_type", lambda v: v in ROUTER_TYPES, f"choose one of {', '.join(ROUTER_TYPES)}"),
+    Rule("router_type", lambda v: _is_in(v, ROUTER_KINDS), f"choose one of {', '.join(ROUTER_KINDS)}"),
     Rule(
         "expert_capacity_factor",
         lambda v: v is None or (_is_number(v) and 0 < v < float("inf")),
         "pass a number greater than 0, or None for dropless",
     ),
     Rule("expert_dropout", lambda v: _is_number(v) and 0 <= v < 1, "pass a number in [0, 1)"),
-    Rule("load_balance_loss_type", lambda v: v in LOSS_TYPES, f"choose one of {', '.join(LOSS_TYPES)}"),
+    Rule(
+        "load_balance_loss_type",
+        lambda v: _is_in(v, BALANCING_LOSSES),
+        f"choose one of {', '.join(BALANCING_LOSSES)}",
+    ),
+    Rule("bias_update_speed", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
     Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
     Rule("maturity_tokens", lambda v: is_int(v) and 1 <= v <= _LARGEST, "pass an integer of 1 or more"),
     Rule("router_memory", lambda v: is_int(v) and v >= 0, "pass an integer of 0 or more"),

@@ -9,7 +9,8 @@ from peft import PeftModel
 
 from moelora.experts.parts import find_experts, names_of, put_together, select, take_apart
 from moelora.report.observe import columns_of
-from moelora.routing.decision import rms_norm, route
+from moelora.routing import rms_norm
+from moelora.routing.decision import route
 
 
 def output(model):

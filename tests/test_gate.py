@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from moelora.experts import forget, grow, put_together, remember, remembers, select, take_apart
 from moelora.ops.norm_linear import norm_linear
-from moelora.routing.decision import rms_norm
+from moelora.routing import rms_norm
 from moelora.routing.domain_classifier import (
     WINDOW,
     InputSketch,

@@ -8,7 +8,7 @@ from torch import nn
 
 from moelora.ops.pool import ExpertPool
 from moelora.report.geometry import geometry, group_modules, sharpness
-from moelora.routing.decision import Router
+from moelora.routing import Router
 
 
 def pool(num_experts, rank, width=12, out=10, scaling=2.0, seed=0):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moelora.ops.norm_linear import _terms, norm_linear
-from moelora.routing.decision import rms_norm
+from moelora.routing import rms_norm
 
 
 def reference(hidden, weight):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moelora.routing.decision import FixedRouter, Router, rms_norm, route, top_k_mask, within_capacity
+from moelora.routing import FixedRouter, Router, rms_norm
+from moelora.routing.decision import route, top_k_mask, within_capacity
 
 SHAPES = [(1, 4, 2), (63, 7, 3), (9, 4, 4), (20, 2, 1), (16, 8, 2)]
 ids = "{0[0]} tokens, {0[1]} experts, top-{0[2]}".format

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelora.routing.decision import Router
+from moelora.routing import Router
 from moelora.tuner.router import MoELoraRouter
 
 

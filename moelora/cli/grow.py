@@ -43,7 +43,7 @@ def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
     """
     path = real_path(expand_user(folder))
     adapters = [adapter for adapter in read_mixture(path) if adapter.position is not None]
-    if adapters[0].config.router_type == "fixed":
+    if adapters[0].config.router_kind.is_constant:
         raise UserError(
             f"{path}: router_type='fixed' weighs experts alike for every text; a mixture that grows has to route"
         )

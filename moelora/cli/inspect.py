@@ -17,7 +17,7 @@ from rich.table import Table
 from ..console import make_stdout, print_exactly, printable, track
 from ..files.opening import expand_user
 from ..report.geometry import Geometry, geometry, group_modules, sharpness
-from ..routing.decision import Router
+from ..routing import Router
 from ..storage.run_record import finite
 from ..storage.stored import StoredAdapter, read_mixture, stacked
 from .options import InspectOptions

@@ -36,7 +36,7 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     """
     known, others = _check(options)
     source = read_source(options.adapter, options.base)
-    if source.stored[0].config.router_type == "fixed":
+    if source.stored[0].config.router_kind.is_constant:
         raise UserError(f"{options.adapter}: router_type='fixed' weighs experts alike for every text: it knows nothing")
     learned = learned_domains(source.folder)
     tokenizer = load_tokenizer(source.base)

@@ -206,7 +206,7 @@ def _split(active: Sequence[StoredAdapter], weights: Sequence[float]) -> dict[st
 def _fixed_weights(active: Sequence[StoredAdapter], linear: str) -> dict[str, torch.Tensor]:
     """What the fixed router of a linear says: equal shares, or what was set, times the scale."""
     config = active[0].config
-    if config.router_type != "fixed":
+    if not config.router_kind.is_constant:
         raise ValueError(
             f"router_type={config.router_type!r} weighs experts differently for each token, so the mixture is no "
             "single LoRA; give `weights` (--weights), one number per expert, to export it under those"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import SHARED_FIELDS, MoELoraConfig
 from ..data.tokens import token_ids
 from ..recipe import plain_name
-from ..routing.decision import Router
+from ..routing import Router
 from ..schema import settable_fields
 from ..storage.lora_file import LoraError, LoraFile, read_lora
 from ..storage.stored import misfit
@@ -122,7 +122,7 @@ def from_lora(
     governing: MoELoraConfig = tuner.routing.config
     if router not in ("zero", "arrow"):
         raise LoraError(f"`router` ({router!r}) is not one of zero, arrow")
-    if router == "arrow" and (governing.router_scope != "module" or governing.router_type == "fixed"):
+    if router == "arrow" and (governing.router_scope != "module" or governing.router_kind.is_constant):
         raise LoraError(
             'router="arrow" scores what enters each linear, so it needs learned routers with router_scope="module"; '
             f"this mixture has router_scope={governing.router_scope!r} and router_type={governing.router_type!r}"

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..report.observe import count_anew, undisturbed
-from ..routing.decision import Router, rms_norm
+from ..routing import Router, rms_norm
 from ..routing.domain_classifier import InputSketch, Memory, discriminants, distinct
 from ..tuner.router import MoELoraRouter
 
@@ -106,7 +106,7 @@ def _routers_of(model: PeftModel, adapter_name: str) -> dict[str, Router]:
     state = model.base_model.routing
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(model.peft_config)}")
-    if model.peft_config[adapter_name].router_type == "fixed":
+    if model.peft_config[adapter_name].router_kind.is_constant:
         raise ValueError(
             f"adapter {adapter_name!r} is routed by constant weights (router_type='fixed'): nothing to gate"
         )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..data.texts import Block
 from ..report.observe import count_anew, losses_of, padded, undisturbed
-from ..routing.decision import FixedRouter, Router, rms_norm
+from ..routing import FixedRouter, Router, rms_norm
 from ..routing.domain_classifier import RIDGE, Memory
 from ..tuner.router import MoELoraRouter
 

@@ -21,7 +21,7 @@ from .memory import refresh_gate
 
 Tensors = dict[str, Tensor]
 
-_ROWS = r"moe_router\.lora_router\.(weight|maturity|tokens_per_expert|fixed_weights)"
+_ROWS = r"moe_router\.lora_router\.(weight|maturity|tokens_per_expert|selection_bias|fixed_weights)"
 _ALONG = {re.compile(rf"(.*\.)?{_ROWS}"): 0, re.compile(r".*\.lora_A\.weight"): 0, re.compile(r".*\.lora_B\.weight"): 1}
 FIXED, IS_SET = "fixed_weights", "is_set"
 

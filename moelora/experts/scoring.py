@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.tokens import token_ids
-from ..routing.decision import Router, rms_norm
+from ..routing import Router, rms_norm
 from ..tuner.layer import MoELoraLayer
 from ..tuner.model import MoELoraModel
 

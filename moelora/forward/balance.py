@@ -15,8 +15,10 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ..config import MoELoraConfig
 from ..ops.ranks import num_ranks
-from ..routing.decision import ExpertRouter
+from ..routing import ExpertRouter
+from ..routing.loss_free import bias_steps
 from ..routing.sums import RoutingSums, RoutingTotals, counting_alone, without_non_finite
 from .interfaces import MixtureRouter
 from .overflow import Growth, may_be_scaled
@@ -43,7 +45,7 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
         state.window.add(names, [row for group in groups for row in group.counted.unbind(0)], losses_L)
     state.balancing_loss = losses_L.mean()
     share = _accumulation_share(context, targets, world_size)
-    output = _add_to_output(output, state.balancing_loss, state.config.router_aux_loss_coef, share, context)
+    output = _add_to_output(output, state.balancing_loss, state.config.balancing_coef, share, context)
     if growth is not None:
         growth.watch(output)
     return output
@@ -58,11 +60,11 @@ def _grow_all(
     # A compiled graph has no place for hooks on its own backward.
     if is_last_micro_batch and not torch.compiler.is_compiling() and may_be_scaled(model, all_sums[0].packed.device):
         growing = [router for group in groups for r in group.routers for router in r.active_routers() if _grows(router)]
-        buffers = [buffer for router in growing for buffer in (router.maturity, router.tokens_per_expert)]
+        buffers = [b for r in growing for b in (r.maturity, r.tokens_per_expert, r.selection_bias) if b is not None]
         parameters = [parameter for router in growing for parameter in router.parameters()]
         growth = state.growth = Growth(model, buffers, parameters, state.growth) if buffers else None
     for group, sums in zip(groups, all_sums, strict=True):
-        grow(group.routers, sums, state.config.maturity_tokens, commit=is_last_micro_batch)
+        grow(group.routers, sums, state.config, commit=is_last_micro_batch)
     return growth
 
 
@@ -74,9 +76,9 @@ class _Group:
     """Routers with equally many experts on one device, and what they report: as a rule, all of them. L is their number.
 
     Attributes:
-        packed: [L, 4E + 5], their sums, zero for those that are left out because theirs are not finite.
+        packed: [L, F], their sums, zero for those that are left out because theirs are not finite.
         left_out: [L, 1] bool.
-        counted: [L, 4E + 6], both.
+        counted: [L, F + 1], both.
     """
 
     def __init__(self, records: Sequence[tuple[MixtureRouter, RoutingSums]]) -> None:
@@ -111,8 +113,9 @@ def _balancing_losses(groups: Sequence[_Group], all_sums: Sequence[RoutingSums],
     return torch.cat([loss.to(losses[0].device) for loss in losses])
 
 
-def grow(routers: Sequence[MixtureRouter], sums: RoutingSums, maturity_tokens: int, commit: bool) -> None:
-    """Add a training forward's routing mass and assignments; commit adds them to maturity and counters.
+def grow(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraConfig, commit: bool) -> None:
+    """Add a training forward's routing mass and assignments; commit adds them to maturity and counters, and moves the
+    biases that balance the load.
 
     Maturity must not move between the micro-batches of one optimizer step, or accumulated gradients would differ from
     those of one large batch. A few operations serve all routers.
@@ -121,10 +124,10 @@ def grow(routers: Sequence[MixtureRouter], sums: RoutingSums, maturity_tokens: i
         sums: of all routers, stacked, and finite.
     """
     with counting_alone():
-        _grow(routers, sums, maturity_tokens, commit)
+        _grow(routers, sums, config, commit)
 
 
-def _grow(routers: Sequence[MixtureRouter], sums: RoutingSums, maturity_tokens: int, commit: bool) -> None:
+def _grow(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraConfig, commit: bool) -> None:
     gained = torch.stack([sums.mass, sums.assignments], dim=1)  # [L, 2, E]
     if any(router.pending is not None for router in routers):
         zero = torch.zeros_like(gained[0])
@@ -133,6 +136,8 @@ def _grow(routers: Sequence[MixtureRouter], sums: RoutingSums, maturity_tokens: 
         router.pending = None if commit else row
     if not commit:
         return
+    if config.balancing.moves_bias:
+        _move_biases(routers, gained[:, 1], config.bias_update_speed)
     masses, counts = gained[:, 0].unbind(0), gained[:, 1].to(torch.int64).unbind(0)
     parts = [part for router, *rows in zip(routers, masses, counts, strict=True) for part in _by_adapter(router, *rows)]
     parts = [part for part in parts if _grows(part[0])]
@@ -142,11 +147,25 @@ def _grow(routers: Sequence[MixtureRouter], sums: RoutingSums, maturity_tokens: 
     torch._foreach_add_(
         maturities,
         [mass.to(m.device) for (_, mass, _), m in zip(parts, maturities, strict=True)],
-        alpha=1 / maturity_tokens,
+        alpha=1 / config.maturity_tokens,
     )
     torch._foreach_clamp_max_(maturities, 1.0)
     counters = [expert_router.tokens_per_expert for expert_router, _, _ in parts]
     torch._foreach_add_(counters, [taken.to(c.device) for (_, _, taken), c in zip(parts, counters, strict=True)])
+
+
+def _move_biases(routers: Sequence[MixtureRouter], counts_LE: Tensor, speed: float) -> None:
+    """Where domains decide between adapters, the load is balanced within each adapter."""
+    biases, moves = [], []
+    for router, counts_E in zip(routers, counts_LE, strict=True):
+        sizes = [count for _, count in router.pool]
+        steps = bias_steps(counts_E[None], speed, sizes if router.is_gated else None)[0].split(sizes)
+        for expert_router, step in zip(router.active_routers(), steps, strict=True):
+            if expert_router.selection_bias is not None and _grows(expert_router):
+                biases.append(expert_router.selection_bias)
+                moves.append(step.to(expert_router.selection_bias.device))
+    if biases:
+        torch._foreach_add_(biases, moves)
 
 
 def _by_adapter(router: MixtureRouter, mass_E: Tensor, counts_E: Tensor) -> list[tuple[ExpertRouter, Tensor, Tensor]]:

@@ -31,6 +31,10 @@ class MixtureRouter(Protocol):
     def pool(self) -> Pool:
         """The active adapters that it scores."""
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether domains decide between its adapters."""
+
     def __getitem__(self, adapter_name: str) -> Any:
         """One adapter's [`ExpertRouter`]."""
 
@@ -43,7 +47,10 @@ class MixtureRouter(Protocol):
     def maturity(self, copy: bool = True) -> Tensor:
         """[E]."""
 
-    def decide(self, hidden: Tensor, maturity_E: Tensor | None = None) -> Tensor:
+    def selection_bias(self, copy: bool = True) -> Tensor | None:
+        """[E]; None where no bias balances the load."""
+
+    def decide(self, hidden: Tensor, context: Any = None, without: int | None = None) -> Tensor:
         """[..., E] for hidden [..., H], as evaluation uses them."""
 
     def __call__(self, hidden: Tensor, context: Any, mask: Tensor | None = None) -> Tensor:

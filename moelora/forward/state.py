@@ -104,7 +104,8 @@ class RoutingState:
         if not any(self.configs[name].single_expert for name in self.active_adapters):
             return False
         is_given = self.in_force.call.routing_weights is not None or self.attached is not None
-        return is_given or self.config.router_type == "fixed" or min(self.config.top_k_experts, self.num_experts) == 1
+        config = self.config
+        return is_given or config.router_kind.is_constant or min(config.top_k_experts, self.num_experts) == 1
 
     @property
     def enabled(self) -> bool:
@@ -163,6 +164,7 @@ class ForwardContext:
         says_nothing = inputs.get("attention_mask") is None
         self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
+        self._biases: dict[str, Tensor | None] = {}
         self._masks: dict[tuple[int, bool], Tensor | None] = {}  # by length and is_decoder
 
     def look_up(self) -> None:
@@ -198,6 +200,14 @@ class ForwardContext:
             self._maturity[router.name] = router.maturity()
         return self._maturity[router.name]
 
+    def selection_bias(self, router: MixtureRouter) -> Tensor | None:
+        """[E], as of maturity; None where no bias balances the load."""
+        if not self.training:
+            return router.selection_bias(copy=False)
+        if router.name not in self._biases:
+            self._biases[router.name] = router.selection_bias()
+        return self._biases[router.name]
+
     def record(self, router: MixtureRouter, sums: RoutingSums) -> None:
         """Keep a router's sums, once.
 
@@ -207,7 +217,7 @@ class ForwardContext:
         if self.recomputing or self is not self.state.in_force.context:
             return
         loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
-        if self.training and loses_gradient and self.config.router_aux_loss_coef > 0:
+        if self.training and loses_gradient and self.config.balancing_coef > 0:
             raise RuntimeError(
                 f"the balancing loss of router `{router.name}` would be lost: it runs inside a reentrant gradient "
                 'checkpoint. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="block", '
@@ -334,7 +344,7 @@ class BlockRouting:
             assert self.weights is not None
             return self.weights[:, :1].expand(*x.shape[:-1], -1)
         assert self.router is not None
-        weights = self.router.decide(x, self.context.maturity(self.router))
+        weights = self.router.decide(x, self.context)
         return weights * self.context.config.routing_scale
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ..ops import sums_layout
 from ..routing.sums import RouterStats, RoutingSums, describe
 from .state import RoutingState
 
@@ -24,7 +25,7 @@ def pop_training_stats(state: RoutingState) -> dict[str, RouterStats]:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flat)
     host = torch.cat([flat, *(maturity.to(flat.device) for maturity in maturities)]).cpu()
-    rows = host[: flat.numel()].split([4 * count + 8 for count in sizes.values()])
+    rows = host[: flat.numel()].split([sums_layout.size(count) + 3 for count in sizes.values()])
     columns = host[flat.numel() :].split(list(sizes.values()))
     stats = {}
     for name, row, maturity in zip(routers, rows, columns, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.pool import ExpertPool
-from ..routing.decision import Router, rms_norm
+from ..routing import Router, rms_norm
 
 Layout = tuple[tuple[str, int], ...]  # (adapter, number of experts), in expert order
 Modules = Mapping[str, Mapping[str, ExpertPool]]  # module name -> adapter name -> its experts there

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.texts import Block
 from ..forward.state import RoutingState
-from ..routing.decision import FixedRouter, route
+from ..routing import FixedRouter
 from ..routing.sums import RouterStats, RoutingTotals
 from ..tuner.router import MoELoraRouter
 
@@ -156,7 +156,7 @@ def _remove(router: nn.Module, state: RoutingState, expert: int) -> Callable:
     def hook(module: nn.Module, args: tuple, weights: Tensor) -> Tensor:
         if position is None:
             return weights
-        if isinstance(module, MoELoraRouter) and state.config.router_type != "fixed":
+        if isinstance(module, MoELoraRouter) and not state.config.router_kind.is_constant:
             return weights_without(module, args[0], position).to(weights) * state.config.routing_scale
         # Weights given from outside have no scores behind them: the others take over in proportion.
         rest = weights.index_fill(-1, torch.tensor([position], device=weights.device), 0)
@@ -170,15 +170,9 @@ def weights_without(router: MoELoraRouter, hidden: Tensor, position: int | None)
 
     A lone expert leaves nothing behind: weights of zero. None removes nobody.
     """
-    config = router.state.config
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits_TE = router.logits(hidden, without=position)
-        if logits_TE.shape[-1] == 1 and position is not None:
-            return torch.zeros_like(logits_TE).view(*hidden.shape[:-1], -1)
-        maturity_E = router.maturity() if config.router_type == "learned_with_maturity" else None
-        top_k = min(config.top_k_experts, logits_TE.shape[-1])
-        decided = route(logits_TE, top_k=top_k, temperature=config.router_temperature, maturity_E=maturity_E)
-        return decided.weights.view(*hidden.shape[:-1], -1)
+    if router.out_features == 1 and position is not None:
+        return hidden.new_zeros(*hidden.shape[:-1], 1, dtype=torch.float32)
+    return router.decide(hidden, without=position)
 
 
 @contextmanager

@@ -1,5 +1,30 @@
-"""How tokens are routed, as maths on tensors: scorers, the decision, losses, statistics, the domain classifier."""
+"""How tokens are routed, as maths on tensors: router types, the decision, balancing losses, statistics.
 
-from .decision import FixedRouter, Router, Routing, route
+Every router type and every balancing loss registers itself when its file is imported: here.
+"""
 
-__all__ = ["FixedRouter", "Router", "Routing", "route"]
+from .balancing import BALANCING_LOSSES, BalancingLoss, register_balancing_loss
+from .decision import Routing, route
+from .fixed import FixedRouter
+from .kinds import ROUTER_KINDS, RouterKind, register_router_kind
+from .scorers import ExpertRouter, Router, rms_norm
+
+from . import learned, loss_free, sigmoid  # isort: skip
+
+__all__ = [
+    "BALANCING_LOSSES",
+    "ROUTER_KINDS",
+    "BalancingLoss",
+    "ExpertRouter",
+    "FixedRouter",
+    "Router",
+    "RouterKind",
+    "Routing",
+    "learned",
+    "loss_free",
+    "register_balancing_loss",
+    "register_router_kind",
+    "rms_norm",
+    "route",
+    "sigmoid",
+]

@@ -1,6 +1,6 @@
-"""Routers and routing, as maths on tensors (docs/maths.md). Imports torch only.
+"""From logits to routing weights (docs/maths.md). Imports torch only.
 
-Shapes: T tokens, H router input width, E experts, K top-k.
+Shapes: T tokens, E experts, K top-k.
 """
 
 from __future__ import annotations
@@ -9,145 +9,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.norm_linear import EPS
 from ..ops.ranks import fits_over_ranks
-from .domain_classifier import Memory
 
-
-class ExpertRouter(nn.Module):
-    """What every adapter keeps about its experts, whatever the router type.
-
-    Buffers, saved with the adapter and of fixed dtype under any `.to(dtype)`:
-        maturity [E] float32: 0 for a new expert, 1 for a mature one.
-        tokens_per_expert [E] int64: assignments each expert has had in training.
-    """
-
-    maturity: Tensor
-    tokens_per_expert: Tensor
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.register_buffer("maturity", torch.zeros(num_experts))
-        self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64))
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether its scores are not to change; then its maturity and counters stand still too."""
-        parameters = list(self.parameters())
-        return len(parameters) > 0 and not any(parameter.requires_grad for parameter in parameters)
-
-    def _apply(self, fn, recurse=True):
-        # A bfloat16 maturity would stop growing: steps of 1e-4 round to nothing. Devices move, dtypes stay.
-        exact = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
-
-class Router(ExpertRouter):
-    """Scores the experts of one adapter: ``logits_TE = router(rms_norm(h_TH))``, always in float32.
-
-    Args:
-        hidden_size: H, width of the hidden states.
-        num_experts: E, experts of this adapter.
-        router_hidden_size: hidden units of a two-layer router (SiLU between); None for a linear one.
-        memory: directions to remember of the adapter's domain; 0 for none.
-
-    Buffers, where there is a memory: memory_mean [H], memory_directions [K, H] and memory_variance [H], see
-    [`moelora.routing.domain_classifier.Memory`]; gate_weight [1, H] and gate_bias [1], the domain's discriminant.
-    """
-
-    memory_mean: Tensor
-    memory_directions: Tensor
-    memory_variance: Tensor
-    gate_weight: Tensor
-    gate_bias: Tensor
-
-    def __init__(
-        self, hidden_size: int, num_experts: int, router_hidden_size: int | None = None, memory: int = 0
-    ) -> None:
-        super().__init__(num_experts)
-        self.hidden_size = hidden_size
-        self.make_memory(memory)
-        # Raw parameters, not nn.Linear: PEFT's "all-linear" and quantisers must not take a router for a target.
-        self.hidden_weight: nn.Parameter | None = None
-        if router_hidden_size is not None:
-            self.hidden_weight = nn.Parameter(torch.empty(router_hidden_size, hidden_size))
-        self.weight = nn.Parameter(torch.empty(num_experts, router_hidden_size or hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """nn.Linear's initialisation: logits of the same spread at any width, and no two experts tied."""
-        for weight in (self.hidden_weight, self.weight):
-            if weight is not None:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-    def make_memory(self, rank: int) -> None:
-        """Make room for a memory of `rank` directions; 0 forgets."""
-        H, K = self.hidden_size, min(rank, self.hidden_size)
-        shapes = {"memory_mean": (H,), "memory_directions": (K, H), "memory_variance": (H,), "gate_weight": (1, H)}
-        device = self.maturity.device
-        for name, shape in (shapes | {"gate_bias": (1,)}).items():
-            self.register_buffer(name, torch.zeros(shape, device=device) if rank else None)
-
-    @property
-    def remembers(self) -> bool:
-        """Whether it has a memory of its domain."""
-        return self.memory_mean is not None
-
-    @property
-    def memory(self) -> Memory:
-        """Its memory of its domain, on the CPU."""
-        return Memory(self.memory_mean.cpu(), self.memory_directions.cpu(), self.memory_variance.cpu())
-
-    @property
-    def first_weight(self) -> Tensor:
-        """[N, H]: what the normalised hidden states meet first."""
-        return self.weight if self.hidden_weight is None else self.hidden_weight
-
-    def forward(self, normed: Tensor) -> Tensor:
-        """normed float32 [..., H] -> logits float32 [..., E]."""
-        return self.logits(F.linear(normed, self.first_weight.float()))
-
-    def logits(self, first: Tensor) -> Tensor:
-        """Logits [..., E] from the product with first_weight, [..., N]."""
-        return first if self.hidden_weight is None else F.linear(F.silu(first), self.weight.float())
-
-
-class FixedRouter(ExpertRouter):
-    """Constant routing weights of one adapter's experts: no parameters. Uniform until `set_weights`.
-
-    Buffers: fixed_weights [E] float32; is_set [1] bool, whether fixed_weights replace the uniform share.
-    """
-
-    fixed_weights: Tensor
-    is_set: Tensor
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(num_experts)
-        self.register_buffer("fixed_weights", torch.zeros(num_experts))
-        self.register_buffer("is_set", torch.zeros(1, dtype=torch.bool))
-
-    def set_weights(self, weights_E: Tensor) -> None:
-        """Replace the uniform share by weights_E [E]."""
-        self.fixed_weights.copy_(weights_E)
-        self.is_set.fill_(True)
-
-    def forward(self, num_pooled: int) -> Tensor:
-        """Weights [E] of this adapter's experts in a pool of num_pooled experts."""
-        return torch.where(self.is_set, self.fixed_weights, 1.0 / num_pooled)
-
-
-def rms_norm(hidden: Tensor) -> Tensor:
-    """Root-mean-square normalisation over the last dimension in float32, so that routing sees direction, not scale."""
-    return F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=EPS)
+_LEAST_LOG = -60.0  # of a score that a bias is added to: e^60 is no infinity in float32
 
 
 @dataclass(frozen=True)
@@ -227,13 +93,15 @@ def route(
     mask_T: Tensor | None = None,
     capacity_factor: float | None = None,
     over_ranks: bool = False,
+    bias_E: Tensor | None = None,
+    log_scores_TE: Tensor | None = None,
 ) -> Routing:
     """Turn router logits into routing weights.
 
     ``p = softmax(logits / temperature)``; S are each token's top-k experts; expert e weighs in with p_e where it is in
     S and with p_e (1 - maturity_e) elsewhere, normalised to sum to 1. Without maturity that is the usual top-k
     (maturity 1); with maturity 0 it is a dense softmax. An assignment beyond capacity weighs in as if outside S, and
-    the token gets what is left.
+    the token gets what is left. A bias is added to the scores that choose S, and to nothing else.
 
     Args:
         logits_TE: [T, E] float32.
@@ -241,6 +109,8 @@ def route(
         mask_T: [T] bool, False on padding; None means all tokens are real.
         capacity_factor: None is dropless; dense routing (top_k = E) never drops.
         over_ranks: capacity is shared by all data-parallel ranks; see `within_capacity`.
+        bias_E: [E]; None means no bias.
+        log_scores_TE: [T, E] logarithms of the scores that the bias is added to; None means those of p.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
@@ -248,9 +118,12 @@ def route(
         [0.0, 0.2689, 0.7311]
         >>> [round(w, 4) for w in route(logits, top_k=2, maturity_E=torch.zeros(3)).weights[0].tolist()]
         [0.09, 0.2447, 0.6652]
+        >>> route(logits, top_k=1, bias_E=torch.tensor([1.0, 0.0, 0.0])).selected.tolist()
+        [[True, False, False]]
     """
     probs_TE = torch.softmax(logits_TE if temperature == 1.0 else logits_TE / temperature, dim=-1)
-    selected_TE = top_k_mask(probs_TE, top_k)
+    preference_TE = probs_TE if bias_E is None else _with_bias(probs_TE.detach(), bias_E, log_scores_TE)
+    selected_TE = top_k_mask(preference_TE, top_k)
     kept_TE = selected_TE
     if capacity_factor is not None and top_k < logits_TE.shape[-1]:
         kept_TE = within_capacity(probs_TE.detach(), selected_TE, mask_T, capacity_factor, top_k, over_ranks)
@@ -260,3 +133,10 @@ def route(
     if kept_TE is not selected_TE:
         shares_TE = probs_TE * torch.where(kept_TE, 1.0, outside_E)
     return Routing(shares_TE / total_T1, probs_TE, selected_TE, kept_TE)
+
+
+def _with_bias(probs_TE: Tensor, bias_E: Tensor, log_scores_TE: Tensor | None) -> Tensor:
+    """[T, E] in the order of score + bias, where each token's p is its scores times a factor of its own."""
+    if log_scores_TE is None:
+        return probs_TE + bias_E
+    return probs_TE * (1 + bias_E * torch.exp(-log_scores_TE.detach().clamp(min=_LEAST_LOG)))

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import sums_layout
+from .balancing import BALANCING_LOSSES
 from .decision import Routing, top_k_mask
-from .losses import load_balancing_loss, masked_sum, z_loss
+from .losses import masked_sum
 
 _COUNTING = threading.Lock()
 
@@ -32,12 +34,11 @@ def counting_alone() -> AbstractContextManager[Any]:
 class RoutingSums:
     """Sums of routing decisions over their non-padding tokens, of one router or (leading dimension) of several.
 
-    Counts and sums come as one tensor, so that those of all routers add up in one operation. In it lie, in this order:
-    num_tokens; assignments [E], the top-k assignments; top1 [E], tokens whose most probable expert this is; dropped,
-    assignments beyond capacity; mass [E], routing weights; entropy; top1_probs; probs [E]; squared_lse.
+    Counts and sums come as one tensor, so that those of all routers add up in one operation; `ops.sums_layout`
+    says what lies where.
     """
 
-    packed: Tensor  # [..., 4E + 5] float32 or wider, without gradient; the Triton router writes it
+    packed: Tensor  # [..., F] float32 or wider, without gradient; the Triton router writes it
     probs: Tensor  # [..., E], with gradient
     squared_lse: Tensor  # [...], with gradient
 
@@ -50,47 +51,54 @@ class RoutingSums:
         A loss_type leaves out (as zero) what only other losses need, for this runs in every forward of every router;
         the Triton router has all sums in hand and leaves out nothing.
         """
+        reads = {"top1", "squared_lse"} if loss_type is None else BALANCING_LOSSES[loss_type].reads
         probs_TE, selected_TE = routing.probs, routing.selected
         squared_lse_T1 = torch.zeros_like(logits_TE[:, :1])
-        if loss_type in (None, "z_loss"):
+        if "squared_lse" in reads:
             squared_lse_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square()
         with torch.no_grad():
-            top1_TE = top_k_mask(probs_TE, 1) if loss_type in (None, "switch") else torch.zeros_like(selected_TE)
+            top1_TE = top_k_mask(probs_TE, 1) if "top1" in reads else torch.zeros_like(selected_TE)
             entropy_T1 = torch.special.entr(probs_TE).sum(-1, keepdim=True)
             dropped_T1 = (selected_TE & ~routing.kept).sum(-1, keepdim=True)
-            first = [torch.ones_like(entropy_T1), selected_TE, top1_TE, dropped_T1, routing.weights]
-            last = [entropy_T1, probs_TE.amax(dim=-1, keepdim=True), probs_TE, squared_lse_T1]
-            packed = masked_sum(torch.cat([*first, *last], dim=-1), mask_T)
+            parts = {
+                "num_tokens": torch.ones_like(entropy_T1),
+                "assignments": selected_TE,
+                "top1": top1_TE,
+                "dropped": dropped_T1,
+                "mass": routing.weights,
+                "entropy": entropy_T1,
+                "top1_probs": probs_TE.amax(dim=-1, keepdim=True),
+                "probs": probs_TE,
+                "squared_lse": squared_lse_T1,
+            }
+            packed = masked_sum(torch.cat([parts[name] for name, _ in sums_layout.PARTS], dim=-1), mask_T)
         return cls(packed, masked_sum(probs_TE, mask_T), masked_sum(squared_lse_T1, mask_T).squeeze(-1))
 
     @classmethod
     def of_packed(cls, packed: Tensor) -> RoutingSums:
-        """The same without gradients, from `packed` [..., 4E + 5] alone."""
-        num_experts = (packed.shape[-1] - 5) // 4
-        return cls(packed, packed[..., -num_experts - 1 : -1], packed[..., -1])
+        """The same without gradients, from `packed` [..., F] alone."""
+        probs, squared_lse = packed.split(sums_layout.sizes(sums_layout.num_experts_of(packed.shape[-1])), dim=-1)[-2:]
+        return cls(packed, probs, squared_lse.squeeze(-1))
 
-    def _part(self, index: int) -> Tensor:
-        E = self.probs.shape[-1]
-        return self.packed.split([1, E, E, 1, E, 1, 1, E, 1], dim=-1)[index]
+    def _part(self, name: str) -> Tensor:
+        sizes = sums_layout.sizes(self.probs.shape[-1])
+        return self.packed.split(sizes, dim=-1)[[part for part, _ in sums_layout.PARTS].index(name)]
 
-    num_tokens = property(lambda self: self._part(0).squeeze(-1), doc="[...]")
-    assignments = property(lambda self: self._part(1), doc="[..., E]")
-    top1 = property(lambda self: self._part(2), doc="[..., E]")
-    dropped = property(lambda self: self._part(3).squeeze(-1), doc="[...]")
-    mass = property(lambda self: self._part(4), doc="[..., E]")
-    entropy = property(lambda self: self._part(5).squeeze(-1), doc="[...]")
-    top1_probs = property(lambda self: self._part(6).squeeze(-1), doc="[...]")
+    num_tokens = property(lambda self: self._part("num_tokens").squeeze(-1), doc="[...]")
+    assignments = property(lambda self: self._part("assignments"), doc="[..., E]")
+    top1 = property(lambda self: self._part("top1"), doc="[..., E]")
+    dropped = property(lambda self: self._part("dropped").squeeze(-1), doc="[...]")
+    mass = property(lambda self: self._part("mass"), doc="[..., E]")
+    entropy = property(lambda self: self._part("entropy").squeeze(-1), doc="[...]")
+    top1_probs = property(lambda self: self._part("top1_probs").squeeze(-1), doc="[...]")
 
     def balancing_loss(self, loss_type: str) -> Tensor:
-        """The balancing loss, [...] float32: see [`moelora.routing.losses`]."""
-        if loss_type == "z_loss":
-            return z_loss(self.squared_lse, self.num_tokens)
-        assignments = self.top1 if loss_type == "switch" else self.assignments
-        return load_balancing_loss(assignments, self.probs, self.num_tokens)
+        """The balancing loss of that name, [...] float32."""
+        return BALANCING_LOSSES[loss_type].of(self)
 
 
 def without_non_finite(packed_LF: Tensor) -> tuple[Tensor, Tensor]:
-    """Routers' sums [L, 4E + 5] with zeros for those with a NaN or an infinity among them, which are also [L, 1] bool.
+    """Routers' sums [L, F] with zeros for those with a NaN or an infinity among them, which are also [L, 1] bool.
 
     One such forward, added to maturity or to statistics, would stay in them for good.
 
@@ -183,7 +191,7 @@ class RoutingTotals:
 
     @staticmethod
     def add_each(totals: Sequence[RoutingTotals], counted_LF: Tensor, is_training_step: bool) -> None:
-        """Add row l of counted_LF [L, 4E + 6] to totals[l], on its device and all rows in one operation."""
+        """Add row l of counted_LF [L, F + 1] to totals[l], on its device and all rows in one operation."""
         counted_LF = counted_LF.to(counting_dtype(counted_LF.device))
         with counting_alone():
             sums = [total._training if is_training_step else total._evaluation for total in totals]

@@ -1,7 +1,7 @@
 """What the routers did in training since somebody last looked: summed on the device, read at once, over all ranks.
 
 Kept apart from each router's own totals, which also count evaluation and which a user may reset.
-Shapes: E experts, R routers.
+Shapes: E experts, R routers, F sums of a router.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import sums_layout
 from .sums import counting_alone, counting_dtype
 
 Layout = tuple[tuple[str, int], ...]  # (router name, number of its sums), in the order of a forward
@@ -27,7 +28,7 @@ class TrainingWindow:
         self._sums: dict[Layout, Tensor] = {}  # every router's sums, every router's loss, number of forwards
 
     def add(self, names: Sequence[str], flats: Sequence[Tensor], losses_R: Tensor) -> None:
-        """Add one forward: names of its routers, their balancing losses [R] and what each counted: [4E + 6], its sums
+        """Add one forward: names of its routers, their balancing losses [R] and what each counted: [F + 1], its sums
         and whether this forward is left out of them."""
         layout = tuple((name, flat.numel()) for name, flat in zip(names, flats, strict=True))
         device = losses_R.device
@@ -39,14 +40,15 @@ class TrainingWindow:
             self._sums[layout] = total
 
     def pop(self, num_experts: dict[str, int], device: torch.device) -> Tensor:
-        """[sum of 4E + 8]: for each router named, its sums, the forwards left out of them, its summed loss and the
+        """[sum of F + 3]: for each router named, its sums, the forwards left out of them, its summed loss and the
         number of all its forwards; float64 where the device has it.
 
         The layout depends on num_experts alone, so that ranks agree on it whatever each of them ran. Sums of an
         earlier, differently sized mixture are dropped.
         """
         dtype = counting_dtype(device)
-        rows = {name: torch.zeros(4 * count + 8, dtype=dtype, device=device) for name, count in num_experts.items()}
+        sizes = {name: sums_layout.size(count) + 3 for name, count in num_experts.items()}
+        rows = {name: torch.zeros(size, dtype=dtype, device=device) for name, size in sizes.items()}
         with counting_alone():
             popped, self._sums = self._sums, {}
         for layout, total in popped.items():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
@@ -18,7 +18,7 @@ from ..config import MoELoraConfig, count_experts
 from ..files.adapter_files import Place, check_tensors, read_adapter, read_config, refuse
 from ..ops.pool import ExpertPool
 from ..recipe import ModelOptions
-from ..routing.decision import Router
+from ..routing import Router
 from ..schema import UserError
 from .base_model import empty_model, load_config
 from .finding import find_base, missing_adapter
@@ -57,7 +57,8 @@ class StoredAdapter:
             return None
         hidden = tensors.get("hidden_weight")
         width = tensors["weight" if hidden is None else "hidden_weight"].shape[1]
-        built = Router(width, self.num_experts, None if hidden is None else hidden.shape[0])
+        units = None if hidden is None else hidden.shape[0]
+        built = cast(Router, self.config.router_kind.make(width, self.num_experts, router_hidden_size=units))
         built.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
         return built
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
 from ..files.adapter_files import check_tensors, wrong_kind
-from ..routing.decision import FixedRouter, Router
 from .patterns import check_patterns_end
 
 FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -95,13 +94,17 @@ def _check_router(
 ) -> list[str]:
     """Compare a router's tensors with those of one made from the configuration, which takes no memory."""
     first = tensors.get("weight" if config.router_hidden_size is None else "hidden_weight")
-    if config.router_type != "fixed" and (first is None or first.dim() != 2 or first.shape[-1] == 0):
+    is_constant = config.router_kind.is_constant
+    if not is_constant and (first is None or first.dim() != 2 or first.shape[-1] == 0):
         return [f"the router of `{router or 'the model'}` of adapter {name!r} has no weights"]
     with torch.device("meta"):
-        if config.router_type == "fixed" or first is None:
-            built: Router | FixedRouter = FixedRouter(num_experts)
-        else:
-            built = Router(first.shape[1], num_experts, config.router_hidden_size, config.router_memory)
+        built = config.router_kind.make(
+            0 if first is None else first.shape[1],
+            num_experts,
+            router_hidden_size=config.router_hidden_size,
+            memory=config.router_memory,
+            has_bias=config.balancing.moves_bias,
+        )
     prefix = f"{router}.moe_router.lora_router."
     given = {prefix + key: tensor for key, tensor in tensors.items()}
     return check_tensors(name, given, {prefix + key: tensor for key, tensor in built.state_dict().items()})

@@ -16,7 +16,7 @@ from ..config import MoELoraConfig
 from ..forward.call import Call
 from ..forward.interfaces import MixtureRouter
 from ..forward.state import RoutingState, call_attached_router
-from ..routing.decision import FixedRouter
+from ..routing import FixedRouter
 from ..routing.sums import RouterStats
 from ..storage.attached_router import AwaitedRouter
 
@@ -152,7 +152,7 @@ class RoutingControls:
             ValueError: the router type is another, or weights are not E finite numbers.
         """
         state = self.routing
-        if state.config.router_type != "fixed":
+        if not state.config.router_kind.is_constant:
             raise ValueError(f"`set_routing_weights` needs router_type='fixed', not {state.config.router_type!r}")
         vector = torch.as_tensor(weights, dtype=torch.float32)
         if vector.shape != (state.num_experts,) or not bool(vector.isfinite().all()):

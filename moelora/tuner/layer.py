@@ -172,7 +172,7 @@ class MoELoraLayer(_LayerBase):
         """See PEFT. The experts weigh in as in a mixture of the adapters that are merged, whatever is active, and their
         weights are kept, so that unmerging takes back what was merged even if routing has changed since."""
         names = list(adapter_names or self.active_adapters)
-        if self.link.state.configs[names[0]].router_type == "fixed":
+        if self.link.state.configs[names[0]].router_kind.is_constant:
             chosen = {name: self._fixed_router().fixed_weights_of(name, names) for name in names if name in self.lora_A}
             self.merged_weights = chosen | self.merged_weights
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -189,7 +189,7 @@ class MoELoraLayer(_LayerBase):
             ValueError: routing depends on the token.
         """
         config = self.link.state.configs[adapter]
-        if config.router_type != "fixed":
+        if not config.router_kind.is_constant:
             raise ValueError(f'`{self.link.name}` routes per token and has no single delta; use router_type="fixed"')
         factor = self.lora_B[adapter].weight
         weights_E = self.merged_weights.get(adapter)

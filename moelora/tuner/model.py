@@ -362,7 +362,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             return
         if state.attached is not None:
             raise ValueError("cannot merge: the attached router decides per token; call `detach_router()` first")
-        if state.config.router_type != "fixed":
+        if not state.config.router_kind.is_constant:
             raise ValueError(
                 f"cannot merge: router_type={state.config.router_type!r} weighs experts differently for each token, "
                 'so no single weight equals the mixture; only router_type="fixed" merges exactly'

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,19 @@ from ..forward.interfaces import Pool
 from ..forward.state import ForwardContext, RoutingState
 from ..ops.norm_linear import norm_linear
 from ..ops.triton import kernels_for
-from ..routing.decision import FixedRouter, Router, Routing, route
+from ..routing import ExpertRouter, Router, Routing, route
 from ..routing.domain_classifier import gated_logits, over_context
 from ..routing.sums import RoutingSums, RoutingTotals
 from ._peft import RouterTunerLayer
 
 _Gating = Callable[[Tensor], Tensor]
+
+
+class _Scored(NamedTuple):
+    """What routers think of tokens."""
+
+    logits: Tensor  # [T, E], whose softmax are the probabilities
+    log_scores: Tensor | None  # [T, E], logarithms of what biases are added to; None: the probabilities
 
 
 class MoELoraRouter(nn.Module, RouterTunerLayer):
@@ -56,11 +63,13 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
     def add_adapter(self, adapter_name: str, config: MoELoraConfig, like: Tensor) -> None:
         """Create an adapter's router on the device and in the floating dtype of `like`."""
         num_experts = count_experts(adapter_name, config)
-        router: Router | FixedRouter
-        if config.router_type == "fixed":
-            router = FixedRouter(num_experts)
-        else:
-            router = Router(self.hidden_size, num_experts, config.router_hidden_size, config.router_memory)
+        router = config.router_kind.make(
+            self.hidden_size,
+            num_experts,
+            router_hidden_size=config.router_hidden_size,
+            memory=config.router_memory,
+            has_bias=config.balancing.moves_bias,
+        )
         if not any(p.is_meta for p in router.parameters()):
             router.to(like.device, like.dtype if like.is_floating_point() else None)
         self.lora_router[adapter_name] = router
@@ -76,11 +85,11 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         routers = self.lora_router
         return tuple((name, self[name].num_experts) for name in self.active_adapters if name in routers)
 
-    def __getitem__(self, adapter_name: str) -> Router | FixedRouter:
+    def __getitem__(self, adapter_name: str) -> Any:
         """One adapter's router."""
-        return cast("Router | FixedRouter", self.lora_router[adapter_name])
+        return self.lora_router[adapter_name]
 
-    def active_routers(self) -> list[Router | FixedRouter]:
+    def active_routers(self) -> list[ExpertRouter]:
         """The active adapters' routers, in expert order."""
         routers = self.lora_router
         return [self[name] for name in self.active_adapters if name in routers]
@@ -90,15 +99,34 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         parts = [router.maturity for router in self.active_routers()]
         return parts[0] if len(parts) == 1 and not copy else torch.cat(parts)
 
-    def decide(self, hidden: Tensor, maturity_E: Tensor | None = None) -> Tensor:
-        """Routing weights [..., E] for hidden [..., H] as evaluation uses them; no capacity, nothing is counted."""
+    def selection_bias(self, copy: bool = True) -> Tensor | None:
+        """[E] float32, a copy or the buffer itself as of maturity; None where no bias balances the load."""
+        parts = [router.selection_bias for router in self.active_routers() if router.selection_bias is not None]
+        if not parts or len(parts) < len(self.active_routers()):
+            return None
+        return parts[0] if len(parts) == 1 and not copy else torch.cat(parts)
+
+    def decide(self, hidden: Tensor, context: ForwardContext | None = None, without: int | None = None) -> Tensor:
+        """Routing weights [..., E] for hidden [..., H] as evaluation uses them; no capacity, nothing is counted.
+
+        Args:
+            context: the forward whose maturity and biases count; None: as they are now.
+            without: an expert to leave out, as if it had never been.
+        """
         config = self.state.config
-        if config.router_type == "fixed":
+        if config.router_kind.is_constant:
             return self._fixed_weights().expand(*hidden.shape[:-1], -1)
         with torch.autocast(hidden.device.type, enabled=False):
-            maturity_E = self.maturity() if maturity_E is None else maturity_E
-            logits_TE = self.logits(hidden)
-            return self._route(logits_TE, config, maturity_E).weights.view(*hidden.shape[:-1], logits_TE.shape[-1])
+            scored = self._score(self._checked(hidden), self._first_weights(), self._gating(hidden), without)
+            weights_TE = self._route(scored, config, *self._kept(config, context)).weights
+            return weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1])
+
+    def _kept(self, config: MoELoraConfig, context: ForwardContext | None) -> tuple[Tensor | None, Tensor | None]:
+        """The maturity and the biases [E] that decide; None for what the configuration has no use for."""
+        source: Any = self if context is None else context
+        arguments = () if context is None else (self,)
+        maturity_E = source.maturity(*arguments) if config.router_kind.matures else None
+        return maturity_E, source.selection_bias(*arguments) if config.balancing.moves_bias else None
 
     @property
     def is_gated(self) -> bool:
@@ -113,24 +141,24 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             ValueError: hidden has another width than the router.
         """
         config = context.config
-        if config.router_type == "fixed":
+        if config.router_kind.is_constant:
             weights = self._fixed_weights().expand(*hidden.shape[:-1], -1)
             return self._finish(weights, config.routing_scale, context)
         with torch.autocast(hidden.device.type, enabled=False):
             weight_NH = self._first_weights()
             hidden_TH = self._checked(hidden).to(weight_NH.device)
             mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
-            maturity_E = context.maturity(self) if config.router_type == "learned_with_maturity" else None
+            kept = self._kept(config, context)
             # Under a gate a batch of one domain goes to one adapter: a share of the whole pool would drop most of it.
             is_limited = context.training and not self.is_gated
             limit = (self._capacity_factor(config) if is_limited else None, context.over_ranks)
-            if self._can_fuse(hidden_TH, weight_NH, limit[0]):
-                routed = self._fused(hidden_TH, weight_NH, config, maturity_E, mask_T, *limit)
+            if config.router_kind.has_kernel and kept[1] is None and self._can_fuse(hidden_TH, weight_NH, limit[0]):
+                routed = self._fused(hidden_TH, weight_NH, config, kept[0], mask_T, *limit)
                 weights_TE, sums, scale = *routed, 1.0
             else:
-                logits_TE = self._logits(hidden_TH, weight_NH, self._gating(hidden, mask, context))
-                routing = self._route(logits_TE, config, maturity_E, mask_T, *limit)
-                sums = RoutingSums.of(routing, logits_TE, mask_T, config.load_balance_loss_type)
+                scored = self._score(hidden_TH, weight_NH, self._gating(hidden, mask, context))
+                routing = self._route(scored, config, *kept, mask_T, *limit)
+                sums = RoutingSums.of(routing, scored.logits, mask_T, config.load_balance_loss_type)
                 weights_TE, scale = routing.weights, config.routing_scale
             context.record(self, sums)
             return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], weights_TE.shape[-1])
@@ -164,10 +192,9 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
         """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
-        return self._logits(self._checked(hidden), self._first_weights(), self._gating(hidden), without)
+        return self._score(self._checked(hidden), self._first_weights(), self._gating(hidden), without).logits
 
-    def _logits(self, hidden_TH: Tensor, weight_NH: Tensor, gating: _Gating, without: int | None = None) -> Tensor:
-        """[T, E]."""
+    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, gating: _Gating, without: int | None = None) -> _Scored:
         routers = cast("list[Router]", self.active_routers())
         sizes = [router.first_weight.shape[0] for router in routers]
         product_TN = norm_linear(hidden_TH.to(weight_NH.device), weight_NH)
@@ -178,13 +205,16 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
                 -1, torch.tensor([without], device=firsts.device), -torch.inf
             )
             logits = list(together.split([router.num_experts for router in routers], dim=-1))
+        kind, temperature = self.state.config.router_kind, self.state.config.router_temperature
         if not self.is_gated:
-            return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+            whole = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+            return _Scored(whole, routers[0].log_scores(whole, temperature) if kind.scores_each_alone else None)
         biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
         gates_AH = weight_NH[sum(sizes) :]
         same_AA = (gates_AH[:, None] == gates_AH).all(-1)  # memories are, to the last bit
-        temperature = self.state.config.router_temperature
-        return gated_logits(logits, gating(densities_TA + biases_A), temperature, same_AA)
+        own = [router.log_scores(piece, temperature) for router, piece in zip(routers, logits, strict=True)]
+        whole = gated_logits(logits, gating(densities_TA + biases_A), temperature, same_AA)
+        return _Scored(whole, torch.cat(own, dim=-1))
 
     def _gating(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _Gating:
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
@@ -239,21 +269,24 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     @staticmethod
     def _route(
-        logits_TE: Tensor,
+        scored: _Scored,
         config: MoELoraConfig,
         maturity_E: Tensor | None,
+        bias_E: Tensor | None,
         mask_T: Tensor | None = None,
         capacity_factor: float | None = None,
         over_ranks: bool = False,
     ) -> Routing:
         return route(
-            logits_TE,
-            top_k=min(config.top_k_experts, logits_TE.shape[-1]),
+            scored.logits,
+            top_k=min(config.top_k_experts, scored.logits.shape[-1]),
             temperature=config.router_temperature,
-            maturity_E=maturity_E if config.router_type == "learned_with_maturity" else None,
+            maturity_E=maturity_E,
             mask_T=mask_T,
             capacity_factor=capacity_factor,
             over_ranks=over_ranks,
+            bias_E=bias_E,
+            log_scores_TE=scored.log_scores,
         )
 
     def _fixed_weights(self) -> Tensor:

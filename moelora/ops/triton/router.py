@@ -18,6 +18,7 @@ import triton
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .. import sums_layout
 from ..norm_linear import EPS, _exact_product
 from ..ranks import ROUNDS, count_rows, num_ranks, sum_over_ranks
 from .capacity_kernels import capacity_kernel, capacity_over_ranks_kernel, count_kernel
@@ -94,7 +95,7 @@ class Result:
     """What the forward kernels write."""
 
     weights: Tensor  # [T, E]
-    sums: Tensor  # [4E + 5]
+    sums: Tensor  # [F], in the order of sums_layout
     z: Tensor | None  # [T, E], where a backward may follow
     rstd: Tensor | None  # [T]
     dropped: Tensor | None  # [T, E] uint8, where there is a capacity
@@ -104,7 +105,8 @@ def _forward(hidden: Tensor, weight: Tensor, decision: Decision, keep: bool) -> 
     (T, H), E = hidden.shape, weight.shape[0]
     blocks = forward_blocks(T, E, hidden.dtype)
     programs = triton.cdiv(T, blocks.tokens)
-    weights, partial = (hidden.new_empty(size, dtype=torch.float32) for size in ((T, E), (programs, 4 * E + 5)))
+    shapes = (T, E), (programs, sums_layout.size(E))
+    weights, partial = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
     z, rstd = (torch.empty_like(weights), weights.new_empty(T)) if keep else (None, None)
     is_limited = decision.capacity_factor is not None and decision.top_k < E
     priority = weights.new_empty(E, T) if is_limited else None
@@ -112,7 +114,7 @@ def _forward(hidden: Tensor, weight: Tensor, decision: Decision, keep: bool) -> 
         forward_kernel[(programs,)](
             hidden, weight, decision.maturity_E, decision.mask_T, weights, partial, z, rstd, priority, T,
             hidden.stride(0), decision.temperature, decision.scale, EPS, H=H, E=E, K=decision.top_k,
-            **blocks.options(H, E),
+            SUMS=sums_layout.size(E), **sums_layout.starts(E), **blocks.options(H, E),
         )  # fmt: skip
         sums = partial[0] if programs == 1 else partial.sum(0)
         dropped = None if priority is None else _limit(priority, weights, sums, decision)
@@ -125,7 +127,9 @@ def _limit(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) 
     E, T = priority.shape
     dropped, counts = torch.empty_like(weights, dtype=torch.uint8), sums.new_empty(E)
     block, share = max(16, triton.next_power_of_2(T)), decision.capacity_factor / E
-    written = (decision.maturity_E, decision.mask_T, weights, dropped, counts, sums[2 + 2 * E :], T, decision.scale)
+    at = sums_layout.starts(E)
+    mass = sums[at["AT_MASS"] :]
+    written = (decision.maturity_E, decision.mask_T, weights, dropped, counts, mass, T, decision.scale)
     options = {"E": E, "BT": block, "num_warps": min(32, max(4, block // 512))}
     if decision.over_ranks:
         of_digits = _counts_over_ranks(priority, share)
@@ -134,7 +138,7 @@ def _limit(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) 
         )
     else:
         capacity_kernel[(E,)](priority, *written, share * decision.top_k, **options)
-    torch.sum(counts, dim=0, out=sums[1 + 2 * E])
+    torch.sum(counts, dim=0, out=sums[at["AT_DROPPED"]])
     return dropped
 
 
@@ -154,6 +158,12 @@ def _counts_over_ranks(priority: Tensor, share: float) -> list[Tensor]:
     return list(counts)
 
 
+def _differentiable(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the sums [F], those that carry a gradient: of the probabilities [E] and of the squared logsumexp []."""
+    at = sums_layout.starts(sums_layout.num_experts_of(sums.numel()))
+    return sums[at["AT_PROBS"] : at["AT_SQUARED_LSE"]], sums[at["AT_SQUARED_LSE"]]
+
+
 class _RouteFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, decision):
@@ -163,7 +173,7 @@ class _RouteFused(torch.autograd.Function):
         ctx.decision = (decision.top_k, decision.temperature, decision.scale)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.sums)
-        return result.weights, result.sums, result.sums[-weight.shape[0] - 1 : -1], result.sums[-1]
+        return result.weights, result.sums, *_differentiable(result.sums)
 
     @staticmethod
     @once_differentiable
@@ -215,8 +225,8 @@ def route_fused(
     """`moelora.routing.decision.route` on ``norm_linear(hidden_TH, weight_EH)``, and sums over the tokens of mask_T.
 
     Returns:
-        weights [T, E] float32 times scale; the sums [4E + 5] float32 in the order of RoutingSums.packed, without
-        gradient; of them, with gradient, that of the probabilities [E] and that of the squared logsumexp [].
+        weights [T, E] float32 times scale; the sums [F] float32 in the order of sums_layout, without gradient; of them,
+        with gradient, that of the probabilities [E] and that of the squared logsumexp [].
     """
     hidden = hidden_TH if hidden_TH.stride(-1) == 1 else hidden_TH.contiguous()
     weight = weight_EH.contiguous()
@@ -225,4 +235,4 @@ def route_fused(
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _RouteFused.apply(hidden, weight, decision)
     result = _forward(hidden, weight, decision, keep=False)
-    return result.weights, result.sums, result.sums[-weight.shape[0] - 1 : -1], result.sums[-1]
+    return result.weights, result.sums, *_differentiable(result.sums)

@@ -92,6 +92,9 @@ def forward_kernel(
     h_ptr, w_ptr, maturity_ptr, mask_ptr, weights_ptr, sums_ptr, z_ptr, rstd_ptr, priority_ptr,
     T, h_stride, temperature, scale, eps,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
+    SUMS: tl.constexpr, AT_NUM_TOKENS: tl.constexpr, AT_ASSIGNMENTS: tl.constexpr, AT_TOP1: tl.constexpr,
+    AT_DROPPED: tl.constexpr, AT_MASS: tl.constexpr, AT_ENTROPY: tl.constexpr, AT_TOP1_PROBS: tl.constexpr,
+    AT_PROBS: tl.constexpr, AT_SQUARED_LSE: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BT + tl.arange(0, BT)[:, None]).to(tl.int64)
     e = tl.arange(0, BE)[None, :]
@@ -122,21 +125,20 @@ def forward_kernel(
     if priority_ptr is not None:  # [E, T]
         tl.store(priority_ptr + e * T + t, tl.where(counted & selected, p, -1.0), (t < T) & (e < E))
 
-    # The order of RoutingSums.packed.
     first = e == tl.argmax(tl.where(e < E, p, -1.0), axis=1, keep_dims=True)
     entropy = tl.where(p > 0, -p * tl.log(tl.where(p > 0, p, 1.0)), 0.0)
     _, lse = _softmax(z, e < E)
     column = tl.arange(0, BE)
-    sums_ptr += tl.program_id(0) * (4 * E + 5)
-    tl.store(sums_ptr, tl.sum(tl.where(counted, 1.0, 0.0)))
-    tl.store(sums_ptr + 1 + column, tl.sum(tl.where(counted & selected, 1.0, 0.0), axis=0), column < E)
-    tl.store(sums_ptr + 1 + E + column, tl.sum(tl.where(counted & first, 1.0, 0.0), axis=0), column < E)
-    tl.store(sums_ptr + 1 + 2 * E, 0.0)
-    tl.store(sums_ptr + 2 + 2 * E + column, tl.sum(tl.where(counted, weights, 0.0), axis=0), column < E)
-    tl.store(sums_ptr + 2 + 3 * E, tl.sum(tl.where(counted, entropy, 0.0)))
-    tl.store(sums_ptr + 3 + 3 * E, tl.sum(tl.where(counted & first, p, 0.0)))
-    tl.store(sums_ptr + 4 + 3 * E + column, tl.sum(tl.where(counted, p, 0.0), axis=0), column < E)
-    tl.store(sums_ptr + 4 + 4 * E, tl.sum(tl.where(counted, lse * lse, 0.0)))
+    sums_ptr += tl.program_id(0) * SUMS
+    tl.store(sums_ptr + AT_NUM_TOKENS, tl.sum(tl.where(counted, 1.0, 0.0)))
+    tl.store(sums_ptr + AT_ASSIGNMENTS + column, tl.sum(tl.where(counted & selected, 1.0, 0.0), axis=0), column < E)
+    tl.store(sums_ptr + AT_TOP1 + column, tl.sum(tl.where(counted & first, 1.0, 0.0), axis=0), column < E)
+    tl.store(sums_ptr + AT_DROPPED, 0.0)
+    tl.store(sums_ptr + AT_MASS + column, tl.sum(tl.where(counted, weights, 0.0), axis=0), column < E)
+    tl.store(sums_ptr + AT_ENTROPY, tl.sum(tl.where(counted, entropy, 0.0)))
+    tl.store(sums_ptr + AT_TOP1_PROBS, tl.sum(tl.where(counted & first, p, 0.0)))
+    tl.store(sums_ptr + AT_PROBS + column, tl.sum(tl.where(counted, p, 0.0), axis=0), column < E)
+    tl.store(sums_ptr + AT_SQUARED_LSE, tl.sum(tl.where(counted, lse * lse, 0.0)))
 
 
 @triton.jit
