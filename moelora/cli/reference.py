@@ -15,6 +15,7 @@ from peft import LoraConfig
 from ..config import MoELoraConfig
 from ..presets import PRESETS
 from ..recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
+from ..routing import BALANCING_LOSSES, ROUTER_KINDS
 from ..schema import describe, is_required, settable_fields, type_hints
 from .options import (
     BuildOptions,
@@ -54,6 +55,13 @@ def tables() -> dict[str, str]:
         "undo": options_table(UndoOptions),
         "defaults": defaults_table(),
         "presets": presets_table(),
+        "router_types": _table(
+            ("router_type", "weights"), [(f"`{kind.name}`", kind.weights) for kind in ROUTER_KINDS.values()]
+        ),
+        "balancing": _table(
+            ("load_balance_loss_type", "loss", "source"),
+            [(f"`{loss.name}`", loss.formula, loss.source) for loss in BALANCING_LOSSES.values()],
+        ),
     }
 
 

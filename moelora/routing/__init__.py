@@ -3,13 +3,15 @@
 Every router type and every balancing loss registers itself when its file is imported: here.
 """
 
+# isort: off
+from . import learned, fixed, sigmoid, loss_free  # in the order in which errors and docs list them
+
+# isort: on
 from .balancing import BALANCING_LOSSES, BalancingLoss, register_balancing_loss
 from .decision import Routing, route
 from .fixed import FixedRouter
 from .kinds import ROUTER_KINDS, RouterKind, register_router_kind
 from .scorers import ExpertRouter, Router, rms_norm
-
-from . import learned, loss_free, sigmoid  # isort: skip
 
 __all__ = [
     "BALANCING_LOSSES",
@@ -20,6 +22,7 @@ __all__ = [
     "Router",
     "RouterKind",
     "Routing",
+    "fixed",
     "learned",
     "loss_free",
     "register_balancing_loss",

@@ -49,6 +49,10 @@ CASES = {
     ),
     "reentrant": Case({"expert_capacity_factor": 0.6}, checkpointing={"use_reentrant": True}),
     "fixed": Case({"router_type": "fixed"}),
+    "sigmoid": Case({"router_type": "sigmoid", "expert_capacity_factor": 0.6}),
+    "loss_free": Case(
+        {"router_type": "sigmoid", "load_balance_loss_type": "loss_free", "bias_update_speed": 0.2}, accumulation=2
+    ),
     "module_bf16": Case({"router_scope": "module"}),
 }
 QUANTISED = {
