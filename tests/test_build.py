@@ -331,3 +331,20 @@ def test_same_seed_same_mixture():
     one = mixture_of("llama", fresh=True).state_dict()
     other = mixture_of("llama", fresh=True).state_dict()
     assert_same_grads(one, other, rtol=0, atol=0)
+
+
+def test_a_tuner_made_by_itself_leaves_nothing_behind():
+    """No hook of torch's is left waiting for a PeftModel that nobody makes, and another's modules are not touched."""
+    hooks = torch.nn.modules.module._global_module_registration_hooks
+    before = dict(hooks)
+    tuner = MoELoraModel(llama(), {"default": config_for(ARCHITECTURES["llama"])}, "default")
+    assert dict(hooks) == before
+
+    class Wrapper(peft.PeftModel):
+        def __init__(self, base_model):
+            torch.nn.Module.__init__(self)
+            self.base_model = base_model
+
+    assert type(Wrapper(tuner)) is Wrapper
+    assert type(get_peft_model(llama(), config_for(ARCHITECTURES["llama"]))).__name__ == "MoELoraPeftModelForCausalLM"
+    assert dict(hooks) == before
