@@ -16,10 +16,13 @@ from helpers import (
     train_step,
 )
 from peft import PeftModel, get_peft_model
-from tiny import tiny_tokenizer
+from safetensors.torch import load_file
+from tiny import tiny_recipe, tiny_tokenizer, write_recipe
 
 import moelora
 from moelora import MoELoraConfig
+from moelora.cli import main
+from moelora.experts import grow
 from moelora.experts.parts import put_together, take_apart
 from moelora.routing import (
     BALANCING_LOSSES,
@@ -270,3 +273,32 @@ def test_the_report_looks_at_them(router_type):
     assert found.load.shape == (2, 2, 4)
     assert all(1 / 4 <= value <= 1 for value in found.sharpness)
     assert math.isclose(found.load[0, 0].sum(), 1.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("router_type", ["learned_with_maturity", "sigmoid"])
+def test_a_mixture_grows_with_biases_of_its_own(router_type):
+    model = loss_free(router_type=router_type, maturity_tokens=10)
+    train_step(model, BATCH)
+    before = {name: router["default"].selection_bias.clone() for name, router in routers_of(model).items()}
+    name = grow(model, 2)
+    train_step(model, BATCH)
+    for router_name, router in routers_of(model).items():
+        assert torch.equal(router["default"].selection_bias, before[router_name]), "its scores are frozen"
+    assert any(router[name].selection_bias.any() for router in routers_of(model).values())
+
+
+@pytest.mark.slow
+def test_a_job_learns_one_domain_after_another_with_them(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe["mixture"] |= {"router_type": "sigmoid", "load_balance_loss_type": "loss_free", "num_experts": 2}
+    second = {**recipe, "data": recipe["data"][1:], "training": {**recipe["training"], "output_dir": "grown"}}
+    recipe["data"] = recipe["data"][:1]
+    assert main(["train", str(write_recipe(tmp_path, recipe))]) == 0
+    del second["mixture"]["router_type"], second["mixture"]["load_balance_loss_type"]
+    assert main(["train", str(write_recipe(tmp_path, second)), "--grow", str(tmp_path / "out")]) == 0
+    grown = load_file(tmp_path / "grown" / "adapter_model.safetensors")
+    biases = [value for key, value in grown.items() if key.endswith("selection_bias")]
+    assert len(biases) == 4 and all(value.any() for value in biases)
+    report = ["report", "--adapter", str(tmp_path / "grown"), "--out", str(tmp_path / "page.html")]
+    assert main([*report, "--data", f"counting={tmp_path / recipe['data'][0]['path']}"]) == 0
+    assert main(["inspect", str(tmp_path / "grown")]) == 0
