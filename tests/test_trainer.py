@@ -60,7 +60,7 @@ class KeepGradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def train(model, dataset, tmp_path, callbacks=(), **options):
+def train(model, dataset, tmp_path, callbacks=(), compute_loss_func=None, **options):
     defaults = {
         "output_dir": str(tmp_path),
         "max_steps": 1,
@@ -75,7 +75,13 @@ def train(model, dataset, tmp_path, callbacks=(), **options):
     }
     keep = KeepGradients()
     args = TrainingArguments(**(defaults | options))
-    trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[keep, *callbacks])
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        callbacks=[keep, *callbacks],
+        compute_loss_func=compute_loss_func,
+    )
     trainer.train()
     return trainer, keep.steps
 

@@ -11,21 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import GradientState
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..config import MoELoraConfig
 from ..ops.ranks import num_ranks
 from ..routing import ExpertRouter
 from ..routing.loss_free import bias_steps
 from ..routing.sums import RoutingSums, RoutingTotals, counting_alone, without_non_finite
+from .delivery import carry, check_can_carry, deliver, has_labels, is_last_micro_batch, num_targets, share_of_targets
 from .interfaces import MixtureRouter
 from .overflow import Growth, may_be_scaled
 from .state import ForwardContext
-
-# Made here, because torch before 2.13 cannot trace its making; every one reads what accelerate's last Accelerator set.
-_GRADIENTS = GradientState()
 
 
 def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> Any:
@@ -37,15 +33,15 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
     if not (is_training_step and groups):
         return output
     state = context.state
-    all_sums, targets, world_size = _over_ranks([group.stacked() for group in groups], _num_targets(context, model))
+    all_sums, targets, world_size = _over_ranks([group.stacked() for group in groups], num_targets(context, model))
     growth = _grow_all(context, model, groups, all_sums)
     losses_L = _balancing_losses(groups, all_sums, state.config.load_balance_loss_type)
     if state.window is not None:
         names = [router.name for group in groups for router in group.routers]
         state.window.add(names, [row for group in groups for row in group.counted.unbind(0)], losses_L)
-    state.balancing_loss = losses_L.mean()
-    share = _accumulation_share(context, targets, world_size)
-    output = _add_to_output(output, state.balancing_loss, state.config.balancing_coef, share, context)
+    state.balancing_loss, token = deliver(context, model, losses_L.mean(), targets)
+    share = _own_share(context, targets, world_size)
+    output = _add_to_output(output, state.balancing_loss, share, token, context)
     if growth is not None:
         growth.watch(output)
     return output
@@ -56,15 +52,15 @@ def _grow_all(
 ) -> Growth | None:
     """Let maturity and counters grow; the growth is returned where a loss scaler may have it taken back."""
     state, growth = context.state, None
-    is_last_micro_batch = getattr(_GRADIENTS, "sync_gradients", True)  # unset where accelerate was reset
+    is_last = is_last_micro_batch()
     # A compiled graph has no place for hooks on its own backward.
-    if is_last_micro_batch and not torch.compiler.is_compiling() and may_be_scaled(model, all_sums[0].packed.device):
+    if is_last and not torch.compiler.is_compiling() and may_be_scaled(model, all_sums[0].packed.device):
         growing = [router for group in groups for r in group.routers for router in r.active_routers() if _grows(router)]
         buffers = [b for r in growing for b in (r.maturity, r.tokens_per_expert, r.selection_bias) if b is not None]
         parameters = [parameter for router in growing for parameter in router.parameters()]
         growth = state.growth = Growth(model, buffers, parameters, state.growth) if buffers else None
     for group, sums in zip(groups, all_sums, strict=True):
-        grow(group.routers, sums, state.config, commit=is_last_micro_batch)
+        grow(group.routers, sums, state.config, commit=is_last)
     return growth
 
 
@@ -196,58 +192,58 @@ def _over_ranks(all_sums: list[RoutingSums], num_targets: Tensor) -> tuple[list[
     return reduced, num_targets.squeeze(0), world_size
 
 
-def _num_targets(context: ForwardContext, model: nn.Module) -> Tensor:
-    """Number of tokens that the task loss predicts in this batch, counted as the Trainer counts them."""
-    labels = context.inputs.get("shift_labels")
-    if labels is None:
-        labels = context.inputs.get("labels")
-        shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if labels is not None and shifts and not is_encoder_decoder:
-            labels = labels[..., 1:]
-    return torch.zeros(()) if labels is None else (labels != -100).sum()
+def _own_share(context: ForwardContext, targets: Tensor, world_size: int) -> Tensor | float:
+    """This micro-batch's part of its step in the model's own loss: 1 unless that is normalised by `num_items_in_batch`.
 
-
-def _accumulation_share(context: ForwardContext, num_targets: Tensor, world_size: int) -> Tensor | float:
-    """This micro-batch's part of its optimizer step: 1 unless the loss is normalised by `num_items_in_batch`."""
+    The Trainer multiplies such a loss by the number of ranks, over which gradients are averaged.
+    """
     num_items = context.inputs.get("num_items_in_batch")
-    if num_items is None:
-        return 1.0
-    return num_targets / torch.as_tensor(num_items, device=num_targets.device).clamp(min=1) / world_size
+    return 1.0 if num_items is None else share_of_targets(targets, num_items) / world_size
 
 
-def _add_to_output(output: Any, loss: Tensor, coef: float, share: Tensor | float, context: ForwardContext) -> Any:
-    has_labels = context.inputs.get("labels") is not None or context.inputs.get("shift_labels") is not None
-    weighted = loss * coef
+def _add_to_output(
+    output: Any, loss: Tensor, share: Tensor | float, token: Tensor | None, context: ForwardContext
+) -> Any:
+    """The output, to whose own loss the balancing loss is added; all else carries the token."""
+    coef = context.state.config.balancing_coef
+    has_loss = has_labels(context)
     if isinstance(output, dict):
-        if has_labels and output.get("loss") is not None:
-            output["loss"] = _plus(output["loss"], weighted * share)
-        if has_labels and output.get("log_probs") is not None and output.get("label_mask") is not None:
-            # TRL >= 1.15 computes its loss from log_probs and ignores `loss`. The term's value is zero and its
-            # gradient, summed over the targets and divided by their number as TRL does, that of `weighted`.
-            straight_through = (weighted - weighted.detach()).to(output["log_probs"].device)
-            output["log_probs"] = output["log_probs"] - straight_through * output["label_mask"]
+        has_loss = has_loss and output.get("loss") is not None
+        output = carry(output, token, without=("loss",) if has_loss else ())
+        if has_loss:
+            output["loss"] = _plus(output["loss"], loss * coef * share)
         return _with_balancing_loss(output, loss)
-    if isinstance(output, tuple) and has_labels:
-        return (_plus(output[0], weighted * share), *output[1:])
-    return output
+    if isinstance(output, tuple) and has_loss:
+        return (_plus(output[0], loss * coef * share), *carry(output[1:], token))
+    if token is not None and not torch.compiler.is_compiling():
+        check_can_carry(context.state, output)
+    return carry(output, token)
 
 
 def _with_balancing_loss(output: dict[str, Any], loss: Tensor) -> dict[str, Any]:
-    """The output with one more entry, in a class that knows it: DDP takes outputs apart and makes them anew."""
+    """The output with the loss under both its names, in a class that knows them: DDP takes outputs apart and makes them
+    anew. A base that has an `aux_loss` of its own keeps it."""
     cls = type(output)
     extended = _output_class(cls)
+    entries = dict.fromkeys(_names(cls), loss)
     if extended is not None and all(
         hasattr(cls, name) for name in output
     ):  # fields have defaults; other entries do not
-        return extended(**output, balancing_loss=loss)
-    output["balancing_loss"] = loss
+        return extended(**output, **entries)
+    for name, value in entries.items():
+        if name == "balancing_loss" or name not in output:
+            output[name] = value
     return output
+
+
+def _names(cls: type) -> list[str]:
+    """What an output of this class does not call something else already."""
+    return ["balancing_loss"] if hasattr(cls, "aux_loss") else ["balancing_loss", "aux_loss"]
 
 
 @torch.compiler.assume_constant_result
 def _output_class(cls: type) -> Any:
-    """The subclass of an output class that has a `balancing_loss`, made once; None where it is no dataclass."""
+    """The subclass of an output class that has the names of the loss, made once; None where it is no dataclass."""
     name = f"MoELora{cls.__name__}"
     if not is_dataclass(cls):
         return None
@@ -256,7 +252,7 @@ def _output_class(cls: type) -> Any:
             "__module__": __name__,
             "__doc__": f"A {cls.__name__} of a training forward, with `balancing_loss`.",
         }
-        fields = [("balancing_loss", Tensor | None, None)]
+        fields = [(field, Tensor | None, None) for field in _names(cls)]
         globals()[name] = make_dataclass(name, fields, bases=(cls,), namespace=namespace)
     return globals()[name]  # importable, so that outputs can be pickled
 

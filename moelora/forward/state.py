@@ -27,6 +27,7 @@ from .interfaces import MixtureRouter, Pool
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .overflow import Growth
 from .shared_input import SharedInput
+from .training_loop import TrainingLoop
 
 
 @dataclass
@@ -65,6 +66,9 @@ class RoutingState:
     balancing_loss: Tensor | None = None  # of the latest training forward
     growth: Growth | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
+    loop: TrainingLoop | None = None  # the one that trains it, where MoELoraCallback tells
+    delivered_at: int | None = None  # a router's version when the balancing loss last came by itself; see delivery
+    warned: set[str] = field(default_factory=set)  # what has been said of this model, and need not be again
 
     @property
     def active_adapters(self) -> list[str]:
@@ -125,12 +129,12 @@ class RoutingState:
         return self.in_force.context or ForwardContext(self, {}, training=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold no forward in progress and no autograd graph."""
+        """Copies and pickles hold no forward in progress, no autograd graph and no training loop."""
         kept = {name: value for name, value in self.__dict__.items() if name != "in_force"}
-        return kept | {"balancing_loss": None, "growth": None}
+        return kept | {"balancing_loss": None, "growth": None, "loop": None, "delivered_at": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, in_force=InForce())
+        self.__dict__.update({"warned": set()} | state, in_force=InForce())
 
 
 class ForwardContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from ..forward.state import RoutingState
+from ..forward.training_loop import TrainingLoop
 from ..forward.window import pop_training_stats
 from ..routing.sums import RouterStats
 from ..routing.window import TrainingWindow
@@ -41,8 +43,9 @@ class MoELoraCallback(TrainerCallback):
 
     `trainer.state.log_history`, and so trainer_state.json and run.json, keep each router's values as one nested
     mapping, `routers`, from which `moelora report` draws. `loss` is what is optimised: task loss plus
-    `router_aux_loss_coef` times `balancing_loss` (TRL >= 1.15: the task loss alone, whose gradient carries the other
-    term).
+    `router_aux_loss_coef` times `balancing_loss` (where a trainer computes its own, as TRL's do: the task loss alone,
+    beside whose gradient the other term's comes through the model's outputs, for which this tells the mixture the
+    number of micro-batches in a step, and the loss scaler).
 
     A step adds up a few numbers on the device; the device is read when the Trainer logs, once.
 
@@ -66,13 +69,35 @@ class MoELoraCallback(TrainerCallback):
         self.last_step = 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """See TrainerCallback."""
         self.last_step = state.global_step
         if (routing := _routing_of(model)) is not None:
             routing.window = TrainingWindow()
+            scaler = getattr(optimizer, "scaler", None)
+            routing.loop = TrainingLoop(args.gradient_accumulation_steps, scaler and weakref.ref(scaler))
             _take_place(self)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """See TrainerCallback."""
+        if (routing := _routing_of(model)) is not None and routing.loop is not None:
+            routing.loop.begin_step()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """See TrainerCallback."""
+        if (routing := _routing_of(model)) is not None and routing.loop is not None:
+            routing.loop.end_micro_batch()
 
     def on_log(
         self,
@@ -104,7 +129,7 @@ class MoELoraCallback(TrainerCallback):
     ) -> None:
         """See TrainerCallback."""
         if (routing := _routing_of(model)) is not None:
-            routing.window = None
+            routing.window = routing.loop = None
 
 
 def overall_values(stats: Mapping[str, RouterStats]) -> dict[str, float]:

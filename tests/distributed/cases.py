@@ -23,12 +23,18 @@ ROWS, LENGTH, SHORT, STEPS = 4, 7, 4, 2
 
 @dataclass(frozen=True)
 class Case:
-    """A mixture and how it is trained; idle: the first process's tokens all choose the same expert."""
+    """A mixture and how it is trained.
+
+    Attributes:
+        idle: the first process's tokens all choose the same expert.
+        own_loss: the task's loss is computed from the logits, and the model is given no labels.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     accumulation: int = 1
     checkpointing: dict[str, Any] | None = None
     idle: bool = False
+    own_loss: bool = False
     experts: bool = False  # adapter by adapter
     base: str = ""  # a kind of quantised base
 
@@ -54,6 +60,8 @@ CASES = {
         {"router_type": "sigmoid", "load_balance_loss_type": "loss_free", "bias_update_speed": 0.2}, accumulation=2
     ),
     "module_bf16": Case({"router_scope": "module"}),
+    "own_loss": Case(own_loss=True),
+    "own_loss_accumulated": Case({"load_balance_loss_type": "z_loss"}, accumulation=2, own_loss=True),
 }
 QUANTISED = {
     kind: Case({"expert_capacity_factor": 0.6}, base=kind)
@@ -127,6 +135,13 @@ def steps_of(case: Case) -> Iterator[tuple[list[dict[str, Tensor]], Tensor]]:
         yield micros, torch.stack([(rows["labels"][:, 1:] != -100).sum() for rows in micros]).sum()
 
 
+def loss_from_logits(model: nn.Module, rows: dict[str, Tensor], num_items: Tensor) -> tuple[Tensor, Any]:
+    """What the model would compute from labels, without the balancing loss; and the output."""
+    output = model(**{name: tensor for name, tensor in rows.items() if name != "labels"})
+    scores, targets = output.logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten()
+    return nn.functional.cross_entropy(scores.float(), targets, ignore_index=-100, reduction="sum") / num_items, output
+
+
 def routing_state(model: nn.Module) -> dict[str, Tensor]:
     """Buffers of the routers: maturity and counters."""
     return {name: buffer.clone() for name, buffer in model.named_buffers() if "moe_router" in name}
@@ -139,7 +154,7 @@ def reference(case: Case) -> dict[str, Any]:
     losses, gradients = [], []
     for micros, num_items in steps_of(case):
         optimizer.zero_grad()
-        step = [_backward(model, rows, num_items, is_last=rows is micros[-1]) for rows in micros]
+        step = [_backward(case, model, rows, num_items, is_last=rows is micros[-1]) for rows in micros]
         losses.append(torch.stack(step))
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
@@ -151,8 +166,12 @@ def reference(case: Case) -> dict[str, Any]:
     }
 
 
-def _backward(model: nn.Module, rows: dict[str, Tensor], num_items: Tensor, is_last: bool) -> Tensor:
+def _backward(case: Case, model: nn.Module, rows: dict[str, Tensor], num_items: Tensor, is_last: bool) -> Tensor:
     GradientState()._set_sync_gradients(is_last)
+    if case.own_loss:
+        loss, output = loss_from_logits(model, rows, num_items)
+        (loss + 0.5 / case.accumulation * output.balancing_loss).backward()
+        return loss.detach()
     loss = model(**rows, num_items_in_batch=num_items).loss
     loss.backward()
     return loss.detach()

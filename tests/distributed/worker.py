@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, GradScalerKwargs
-from cases import CASES, LR, QUANTISED, ROWS, Case, build, reference, routing_state, share, steps_of
+from cases import CASES, LR, QUANTISED, ROWS, Case, build, loss_from_logits, reference, routing_state, share, steps_of
 from engines import DEVICE, WORLD, pretend_accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -47,7 +47,11 @@ def run(engine: str, case: Case, out: Path) -> dict[str, Any]:
         for rows in micros:
             with accelerator.accumulate(model):
                 mine = {n: t.to(accelerator.device) for n, t in share(rows, accelerator.process_index).items()}
-                loss = model(**mine, num_items_in_batch=num_items.to(accelerator.device)).loss
+                num_items = num_items.to(accelerator.device)
+                if case.own_loss:
+                    loss, _ = loss_from_logits(model, mine, num_items)
+                else:
+                    loss = model(**mine, num_items_in_batch=num_items).loss
                 # As the Trainer does: engines average over processes, accelerate over micro-batches.
                 accelerator.backward(loss * WORLD * case.accumulation)
                 step.append(loss.detach())

@@ -80,7 +80,7 @@ def observe(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     output.loss.backward()
     gradients = [p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None]
     numbers = {
-        "losses": {name: float(value.detach()) for name, value in output.items() if name.endswith("loss")},
+        "losses": {name: float(output[name].detach()) for name in ("loss", "balancing_loss") if name in output},
         "routers": {name: asdict(stats) for name, stats in model.routing_stats().items()},
         "counters": {k: v.tolist() for k, v in model.state_dict().items() if "tokens_per_expert" in k},
     }
