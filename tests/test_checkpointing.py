@@ -225,24 +225,16 @@ def test_eval_mode_ignores_checkpointing():
 
 
 def test_foreign_checkpoint_is_refused():
-    """A checkpoint around a block that does not pass routing on would recompute it with another routing."""
+    """A checkpoint within a block that does not pass routing on would recompute it with another routing."""
     model = mixture_of("llama").train()
     for block in model.base_model.model.model.layers:
         original = block.forward
         block.forward = lambda *args, original=original, **kwargs: checkpoint(
             original, *args, use_reentrant=False, **kwargs
         )
-    inputs = ARCHITECTURES["llama"].batch()
-    plain = mixture_of("llama")
-    _, expected = train_step(plain, inputs)
-    loss = model(**inputs).loss
-    try:
+    loss = model(**ARCHITECTURES["llama"].batch()).loss
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.self_attn\.q_proj` was called outside its block"):
         loss.backward()
-    except RuntimeError as error:
-        assert "gradient_checkpointing_enable" in str(error) or "outside its block" in str(error)
-        return
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_same_grads(grads, expected, **TOLERANCE)
 
 
 def test_checkpoint_around_the_whole_block_is_refused():
