@@ -7,11 +7,13 @@ import pytest
 import torch
 from helpers import (
     ARCHITECTURES,
+    IN_SCOPES,
     SCOPES,
     assert_clean,
     awaken,
     bert_classifier,
     config_for,
+    every_pair,
     llama,
     mixture_of,
     routers_of,
@@ -172,9 +174,7 @@ def test_status(experts, capsys):
 # ---- merging and unloading ----
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("experts", [False, True], ids=["whole", "expert-by-expert"])
+@every_pair(name=ARCHITECTURES, scope=SCOPES, experts=[False, True])
 def test_fixed_routing_merges_exactly(name, scope, experts):
     model = mixture_of(name, router_scope=scope, router_type="fixed", experts=experts, routing_scale=1.5)
     model.set_routing_weights([0.5, 0.1, -0.3, 1.0])
@@ -216,8 +216,7 @@ def test_user_weights_on_merged_layers_are_refused():
         logits(model, routing_weights=torch.eye(E)[:3])
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "scope"), IN_SCOPES)
 def test_unload_gives_the_base_model_back(name, scope):
     model = mixture_of(name, router_scope=scope)
     inputs = ARCHITECTURES[name].batch(labels=False)

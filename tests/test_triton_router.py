@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, mixture_of, train_step
+from helpers import ARCHITECTURES, every_pair, mixture_of, train_step
 
 from moelora.ops.norm_linear import norm_linear
 from moelora.routing import route
@@ -78,19 +78,15 @@ def assert_same(hidden, weight, loss_type, **options):
         torch.testing.assert_close(mine.float(), its.float(), rtol=step, atol=step * largest)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loss_type", LOSSES)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-@pytest.mark.parametrize("single", [64, 0], ids=["a program a token", "blocks of tokens"])
+@every_pair(shape=SHAPES, loss_type=LOSSES, dtype=[torch.float32, torch.bfloat16], single=[64, 0])
 def test_shapes(kernel_device, shape, loss_type, dtype, single, monkeypatch):
+    """Up to `single` tokens have a program each, more are taken in blocks."""
     monkeypatch.setattr("moelora.ops.triton.router.MAX_SINGLE_TOKENS", single)
     hidden, weight = case(shape, dtype, kernel_device)
     assert_same(hidden, weight, loss_type, top_k=shape[3])
 
 
-@pytest.mark.parametrize("maturity", MATURITY)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("loss_type", LOSSES)
+@every_pair(loss_type=LOSSES, mask=MASKS, maturity=MATURITY)
 def test_masks_and_maturity(kernel_device, loss_type, mask, maturity):
     hidden, weight = case((63, 7, 20, 3), torch.float32, kernel_device)
     mask_T = MASKS[mask] and MASKS[mask](63).to(kernel_device)
@@ -99,9 +95,7 @@ def test_masks_and_maturity(kernel_device, loss_type, mask, maturity):
     assert_same(hidden, weight, loss_type, top_k=3, **options)
 
 
-@pytest.mark.parametrize("factor", [0.01, 0.5, 1.0, 1.25, 10.0])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("maturity", ["learned", "mixed"])
+@every_pair(maturity=["learned", "mixed"], mask=MASKS, factor=[0.01, 0.5, 1.0, 1.25, 10.0])
 def test_capacity(kernel_device, maturity, mask, factor):
     hidden, weight = case((130, 7, 20, 3), torch.float32, kernel_device)
     mask_T = MASKS[mask] and MASKS[mask](130).to(kernel_device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import every_pair
 from test_triton_router import CLOSE, MASKS, MATURITY, case, fused
 
 from moelora.ranks import ROUNDS
@@ -15,9 +16,7 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("factor", [0.01, 0.5, 1.25, 10.0])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("maturity", ["learned", "mixed"])
+@every_pair(maturity=["learned", "mixed"], mask=MASKS, factor=[0.01, 0.5, 1.25, 10.0])
 def test_same_weights_sums_and_gradients(kernel_device, group, maturity, mask, factor, monkeypatch):
     monkeypatch.setattr("moelora.ops.triton.router.COUNTED_TOKENS", 64)  # several programs for an expert
     hidden, weight = case((130, 7, 20, 3), torch.float32, kernel_device)
