@@ -56,7 +56,7 @@ second: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu and not engines"
 
 fuzz: $(INSTALLED)
-	MOELORA_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --timeout 0
+	MOELORA_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m "" --timeout 0
 
 # Not torch, whose newest build comes with gigabytes of CUDA.
 newest: $(INSTALLED) $(OLD_TRL)

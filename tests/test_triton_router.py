@@ -8,7 +8,7 @@ from moelora.ops.norm_linear import norm_linear
 from moelora.routing import route
 from moelora.stats import RoutingSums
 
-SHAPES = [
+SHAPES = [  # tokens, experts, width, top-k
     (1, 8, 20, 2),
     (63, 3, 96, 1),
     (130, 8, 256, 2),
@@ -17,7 +17,6 @@ SHAPES = [
     (9, 1, 20, 1),
     (9, 7, 16, 7),
 ]
-shape_id = "{0[0]} tokens, {0[1]} experts, width {0[2]}, top-{0[3]}".format
 LOSSES = ["aux_loss", "switch", "z_loss"]
 MASKS = {"all": None, "some": lambda T: torch.arange(T) % 3 > 0, "none": lambda T: torch.zeros(T, dtype=torch.bool)}
 MATURITY = {"learned": None, "new": torch.zeros, "mature": torch.ones, "mixed": lambda E: torch.arange(E) / max(E, 2)}
@@ -97,14 +96,14 @@ def test_masks_and_maturity(kernel_device, loss_type, mask, maturity):
 
 @every_pair(maturity=["learned", "mixed"], mask=MASKS, factor=[0.01, 0.5, 1.0, 1.25, 10.0])
 def test_capacity(kernel_device, maturity, mask, factor):
-    hidden, weight = case((130, 7, 20, 3), torch.float32, kernel_device)
-    mask_T = MASKS[mask] and MASKS[mask](130).to(kernel_device)
-    maturity_E = MATURITY[maturity] and MATURITY[maturity](7).to(kernel_device)
+    hidden, weight = case((70, 5, 20, 2), torch.float32, kernel_device)
+    mask_T = MASKS[mask] and MASKS[mask](70).to(kernel_device)
+    maturity_E = MATURITY[maturity] and MATURITY[maturity](5).to(kernel_device)
     options = {"scale": 1.5, "mask_T": mask_T, "maturity_E": maturity_E, "capacity_factor": factor}
-    assert_same(hidden, weight, "aux_loss", top_k=3, **options)
+    assert_same(hidden, weight, "aux_loss", top_k=2, **options)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("shape", [(1, 8, 20, 2), (63, 3, 96, 1), (63, 17, 20, 5), (9, 64, 20, 4), (9, 7, 16, 7)])
 def test_capacity_on_shapes(kernel_device, shape):
     hidden, weight = case(shape, torch.bfloat16, kernel_device)
     assert_same(hidden, weight, "aux_loss", top_k=shape[3], capacity_factor=1.0)
