@@ -44,7 +44,12 @@ def test_exported_beside_pefts_own(module):
 
 
 @pytest.mark.parametrize(
-    "first", ["import moelora", "import peft; import moelora", "import transformers, peft; import moelora"]
+    "first",
+    [
+        "import moelora",
+        pytest.param("import peft; import moelora", marks=pytest.mark.slow),
+        pytest.param("import transformers, peft; import moelora", marks=pytest.mark.slow),
+    ],
 )
 def test_import_in_any_order_and_twice(first):
     """In a fresh interpreter, the import being what registers."""

@@ -223,7 +223,7 @@ print(type(model.peft_config["default"]).__name__, sum("lora_A" in name for name
 """
 
 
-@pytest.mark.parametrize("router_type", ["fixed", "learned"])
+@pytest.mark.parametrize("router_type", [pytest.param("fixed", marks=pytest.mark.slow), "learned"])
 def test_a_mixture_becomes_a_plain_lora_that_stock_peft_loads(adapter_folder, capsys, router_type):
     folder = adapter_folder(router_type=router_type)
     assert main(["distil", "adapter", "--r", "8", *DATA, "--out", "lora", "--max-tokens", "300"]) == 0
