@@ -296,6 +296,7 @@ def worker(rank, path):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_statistics_are_summed_over_ranks(tmp_path):
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
