@@ -1,11 +1,13 @@
 # make quickstart   learn three domains with a mixture on the real small model, in minutes on a laptop CPU
-# make test         the fast tests
+# make test         the fast tests, all that the core needs; a browser, benchmarks and long processes wait for `make second`
+# make second       the second stage of the tests: those marked slow
+# make slow         the second stage, and what needs the real small model
 # make bench        speed against the frozen model, PEFT's LoRA and other mixtures; BENCH="--device cpu --quick" for a taste
 # make quality      quality against LoRA and other mixtures, each at its own learning rate; wants a GPU (docs/quality.md)
 # make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
 # make newest       the fast tests with the newest releases of the ecosystem, which users get, in place of the pinned ones
 # make fuzz         tens of thousands of hostile recipes, command lines and the like; `make test` tries a few hundred
-# make lint types doctest slow peft-suite
+# make lint types doctest peft-suite
 #
 # Each target works from a bare clone: it makes .venv and installs the pinned versions first.
 
@@ -21,7 +23,7 @@ QUALITY_DATA := build/quality/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test fuzz newest engines slow lint types doctest peft-suite bench quality clean
+.PHONY: quickstart test second fuzz newest engines slow lint types doctest peft-suite bench quality clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -49,8 +51,12 @@ quickstart: $(EXAMPLE)
 test: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Takes chromium for granted only where MOELORA_NEEDS_BROWSER is set, as on CI.
+second: $(INSTALLED) $(OLD_TRL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu and not engines"
+
 fuzz: $(INSTALLED)
-	MOELORA_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --timeout 0
+	MOELORA_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m "" --timeout 0
 
 # Not torch, whose newest build comes with gigabytes of CUDA.
 newest: $(INSTALLED) $(OLD_TRL)
@@ -69,8 +75,8 @@ $(ENGINES): constraints.txt $(INSTALLED)
 engines: $(ENGINES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
 
-slow: $(EXAMPLE)
-	$(BIN)/python -m pytest -m slow
+slow: $(EXAMPLE) second
+	$(BIN)/python -m pytest -m model
 
 # PEFT's tests import diffusers and attrs.
 peft-suite: $(INSTALLED)

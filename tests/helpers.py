@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -186,8 +188,34 @@ ARCHITECTURES = {
         Architecture("vit", vit, ["q_proj", "k_proj", "v_proj", "fc1", "fc2"], None, mask=None),
     )
 }
+IN_SCOPES = [
+    *((name, "block") for name in ARCHITECTURES),
+    *((name, scope) for name in ("llama", "t5") for scope in ("model", "module")),
+    *(("gpt2", "model"), ("opt", "module"), ("bart", "model"), ("vit", "module")),
+]
+"""Architectures and scopes: every one of either, and those of the other kinds where scopes have code of their own."""
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.is_causal]
 ENCODER_DECODER = [name for name, architecture in ARCHITECTURES.items() if architecture.is_encoder_decoder]
+
+
+def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize by rows of the axes' product in which any two values of two axes meet, not by the whole product.
+
+    Args:
+        axes: the values of each parameter, by its name.
+    """
+    rows = list(itertools.product(*axes.values()))
+    pairs = [set(itertools.combinations(enumerate(map(_told_apart, row)), 2)) for row in rows]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        best = max(range(len(rows)), key=lambda index: len(pairs[index] & missing))
+        missing -= pairs[best]
+        chosen.append(rows[best])
+    return pytest.mark.parametrize(tuple(axes), chosen, ids=_told_apart)
+
+
+def _told_apart(value: Any) -> str:
+    return getattr(value, "__name__", None) or str(value)
 
 
 def config_for(architecture: Architecture, **overrides: Any) -> MoELoraConfig:

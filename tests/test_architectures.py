@@ -8,10 +8,12 @@ from helpers import (
     ARCHITECTURES,
     CAUSAL,
     ENCODER_DECODER,
+    IN_SCOPES,
     PAD,
     SCOPES,
     VOCAB,
     bert_classifier,
+    every_pair,
     llama,
     mixture_of,
     mlp,
@@ -61,13 +63,13 @@ def padded_pair(name, kind, side):
     return inputs, other, real
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(
-    ("name", "kind", "side"),
-    [(name, "2d", side) for name in PADDED for side in ("left", "right")]
-    + [("llama", kind, side) for kind in ("4d-bool", "4d-float") for side in ("left", "right")],
+@every_pair(
+    masked=[*((name, "2d") for name in PADDED), ("llama", "4d-bool"), ("llama", "4d-float")],
+    side=["left", "right"],
+    scope=SCOPES,
 )
-def test_padded_content_changes_nothing_else(name, kind, side, scope):
+def test_padded_content_changes_nothing_else(masked, side, scope):
+    name, kind = masked
     inputs, other, real = padded_pair(name, kind, side)
     is_seq2seq = ARCHITECTURES[name].is_encoder_decoder
     results = []
@@ -97,9 +99,7 @@ def test_padded_content_changes_nothing_else(name, kind, side, scope):
         torch.testing.assert_close(grads2[parameter], grads[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["2d", "4d-bool", "4d-float"])
+@every_pair(kind=["2d", "4d-bool", "4d-float"], side=["left", "right"], scope=SCOPES)
 def test_only_real_tokens_are_counted(kind, side, scope):
     inputs, _, real = padded_pair("llama", kind, side)
     model = mixture_of("llama", router_scope=scope)
@@ -194,9 +194,7 @@ def margin_scores(model, **arguments):
     return model.generate(**arguments, do_sample=False, return_dict_in_generate=True, output_logits=True)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@every_pair(name=CAUSAL, scope=SCOPES, use_cache=[True, False])
 def test_generate_equals_full_forwards(name, scope, use_cache):
     model = mixture_of(name, router_scope=scope)
     inputs = ARCHITECTURES[name].batch(batch=2, length=5, labels=False)
@@ -218,9 +216,7 @@ def test_cached_logits_equal_uncached(name, scope):
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ENCODER_DECODER)
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@every_pair(name=ENCODER_DECODER, scope=SCOPES, use_cache=[True, False])
 def test_encoder_decoder_generate_equals_full_forwards(name, scope, use_cache):
     """generate calls the encoder by itself, outside the model's forward: it must route as within."""
     model = mixture_of(name, router_scope=scope)
@@ -288,8 +284,7 @@ def test_encoder_and_decoder_of_equal_length(name, scope):
 # ---- shapes ----
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "scope"), IN_SCOPES)
 def test_every_parameter_learns(name, scope):
     """All experts and routers get a gradient; the base gets none."""
     model = mixture_of(name, router_scope=scope, router_type="learned_with_maturity")
@@ -303,13 +298,11 @@ def test_every_parameter_learns(name, scope):
         assert len(routers_of(model)) == (blocks if scope == "block" else 1)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 63), (3, 2)], ids=["1-token", "63-tokens", "3x2"])
-def test_batching_changes_no_row(name, scope, batch, length):
+@every_pair(name=CAUSAL, scope=SCOPES, shape=[(1, 1), (1, 63), (3, 2)])
+def test_batching_changes_no_row(name, scope, shape):
     """Evaluation is dropless and per token: a row alone gives what it gives in a batch."""
     model = mixture_of(name, router_scope=scope, num_experts=7, top_k_experts=3)
-    inputs = ARCHITECTURES[name].batch(batch, length, labels=False)
+    inputs = ARCHITECTURES[name].batch(*shape, labels=False)
     with torch.no_grad():
         together = model(**inputs).logits
         alone = torch.cat([model(input_ids=row[None]).logits for row in inputs["input_ids"]])

@@ -18,6 +18,8 @@ from benchmarks.grouped import grouped_linear, make_plan
 from benchmarks.record import Recorder, Row, read
 from benchmarks.timing import attempt, take_turns
 
+pytestmark = pytest.mark.slow
+
 ROW = Row("layer", "4 -> 4", tokens=10, experts=2, rank=1, top_k=1, dtype="float32")
 TINY_LAYER = (
     "--device cpu --dtype float32 --tokens 8 --hidden 32 --intermediate 64 --kv 16 --min-time 0.001 --repeats 2"

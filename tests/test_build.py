@@ -16,6 +16,7 @@ from helpers import (
     assert_same_grads,
     awaken,
     config_for,
+    every_pair,
     llama,
     mixture_of,
     mlp,
@@ -43,7 +44,12 @@ def test_exported_beside_pefts_own(module):
 
 
 @pytest.mark.parametrize(
-    "first", ["import moelora", "import peft; import moelora", "import transformers, peft; import moelora"]
+    "first",
+    [
+        "import moelora",
+        pytest.param("import peft; import moelora", marks=pytest.mark.slow),
+        pytest.param("import transformers, peft; import moelora", marks=pytest.mark.slow),
+    ],
 )
 def test_import_in_any_order_and_twice(first):
     """In a fresh interpreter, the import being what registers."""
@@ -93,9 +99,7 @@ def saved(tmp_path, **overrides):
         return tmp_path / "adapter", inputs, model(**inputs).logits
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("experts", [False, True], ids=["whole", "expert-by-expert"])
-@pytest.mark.parametrize("how", ["PeftModel", "AutoPeft", "PeftConfig"])
+@every_pair(how=["PeftModel", "AutoPeft", "PeftConfig"], experts=[False, True], scope=SCOPES)
 def test_pefts_loaders_know_it(tmp_path, how, experts, scope):
     path, inputs, expected = saved(tmp_path, router_scope=scope, experts=experts)
     if how == "PeftConfig":
@@ -172,9 +176,7 @@ def copy_experts(whole, model):
             tensor.copy_(theirs.chunk(whole.peft_config["default"].num_experts, dim=dim)[i])
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("router_type", ["learned", "learned_with_maturity", "fixed"])
-@pytest.mark.parametrize("num_experts", [4, 7])
+@every_pair(scope=SCOPES, router_type=["learned", "learned_with_maturity", "fixed"], num_experts=[4, 7])
 def test_same_weights_same_outputs_and_gradients(scope, router_type, num_experts):
     options = {"router_scope": scope, "router_type": router_type, "num_experts": num_experts, "maturity_tokens": 50}
     whole, pieces = build_both(**options)
@@ -289,9 +291,7 @@ def test_configs_are_not_changed_by_building():
 # ---- identity ----
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("experts", [False, True], ids=["whole", "expert-by-expert"])
+@every_pair(name=ARCHITECTURES, scope=SCOPES, experts=[False, True])
 def test_fresh_mixture_is_the_identity(name, scope, experts):
     inputs = ARCHITECTURES[name].batch(labels=False)
     model = mixture_of(name, fresh=True, router_scope=scope, experts=experts, lora_dropout=0.3, expert_dropout=0.3)

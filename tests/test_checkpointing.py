@@ -10,6 +10,7 @@ from helpers import (
     assert_same_grads,
     awaken,
     config_for,
+    every_pair,
     mixture_of,
     routers_of,
     train_step,
@@ -62,9 +63,7 @@ def same_counts(actual, expected):
         assert counted.tolist() == router.lora_router["default"].tokens_per_expert.tolist(), name
 
 
-@pytest.mark.parametrize("use_reentrant", WAYS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@every_pair(name=ARCHITECTURES, scope=SCOPES, use_reentrant=[True, False])
 def test_same_loss_gradients_and_counts(name, scope, use_reentrant):
     """Two steps, the second with grown maturity; padding where the model knows it."""
     plain, checkpointed = mixtures(name, scope, use_reentrant)
@@ -82,9 +81,7 @@ def test_same_loss_gradients_and_counts(name, scope, use_reentrant):
         same_counts(checkpointed, plain)
 
 
-@pytest.mark.parametrize("use_reentrant", WAYS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@every_pair(name=["llama", "t5"], scope=SCOPES, use_reentrant=[True, False])
 def test_expert_dropout_is_drawn_once(name, scope, use_reentrant):
     """The recomputed block must drop what the first run dropped, or gradients belong to another network."""
     plain, checkpointed = mixtures(name, scope, use_reentrant, expert_dropout=0.5)
@@ -97,9 +94,7 @@ def test_expert_dropout_is_drawn_once(name, scope, use_reentrant):
     assert_same_grads(grads, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("use_reentrant", WAYS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@every_pair(name=["llama", "t5"], scope=SCOPES, use_reentrant=[True, False])
 def test_two_forwards_before_one_backward(name, scope, use_reentrant):
     """The second forward's routing must not be used when the first is recomputed."""
     plain, checkpointed = mixtures(name, scope, use_reentrant)
@@ -112,9 +107,7 @@ def test_two_forwards_before_one_backward(name, scope, use_reentrant):
     same_counts(checkpointed, plain)
 
 
-@pytest.mark.parametrize("use_reentrant", WAYS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("per", ["token", "sequence"])
+@every_pair(scope=SCOPES, per=["token", "sequence"], use_reentrant=[True, False])
 def test_user_weights_and_their_gradient(scope, per, use_reentrant):
     grads = []
     for model in mixtures("llama", scope, use_reentrant):
@@ -127,9 +120,7 @@ def test_user_weights_and_their_gradient(scope, per, use_reentrant):
     assert_same_grads(grads[1], grads[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("use_reentrant", WAYS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@every_pair(name=["llama", "t5"], scope=SCOPES, use_reentrant=[True, False])
 def test_attached_router(name, scope, use_reentrant):
     grads = []
     for model in mixtures(name, scope, use_reentrant):
@@ -225,24 +216,16 @@ def test_eval_mode_ignores_checkpointing():
 
 
 def test_foreign_checkpoint_is_refused():
-    """A checkpoint around a block that does not pass routing on would recompute it with another routing."""
+    """A checkpoint within a block that does not pass routing on would recompute it with another routing."""
     model = mixture_of("llama").train()
     for block in model.base_model.model.model.layers:
         original = block.forward
         block.forward = lambda *args, original=original, **kwargs: checkpoint(
             original, *args, use_reentrant=False, **kwargs
         )
-    inputs = ARCHITECTURES["llama"].batch()
-    plain = mixture_of("llama")
-    _, expected = train_step(plain, inputs)
-    loss = model(**inputs).loss
-    try:
+    loss = model(**ARCHITECTURES["llama"].batch()).loss
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.self_attn\.q_proj` was called outside its block"):
         loss.backward()
-    except RuntimeError as error:
-        assert "gradient_checkpointing_enable" in str(error) or "outside its block" in str(error)
-        return
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_same_grads(grads, expected, **TOLERANCE)
 
 
 def test_checkpoint_around_the_whole_block_is_refused():

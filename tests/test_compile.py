@@ -49,8 +49,15 @@ def compile_model(model, backend):
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("router_type", ["learned_with_maturity", "fixed"])
-@pytest.mark.parametrize("compiled", [compile_blocks, compile_model])
+@pytest.mark.parametrize(
+    ("compiled", "router_type"),
+    [
+        (compile_model, "learned_with_maturity"),
+        (compile_blocks, "fixed"),
+        pytest.param(compile_model, "fixed", marks=pytest.mark.slow),
+        pytest.param(compile_blocks, "learned_with_maturity", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_training_is_one_graph(device, backend, compiled, router_type):
     plain = mixture_of("llama", router_type=router_type).to(device)
@@ -69,7 +76,7 @@ def test_training_is_one_graph(device, backend, compiled, router_type):
         assert {n: s.expert_load for n, s in stats.items()} == {n: s.expert_load for n, s in expected.items()}
 
 
-@pytest.mark.parametrize("compiled", [compile_blocks, compile_model])
+@pytest.mark.parametrize("compiled", [compile_blocks, pytest.param(compile_model, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_a_forward_that_is_not_finite_is_left_out_in_the_same_graph(device, backend, compiled):
     model = mixture_of("llama", router_type="learned_with_maturity").to(device).train()
@@ -87,7 +94,7 @@ def test_a_forward_that_is_not_finite_is_left_out_in_the_same_graph(device, back
     assert {stats.non_finite for stats in model.routing_stats().values()} == {1}
 
 
-@pytest.mark.parametrize("scope", ["block", "module"])
+@pytest.mark.parametrize("scope", ["block", pytest.param("module", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_evaluation_is_one_graph(device, backend, scope):
     plain = mixture_of("llama", router_scope=scope).to(device)
@@ -102,8 +109,11 @@ def test_evaluation_is_one_graph(device, backend, scope):
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 @pytest.mark.parametrize(
     ("build", "num_beams"),
-    [(lambda: mixture_of("llama"), 1), (lambda: mixture_of("llama"), 3), (gated_mixture, 3)],
-    ids=["mixture", "beams", "gated beams"],
+    [
+        pytest.param(lambda: mixture_of("llama"), 1, id="mixture"),
+        pytest.param(lambda: mixture_of("llama"), 3, id="beams", marks=pytest.mark.slow),
+        pytest.param(gated_mixture, 3, id="gated beams", marks=pytest.mark.slow),
+    ],
 )
 def test_generation_with_a_static_cache(device, backend, build, num_beams):
     """What `generate` compiles by itself where the cache is static."""

@@ -147,17 +147,6 @@ def test_lora_options_a_mixture_cannot_honour(field, value):
     assert getattr(plain, field) == getattr(LoraConfig(**options), field)
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trainable_biases_are_refused_or_documented(bias):
-    """They are trained outside the experts: whoever forbids lora_bias must decide about these too."""
-    try:
-        config = MoELoraConfig(bias=bias)
-    except ValueError as error:
-        assert "`bias`" in str(error)
-    else:
-        assert config.bias == bias
-
-
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_initialisations_that_keep_the_base(init):
     assert MoELoraConfig(init_lora_weights=init).init_lora_weights == init

@@ -2,12 +2,16 @@
 
 import json
 
+import pytest
+
 from benchmarks.continual import novelty
 from benchmarks.continual.__main__ import main
 from benchmarks.continual.learners import LEARNERS, Grown, Plan, Setting
 from benchmarks.continual.table import chosen_runs, forgetting
 from benchmarks.quality.quick import quick_base
 from moelora.presets import PRESETS
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_preset_is_what_was_measured():

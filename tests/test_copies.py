@@ -3,9 +3,8 @@
 import copy
 import pickle
 
-import pytest
 import torch
-from helpers import ARCHITECTURES, SCOPES, assert_clean, awaken, llama, mixture_of, train_step
+from helpers import ARCHITECTURES, SCOPES, assert_clean, awaken, every_pair, llama, mixture_of, train_step
 
 INPUTS = ARCHITECTURES["llama"].batch(3, 7)
 E = 4
@@ -16,9 +15,7 @@ def logits(model, **kwargs):
         return model.eval()(input_ids=INPUTS["input_ids"], **kwargs).logits
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@every_pair(how=["deepcopy", "pickle"], trained=[False, True], scope=SCOPES)
 def test_copies_are_whole_and_separate(how, trained, scope):
     model = mixture_of("llama", router_scope=scope, router_type="learned_with_maturity", maturity_tokens=50)
     if trained:

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, SCOPES, awaken, config_for, llama, mixture_of
+from helpers import ARCHITECTURES, IN_SCOPES, SCOPES, awaken, config_for, llama, mixture_of
 from peft import get_peft_model
 from test_peft_contract_behaviour import INPUTS, logits, trainable
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "scope"), IN_SCOPES)
 def test_disable_adapter_is_the_base_model(name, scope):
     model = mixture_of(name, router_scope=scope)
     inputs = ARCHITECTURES[name].batch(labels=False)

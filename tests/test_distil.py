@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from helpers import VOCAB, assert_clean, mixture_of
-from moelora.experts.student import train_student
 from peft import PeftModel
 from test_experts_merging import products
 from tiny import DATA, save_tiny_adapter, write_jsonl
@@ -18,6 +17,7 @@ from moelora.cli.commands import main
 from moelora.experts.distil import base_of, closed_form, fit, fresh_lora, lora_of
 from moelora.experts.low_rank import truncated_product
 from moelora.experts.moments import gather, in_passes, linears_of, readers
+from moelora.training.student import train_student
 
 
 def batches(count=4, length=9, seed=3):
@@ -223,7 +223,7 @@ print(type(model.peft_config["default"]).__name__, sum("lora_A" in name for name
 """
 
 
-@pytest.mark.parametrize("router_type", ["fixed", "learned"])
+@pytest.mark.parametrize("router_type", [pytest.param("fixed", marks=pytest.mark.slow), "learned"])
 def test_a_mixture_becomes_a_plain_lora_that_stock_peft_loads(adapter_folder, capsys, router_type):
     folder = adapter_folder(router_type=router_type)
     assert main(["distil", "adapter", "--r", "8", *DATA, "--out", "lora", "--max-tokens", "300"]) == 0

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, mixture_of, routers_of
+from helpers import ARCHITECTURES, every_pair, mixture_of, routers_of
 from peft import PeftModel
 
 from moelora.experts.parts import find_experts, names_of, put_together, select, take_apart
@@ -66,11 +66,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("experts", [False, True], ids=["whole", "single"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("kept", [[0, 2, 3], [1, 2], [3]], ids=str)
+@every_pair(options=OPTIONS, experts=[False, True], kept=[[0, 2, 3], [1, 2], [3]])
 def test_what_is_left_routes_as_if_it_had_been_alone(options, experts, kept, tmp_path):
-    model = matured(mixture_of("llama", experts=experts, **options))
+    model = matured(mixture_of("llama", experts=experts, **OPTIONS[options]))
     expected = output_without(model, {0, 1, 2, 3} - set(kept))
     assert not torch.allclose(output(model), expected, atol=1e-2), "the experts that go must matter"
     smaller = put_together(model, select(take_apart(model), kept))

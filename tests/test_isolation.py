@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, HIDDEN, SCOPES, VOCAB, mixture_of, train_step
+from helpers import ARCHITECTURES, HIDDEN, SCOPES, VOCAB, every_pair, mixture_of, train_step
 
 E = 4
 
@@ -48,9 +48,7 @@ def test_models_run_in_threads():
     assert not failures
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("where", ["layers.0.mlp", "layers.1.self_attn.q_proj", "norm"])
-@pytest.mark.parametrize("how", ["forward", "generate"])
+@every_pair(scope=SCOPES, where=["layers.0.mlp", "layers.1.self_attn.q_proj", "norm"], how=["forward", "generate"])
 def test_exception_leaves_nothing_behind(scope, where, how):
     model = mixture_of("llama", router_scope=scope)
     inputs = ARCHITECTURES["llama"].batch(labels=False)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, mixture_of
+from helpers import ARCHITECTURES, every_pair, mixture_of
 
 from moelora.forward import state
 from moelora.forward.masks import decoder_mask_from_labels, token_mask
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
 RIGHT = LEFT.flip(1)
-NONE = torch.ones(3, 5, dtype=torch.int64)
+PADDINGS = {"left": LEFT, "right": RIGHT, "none": torch.ones(3, 5, dtype=torch.int64)}
 
 
 def four_d(mask, *, causal, opened, kind):
@@ -30,11 +30,14 @@ def four_d(mask, *, causal, opened, kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["bool", "int", "float32", "bfloat16", "float16", "inf"])
-@pytest.mark.parametrize("opened", [True, False], ids=["opened", "closed"])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("mask", [LEFT, RIGHT, NONE], ids=["left", "right", "none"])
-def test_four_dimensions_say_what_two_do(mask, causal, opened, kind):
+@every_pair(
+    padding=PADDINGS,
+    causal=[True, False],
+    opened=[True, False],
+    kind=["bool", "int", "float32", "bfloat16", "float16", "inf"],
+)
+def test_four_dimensions_say_what_two_do(padding, causal, opened, kind):
+    mask = PADDINGS[padding]
     given = four_d(mask, causal=causal, opened=opened, kind=kind)
     assert token_mask(given, 5).tolist() == mask.bool().tolist()
 

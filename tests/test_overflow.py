@@ -150,6 +150,7 @@ def half_of_it_is_nan(rank):
     return counted(model), model.balancing_loss.item()
 
 
+@pytest.mark.slow
 def test_the_nan_of_one_rank_reaches_no_other(tmp_path):
     """Both count what the healthy one has, and so stay alike."""
     alone = mixture_of("llama", expert_capacity_factor=None, **OPTIONS).train()
@@ -250,6 +251,7 @@ def overflowing(rank, engine):
     return grown, counted(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [DistributedDataParallel, sharded], ids=["ddp", "fsdp2"])
 def test_all_ranks_take_a_skipped_step_back(engine, tmp_path):
     """Where gradients are shards, a rank may not see what overflows on the other."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LLAMA_TARGETS, SCOPES, VOCAB, assert_same_grads, mixture_of, routers_of, train_step
+from helpers import LLAMA_TARGETS, SCOPES, VOCAB, assert_same_grads, every_pair, mixture_of, routers_of, train_step
 from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,9 +64,7 @@ def mixture(scope, **options):
     return mixture_of("llama", router_scope=scope, router_aux_loss_coef=0.5, **options)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("form", FORMS)
+@every_pair(form=FORMS, scope=SCOPES, router=ROUTERS)
 def test_same_loss_gradients_and_counts_as_padded(form, scope, router):
     batch, reference = FORMS[form](), padded()
     assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch

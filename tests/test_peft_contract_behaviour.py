@@ -7,11 +7,13 @@ import pytest
 import torch
 from helpers import (
     ARCHITECTURES,
+    IN_SCOPES,
     SCOPES,
     assert_clean,
     awaken,
     bert_classifier,
     config_for,
+    every_pair,
     llama,
     mixture_of,
     routers_of,
@@ -172,9 +174,7 @@ def test_status(experts, capsys):
 # ---- merging and unloading ----
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("experts", [False, True], ids=["whole", "expert-by-expert"])
+@every_pair(name=ARCHITECTURES, scope=SCOPES, experts=[False, True])
 def test_fixed_routing_merges_exactly(name, scope, experts):
     model = mixture_of(name, router_scope=scope, router_type="fixed", experts=experts, routing_scale=1.5)
     model.set_routing_weights([0.5, 0.1, -0.3, 1.0])
@@ -208,21 +208,15 @@ def test_attached_router_refuses_to_merge():
         model.merge_and_unload()
 
 
-def test_user_weights_on_merged_layers_are_not_silently_ignored():
+def test_user_weights_on_merged_layers_are_refused():
     """Merged, the delta is in the base weights; weights by hand cannot act and must not pretend to."""
     model = mixture_of("llama", router_type="fixed")
-    expected = logits(model, routing_weights=torch.eye(E)[:3])
     model.merge_adapter()
-    try:
-        actual = logits(model, routing_weights=torch.eye(E)[:3])
-    except (ValueError, RuntimeError) as error:
-        assert "merge" in str(error)
-        return
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`routing_weights` cannot act on merged experts.*unmerge_adapter"):
+        logits(model, routing_weights=torch.eye(E)[:3])
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "scope"), IN_SCOPES)
 def test_unload_gives_the_base_model_back(name, scope):
     model = mixture_of(name, router_scope=scope)
     inputs = ARCHITECTURES[name].batch(labels=False)
@@ -234,6 +228,20 @@ def test_unload_gives_the_base_model_back(name, scope):
     awaken(again)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(**inputs).logits, mixture_of(name, router_scope=scope)(**inputs).logits)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_are_trained_beside_the_experts(bias):
+    """As PEFT trains them: no router weighs them, those of adapted linears alone or every one."""
+    model = mixture_of("bert", bias=bias)
+    adapted = {f"{name}.base_layer.bias" for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    every = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert adapted and adapted < every
+    _, grads = train_step(model, ARCHITECTURES["bert"].batch())
+    learned = {name for name, grad in grads.items() if name.endswith("bias") and grad.abs().max() > 0}
+    # A bias on keys moves all scores of a query alike.
+    assert {name for name in adapted if "key" not in name} <= learned <= (adapted if bias == "lora_only" else every)
+    assert (learned <= adapted) == (bias == "lora_only")
 
 
 def test_weighted_adapters_and_names_are_refused():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SCOPES, every_pair
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,13 +66,13 @@ def assert_same_state(actual, expected):
 
 
 EXPERTS = tuple(f"expert_{i}" for i in range(12))  # twelve: by name, expert_10 would sort before expert_2
-WAYS = pytest.mark.parametrize("names", [("default",), ("skills",), EXPERTS], ids=["default", "named", "experts"])
+NAMES = {"default": ("default",), "named": ("skills",), "experts": EXPERTS}
+WAYS = pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 
 
-@WAYS
-@pytest.mark.parametrize("scope", ["block", "model", "module"])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_round_trip_is_exact(tmp_path, names, scope, low_cpu_mem_usage):
+@every_pair(kind=NAMES, scope=SCOPES, low_cpu_mem_usage=[False, True])
+def test_round_trip_is_exact(tmp_path, kind, scope, low_cpu_mem_usage):
+    names = NAMES[kind]
     model = trained(names, router_scope=scope, router_hidden_size=5, maturity_tokens=30)
     model.set_expert_maturity(1, 0.25)
     model.save_pretrained(tmp_path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, SCOPES, awaken, config_for, llama, mixture_of, routers_of, train_step
+from helpers import ARCHITECTURES, SCOPES, awaken, config_for, every_pair, llama, mixture_of, routers_of, train_step
 from peft import get_peft_model
 
 INPUTS = ARCHITECTURES["llama"].batch(3, 7)
@@ -18,9 +18,7 @@ def low_mixture(dtype, autocast_adapter_dtype, **overrides):
     return model.eval()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=str)
+@every_pair(dtype=[*LOW, torch.float32], autocast_adapter_dtype=[True, False], scope=SCOPES)
 def test_parameters_follow_peft_and_outputs_the_base(dtype, autocast_adapter_dtype, scope):
     model = low_mixture(dtype, autocast_adapter_dtype, router_scope=scope)
     expected = torch.float32 if autocast_adapter_dtype else dtype

@@ -1,5 +1,7 @@
 """Training in every precision that users choose learns what float32 learns."""
 
+from functools import cache
+
 import pytest
 import torch
 from helpers import ARCHITECTURES, SCOPES, mixture_of
@@ -35,6 +37,11 @@ def train(model, autocast=None, scaler=None):
     return losses, first
 
 
+@cache
+def in_float32(scope):
+    return train(mixture(scope))
+
+
 # How the base is stored and how it computes.
 PRECISIONS = {
     "float32": ({}, {}),
@@ -54,7 +61,7 @@ def test_learns_what_float32_learns(precision, scope):
     roundings = 32 if scope == "module" else 16
     tolerance = roundings * torch.finfo(getattr(torch, precision.split()[0])).eps if base or run else 0.0
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12) if "float16" in precision.split() else None
-    expected, expected_grads = train(mixture(scope))
+    expected, expected_grads = in_float32(scope)
     losses, grads = train(mixture(scope, **base), **run, scaler=scaler)
     actual, reference = (torch.cat([g[n].flatten() for n in expected_grads]) for g in (grads, expected_grads))
     assert (actual - reference).norm() <= tolerance * reference.norm()

@@ -166,7 +166,13 @@ def test_an_output_that_closes_is_no_error_of_the_system():
 # Ctrl-C
 
 
-@pytest.mark.parametrize("module", ["argparse", "moelora.cli.options", "torch._C", "transformers", "peft"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "moelora.cli.options",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("argparse", "torch._C", "transformers", "peft")),
+    ],
+)
 def test_interrupting_while_modules_are_imported_ends_quietly(tmp_path, module):
     """Python tells of an import once it is done; whatever comes next is interrupted."""
     command = [sys.executable, "-X", "importtime", "-m", "moelora", "undo", str(tmp_path / "x")]

@@ -31,6 +31,8 @@ from benchmarks.quality.variants import UnnormalisedRouter, variant_of
 from moelora.presets import PRESETS
 from moelora.tuner.router import MoELoraRouter
 
+pytestmark = pytest.mark.slow
+
 SIZE = Size(experts=4, rank=2, top_k=2)
 ORIGIN = {"commit": "here", "hardware": "this"}
 

@@ -3,8 +3,12 @@
 import json
 import time
 
+import pytest
+
 from benchmarks.quality.__main__ import AGAIN, claimed, data_line, jobs_of, parse, supervise
 from benchmarks.quality.methods import MAIN, SETTINGS, method_of, names_of
+
+pytestmark = pytest.mark.slow
 
 
 def test_methods_over_the_oracle_follow_it():

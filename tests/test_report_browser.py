@@ -13,6 +13,8 @@ from moelora.report.advice import Suggestion
 from moelora.report.measure import TokenView
 from moelora.report.page import About, render
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1">'
 ABOUT = About("adapter <b>bold</b>", "base", "learned, per block")
 SECTIONS = ("tokens", "map", "specialisation", "training", "alike", "worth")

