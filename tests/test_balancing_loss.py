@@ -3,10 +3,8 @@
 Expected gradients are those of `task + coefficient * balancing loss`, put together by hand.
 """
 
-import gc
 import pickle
 import warnings
-import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -262,16 +260,6 @@ def test_a_native_mixtures_own_aux_loss_stays():
     (before,), after = inner_output(model)
     assert torch.equal(after.aux_loss, before["aux_loss"])
     assert not torch.equal(after.aux_loss, after.balancing_loss)
-
-
-def test_a_model_is_let_go_of_after_its_loss_has_come_by_itself():
-    """The model holds its latest loss, whose graph knows of the model what it may have to warn of."""
-    model = tiny_mixture()
-    task(model(**INPUTS)).backward()
-    state = weakref.ref(model.base_model.routing)
-    del model
-    gc.collect()
-    assert state() is None
 
 
 # ---- trainers ----
