@@ -3,8 +3,6 @@
 Expected gradients are those of `task + coefficient * balancing loss`, put together by hand.
 """
 
-import copy
-import gc
 import pickle
 import warnings
 from contextlib import contextmanager
@@ -85,10 +83,6 @@ def alone(model, task=task, **inputs):
     model.zero_grad()
     task(model(**(INPUTS | inputs))).backward()
     return grads_of(model)
-
-
-def differ(some, others):
-    return any(not torch.allclose(some[name], others[name], rtol=1e-2) for name in some if "router" in name)
 
 
 # ---- every output carries it, once ----
@@ -266,16 +260,6 @@ def test_a_native_mixtures_own_aux_loss_stays():
     (before,), after = inner_output(model)
     assert torch.equal(after.aux_loss, before["aux_loss"])
     assert not torch.equal(after.aux_loss, after.balancing_loss)
-
-
-def test_a_model_is_let_go_of_after_its_loss_has_come_by_itself():
-    """The graph knows of the model what it may warn of."""
-    model = tiny_mixture()
-    state = model.base_model.routing
-    task(model(**INPUTS)).backward()
-    assert state not in gc.get_referrers(state.balancing_loss.grad_fn)
-    copied = copy.deepcopy(state)
-    assert copied.delivered_at is None and copied.loop is None
 
 
 # ---- trainers ----
