@@ -21,7 +21,7 @@ from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
 from ..experts.moments import Batch
-from ..experts.student import train_student
+from ..training.student import train_student
 from ..recipe import DomainOptions, Recipe
 from ..report.analysis import longest_block
 from ..schema import Problem, UserError

@@ -66,7 +66,7 @@ function cached(key, text) {
 // ---- choosing a domain and a router ----
 
 function choices() {
-  data.preparation.forEach((domain, index) => byId("domain").append(el("option", { value: index }, domain.name)));
+  data.domains.forEach((domain, index) => byId("domain").append(el("option", { value: index }, domain.name)));
   data.shortRouters.forEach((name, index) => byId("router").append(el("option", { value: index }, name)));
   byId("domain").addEventListener("change", (event) => set({ domain: +event.target.value, page: 0, token: 0 }));
   byId("router").addEventListener("change", (event) => set({ router: +event.target.value }));
