@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .frames import known_router
-from .measured import Measured
-from .palette import COLOURS, DASHES
+from .measured import Measured, short_names
+from .palette import style_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +39,7 @@ def loads(found: Measured, measure: str = "weight") -> Figure:
     for axis, domain, values_RE in zip(axes, found.domains, values_DRE, strict=True):
         image = axis.imshow(values_RE, aspect="auto", cmap="viridis", vmin=0, vmax=values_DRE.max())
         axis.set(title=domain, xlabel="expert", xticks=range(found.num_experts))
-        axis.set_yticks(range(len(found.routers)), [_short(name) for name in found.routers])
+        axis.set_yticks(range(len(found.routers)), short_names(found.routers))
         _number(axis, values_RE, "{:.0%}", values_DRE.max())
     axes[0].set_ylabel("router")
     figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", label=f"share of {measure}")
@@ -68,8 +67,8 @@ def specialisation(found: Measured) -> Figure:
     figure = _figure(6, max(2.5, 0.22 * len(rows) + 1))
     axis = figure.subplots()
     axis.hlines(rows, special.low[:-1], special.high[:-1], color="#999999", linewidth=5, label="chance, middle 95%")
-    axis.plot(special.observed[:-1], rows, "o", color=COLOURS[0], label="observed")
-    axis.set_yticks(rows, [_short(name) for name in found.routers])
+    axis.plot(special.observed[:-1], rows, "o", color=style_of(0).colour, label="observed")
+    axis.set_yticks(rows, short_names(found.routers))
     axis.set(xlabel="mutual information of domain and expert (bits)", ylabel="router", xlim=(0, None))
     axis.invert_yaxis()
     axis.legend()
@@ -78,10 +77,9 @@ def specialisation(found: Measured) -> Figure:
 
 def similarity(found: Measured, router: str | None = None) -> Figure:
     """Matrix of the experts' similarities, over all linears or those of one router."""
-    geometry = found.whole if router is None else found.by_router[known_router(found, router)]
     figure = _figure(1.5 + 0.5 * found.num_experts, 1 + 0.5 * found.num_experts)
     axis = figure.subplots()
-    image = axis.imshow(geometry.similarity.numpy(), cmap="PuOr", vmin=-1, vmax=1)
+    image = axis.imshow(found.geometry_of(router).similarity.numpy(), cmap="PuOr", vmin=-1, vmax=1)
     axis.set(title=router or "all linears", xlabel="expert", ylabel="expert")
     axis.set_xticks(range(found.num_experts))
     axis.set_yticks(range(found.num_experts))
@@ -103,7 +101,7 @@ def worth(found: Measured) -> Figure:
     for index, domain in enumerate(found.domains):
         places = np.arange(found.num_experts) + index * width
         errors = 2 * np.nan_to_num(found.worth_error[index])
-        axis.bar(places, found.worth[index], width, yerr=errors, label=domain, color=COLOURS[index % len(COLOURS)])
+        axis.bar(places, found.worth[index], width, yerr=errors, label=domain, color=style_of(index).colour)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(np.arange(found.num_experts) + 0.4 - width / 2, map(str, range(found.num_experts)))
     axis.set(xlabel="expert removed", ylabel="added loss (nats per token)")
@@ -120,14 +118,15 @@ def training(found: Measured, router: str | None = None) -> Figure:
     history = found.history
     if history is None:
         raise ValueError("there is no training log with routers; train with MoELoraCallback and pass `log_history`")
-    chosen = [history.routers[known_router(found, router)]] if router else list(history.routers.values())
+    chosen = [history.routers[found.known_router(router)]] if router else list(history.routers.values())
     figure = _figure(9, 3)
     panels = figure.subplots(1, 3)
     for panel, key in zip(panels, ("expert_load", "entropy", "maturity"), strict=True):
         values = np.mean([np.array(series[key], dtype=float) for series in chosen], axis=0)  # None becomes NaN
         for expert, line in enumerate(np.atleast_2d(values.T)):
-            style = DASHES[expert // len(COLOURS) % len(DASHES)]
-            panel.plot(history.steps, line, style, color=COLOURS[expert % len(COLOURS)], label=str(expert))
+            style = style_of(expert)
+            dash = (0, style.dash) if style.dash else "-"
+            panel.plot(history.steps, line, linestyle=dash, color=style.colour, label=str(expert))
         panel.set(title=key.removeprefix("expert_"), xlabel="step")
     panels[0].legend(title="expert", fontsize=7)
     return figure

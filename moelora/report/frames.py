@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..schema import did_you_mean
 from .measured import Measured
 
 if TYPE_CHECKING:
@@ -68,16 +67,7 @@ def similarity(found: Measured, router: str | None = None) -> DataFrame:
     Raises:
         ValueError: there is no router of that name.
     """
-    matrix = (found.whole if router is None else found.by_router[known_router(found, router)]).similarity
-    return _pandas().DataFrame(matrix.numpy())
-
-
-def known_router(found: Measured, router: str) -> str:
-    """The router's name, checked."""
-    if router not in found.routers:
-        hint = did_you_mean(router, found.routers) or f"; there are {', '.join(found.routers)}"
-        raise ValueError(f"`router` ({router!r}) does not exist{hint}")
-    return router
+    return _pandas().DataFrame(found.geometry_of(router).similarity.numpy())
 
 
 def token_table(found: Measured, domain: str) -> DataFrame:
