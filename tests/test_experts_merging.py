@@ -51,7 +51,7 @@ def expected_product(method, first, second):
         return mean
     if method == "ties":
         mean = ties([first.float(), second.float()], torch.tensor([0.5, 1.5]), 0.5).double()
-    lora_B, lora_A = truncated(mean, 2)
+    lora_A, lora_B = truncated(mean, 2)
     return lora_B @ lora_A
 
 

@@ -23,12 +23,10 @@ from ..files.staging import holds_something, staging
 from ..ops.pool import ExpertPool
 from ..report.geometry import owner_of
 from ..schema import settable_fields
-from ..storage.lora_file import Factors, LoraFile
+from ..storage.lora_file import Factors, LoraFile, peft_tensors
 from ..storage.stored import StoredAdapter
 from ..tuner.layer import MoELoraLayer
 from ..tuner.model import MoELoraModel
-
-_PREFIX = "base_model.model."
 
 
 def to_lora(model: PeftModel, expert: int | str) -> LoraFile:
@@ -255,7 +253,7 @@ def save_lora(lora: LoraFile, folder: str | Path) -> None:
         raise FileExistsError(f"{str(folder)!r} exists; give another folder, or move it away")
     with staging(folder) as place:
         place.mkdir()
-        save_file(_tensors(lora), place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(peft_tensors(lora.factors), place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         lora.config.save_pretrained(str(place))
         if folder.is_dir():
             folder.rmdir()
@@ -274,18 +272,10 @@ def merge(base_model: nn.Module, lora: LoraFile) -> nn.Module:
             "load it in full precision, or keep the LoRA beside it"
         )
     model = get_peft_model(base_model, copy.deepcopy(lora.config))
-    set_peft_model_state_dict(model, _tensors(lora))
+    set_peft_model_state_dict(model, peft_tensors(lora.factors))
     return model.merge_and_unload(safe_merge=True)
 
 
 def is_quantised(config: Any) -> bool:
     """Whether a model's configuration says that its weights are."""
     return getattr(config, "quantization_config", None) is not None
-
-
-def _tensors(lora: LoraFile) -> dict[str, torch.Tensor]:
-    return {
-        f"{_PREFIX}{name}.lora_{side}.weight": factor.contiguous()
-        for name, pair in lora.factors.items()
-        for side, factor in zip("AB", pair, strict=True)
-    }

@@ -53,7 +53,7 @@ class Moments:
             x_TD = x_TD.float()  # products of float32 are exact enough; their sum over all tokens is not
             self.second += (x_TD.T @ x_TD).double()
 
-    def error(self, lora_B: Tensor, lora_A: Tensor) -> float:
+    def error(self, lora_A: Tensor, lora_B: Tensor) -> float:
         """Σ |y - lora_B lora_A x|² as a share of Σ |y|²."""
         total = ((self.left.T @ self.left) * self.energy).sum()
         common = ((self.left.T @ lora_B) * (self.cross @ lora_A.T)).sum()
