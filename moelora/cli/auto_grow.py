@@ -16,7 +16,7 @@ from ..console import console
 from ..data.preparation import DomainBlocks, split_documents
 from ..data.sources import check_domain
 from ..experts.memory import alone
-from ..experts.novelty_score import FEWEST, Novelty, measure, novelty
+from ..experts.novelty_score import FEWEST, Novelty, losses, novelty
 from ..recipe import DomainOptions, Recipe
 from ..schema import UserError
 from ..storage.run_record import learned_domains
@@ -128,10 +128,10 @@ def _texts(documents: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _verdict(judged: Novelty) -> dict[str, Any]:
-    numbers = dict(zip(judged.names, judged.z_scores.mean(0).tolist(), strict=True))
-    return {"share_new": judged.share_new, "threshold": judged.threshold, "mean_z_scores": numbers}
+    mean = {judged.number: float(judged.scores.mean())}
+    return {"share_new": judged.share_new, "threshold": judged.threshold, "mean_z_scores": mean}
 
 
 def _loss_under(model: PeftModel, name: str, texts: list[list[int]], pad: int) -> float:
     with alone(model, name):
-        return float(measure(model, texts, pad=pad)[1][:, 0].mean())
+        return float(losses(model, texts, pad=pad).mean())
