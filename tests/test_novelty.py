@@ -12,7 +12,7 @@ from tiny import counting, save_tiny_adapter, shouting, tiny_recipe, write_jsonl
 
 from moelora.cli.commands import main
 from moelora.experts import novelty
-from moelora.experts.novelty_score import _Domain, auc, judge, losses, measure
+from moelora.experts.novelty_score import _Domain, auc, judge, measure
 from moelora.routing.domain_classifier import Memory
 
 MIDDLE = (24, 34)
@@ -43,12 +43,12 @@ def test_a_domain_that_nobody_learned_scores_high_and_known_ones_do_not():
     assert new.share_new > 0.8 and known.share_new < 0.25
 
 
-@pytest.mark.parametrize("measured", [lambda *args, **options: measure(*args, **options)[1], losses])
-def test_the_number_of_a_text_does_not_depend_on_its_neighbours(measured):
+@pytest.mark.parametrize("number", ["distance", "loss"])
+def test_the_number_of_a_text_does_not_depend_on_its_neighbours(number):
     model = gated_mixture()
     short, long = rows(LOW, count=1, length=5)[0], rows(HIGH, count=1, length=20)[0]
-    together = measured(model, [short, long], batch_size=2)
-    apart = measured(model, [short, long], batch_size=1)
+    _, together = measure(model, [short, long], batch_size=2, number=number)
+    _, apart = measure(model, [short, long], batch_size=1, number=number)
     np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-5)
     assert abs(together[0] - together[1]) > 1e-3
 

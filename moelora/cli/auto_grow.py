@@ -16,7 +16,7 @@ from ..console import console
 from ..data.preparation import DomainBlocks, split_documents
 from ..data.sources import check_domain
 from ..experts.memory import alone
-from ..experts.novelty_score import FEWEST, Novelty, losses, novelty
+from ..experts.novelty_score import FEWEST, Novelty, measure, novelty
 from ..recipe import DomainOptions, Recipe
 from ..schema import UserError
 from ..storage.run_record import learned_domains
@@ -134,4 +134,4 @@ def _verdict(judged: Novelty) -> dict[str, Any]:
 
 def _loss_under(model: PeftModel, name: str, texts: list[list[int]], pad: int) -> float:
     with alone(model, name):
-        return float(losses(model, texts, pad=pad).mean())
+        return float(measure(model, texts, pad=pad, number="loss")[1].mean())

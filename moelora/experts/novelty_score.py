@@ -116,58 +116,39 @@ def novelty(
 
 
 def measure(
-    model: PeftModel, texts: Sequence[Sequence[int]], *, pad: int = 0, batch_size: int = 8
-) -> tuple[str, Array]:
-    """The name of the number and its value [N] for each text; see [`novelty`]."""
-    routers = _learned_routers(model)
-    domains = {name: _domains_of(router, model.device) for name, router in routers.items()}
-    if not all(domains.values()):
-        return "loss", losses(model, texts, pad=pad, batch_size=batch_size)
-
-    def distances(ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        with ExitStack() as hooks:
-            for name, router in routers.items():
-                hooks.callback(router.register_forward_pre_hook(_look(domains[name], mask_BS.bool(), seen)).remove)
-            model(input_ids=ids_BS, attention_mask=mask_BS)
-        return torch.stack(seen).mean(0)
-
-    return "distance", _of_each(model, texts, distances, pad, batch_size)
-
-
-def losses(model: PeftModel, texts: Sequence[Sequence[int]], *, pad: int = 0, batch_size: int = 8) -> Array:
-    """[N] nats per predicted token of each text.
-
-    Raises:
-        ValueError: there are no texts, or one has fewer than two tokens.
-    """
-
-    def means(ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        logits = model(input_ids=ids_BS, attention_mask=mask_BS).logits
-        return torch.stack([loss.mean() for loss in losses_of(logits, ids_BS, mask_BS.sum(1).tolist())])
-
-    return _of_each(model, texts, means, pad, batch_size)
-
-
-def _of_each(
     model: PeftModel,
     texts: Sequence[Sequence[int]],
-    measured: Callable[[Tensor, Tensor], Tensor],
-    pad: int,
-    batch_size: int,
-) -> Array:
-    """[N] what is measured [B] of token ids and mask [B, S], batch by batch."""
+    *,
+    pad: int = 0,
+    batch_size: int = 8,
+    number: str | None = None,
+) -> tuple[str, Array]:
+    """The name of the number and its value [N] for each text; see [`novelty`].
+
+    Args:
+        number: `distance` or `loss`; by default distance where the adapters remember.
+    """
+    routers = _learned_routers(model)
     if not texts:
         raise ValueError("there are no texts; give one or more")
     if short := [len(text) for text in texts if len(text) < 2]:
         raise ValueError(f"a text has {short[0]} tokens; a loss needs 2 or more")
-    found = []
+    domains = {name: _domains_of(router, model.device) for name, router in routers.items()}
+    number = number or ("distance" if all(domains.values()) else "loss")
+    found: list[float] = []
     with torch.no_grad(), undisturbed(model):
         count_anew(model.base_model.routing)
         for start in range(0, len(texts), batch_size):
             blocks = [Block(0, 0, 0, list(text)) for text in texts[start : start + batch_size]]
-            found.append(measured(*padded(blocks, pad, model.device)).double().cpu().numpy())
-    return np.concatenate(found)
+            ids, mask = padded(blocks, pad, model.device)
+            seen: list[Tensor] = []
+            with ExitStack() as hooks:
+                for name, router in routers.items() if number == "distance" else ():
+                    hooks.callback(router.register_forward_pre_hook(_look(domains[name], mask.bool(), seen)).remove)
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            losses = losses_of(logits, ids, [len(block.token_ids) for block in blocks])
+            found += torch.stack(seen).mean(0).tolist() if seen else [float(loss.mean()) for loss in losses]
+    return number, np.array(found)
 
 
 def auc(known: Array, new: Array) -> float:
