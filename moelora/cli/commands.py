@@ -30,6 +30,7 @@ from .options import (
     TrainOptions,
     UndoOptions,
     check_options,
+    refuse,
 )
 from .process import (
     drop_output,
@@ -244,8 +245,7 @@ def _run(arguments: Sequence[str] | None, is_command: bool) -> None:
     options = cls(**parsed)
     # PEFT 0.21 reads a property that transformers 5.23 renamed: nothing that the user of a command could change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    if problems := check_options(options):
-        raise UserError("\n".join(map(str, problems)))
+    refuse(check_options(options))
     try:
         os.getcwd()
     except OSError:

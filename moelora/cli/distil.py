@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
@@ -22,18 +22,17 @@ from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
 from ..experts.moments import Batch
 from ..recipe import DomainOptions, Recipe
-from ..report.analysis import longest_block
 from ..schema import Problem, UserError
-from ..storage.base_model import load_config, load_tokenizer
+from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
-from ..storage.run_record import learned_domains, record_of
+from ..storage.run_record import learned_domains
 from ..storage.stored import scaling_of
 from ..training.arguments import training_arguments
 from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.student import train_student
 from .operation import Plan, Source, carry_out, check_only_read, check_output, check_rank, read_source
 from .options import DistilOptions
-from .report import check_data
+from .report import block_size_of, check_data
 
 DEFAULT_RANK = 16  # of --r; options.py says it in words
 
@@ -57,13 +56,12 @@ def distil_command(options: DistilOptions) -> Path | None:
     highest = source.highest_rank(source.experts)
     rank = min(DEFAULT_RANK, highest) if options.r is None else options.r
     check_rank("--r", rank, highest)
-    record = record_of(source.folder)
     learned = learned_domains(source.folder)
     tokenizer = load_tokenizer(source.base)
     recipe = Recipe(
         model=source.base,
         data=tuple(_as_trained(domain, learned) for domain in domains),
-        block_size=record["recipe"]["block_size"] if record else longest_block(load_config(source.base)),
+        block_size=block_size_of(source.folder, source.base),
         max_eval_blocks=options.max_eval_blocks,
         training={"output_dir": options.out},
     )
@@ -209,10 +207,9 @@ class _Job:
         return time.perf_counter() - began
 
     def _table(self) -> Table:
-        table = Table(title="Held-out loss per token (nats)", title_justify="left")
-        table.add_column("model")
-        for head in (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make"):
-            table.add_column(head, justify="right")
+        heads = (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make")
+        right = (Column(head, justify="right") for head in heads)
+        table = Table("model", *right, title="Held-out loss per token (nats)", title_justify="left")
         mixture = next(row for row in self.rows if row.name == "mixture")
         for row in self.rows:
             losses = [f"{loss:.4f}" for loss in (*row.losses, row.mean)]

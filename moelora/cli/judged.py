@@ -12,14 +12,13 @@ from peft import PeftModel
 from ..experts.parts import find_experts
 from ..experts.reading import Reading, Texts
 from ..recipe import DomainOptions
-from ..report.analysis import longest_block
 from ..schema import Problem, UserError
-from ..storage.base_model import load_config, load_tokenizer
+from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
-from ..storage.run_record import learned_domains, record_of
+from ..storage.run_record import learned_domains
 from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
 from .options import JudgedOptions
-from .report import check_data, read_texts
+from .report import block_size_of, check_data, read_texts
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,11 @@ class Opened:
         Raises:
             UserError: a domain holds no text of two tokens.
         """
-        record = record_of(self.source.folder)
         tell_loading(self.source.base, self.source.folder)
         tokenizer = load_tokenizer(self.source.base)
         domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
-        size = record["recipe"]["block_size"] if record else longest_block(load_config(self.source.base))
         try:
-            texts = Texts(domains, size, tokenizer.pad_token_id)
+            texts = Texts(domains, block_size_of(self.source.folder, self.source.base), tokenizer.pad_token_id)
         except ValueError as error:
             raise UserError(f"--data: {error}") from error
         return self.source.load(), texts

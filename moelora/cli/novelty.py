@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
 from ..console import make_stdout
@@ -19,7 +19,7 @@ from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import read_source
-from .options import NoveltyOptions, check_options
+from .options import NoveltyOptions, check_options, refuse
 from .report import documents_of, read_domains
 
 SEED = 0
@@ -95,17 +95,15 @@ def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOpt
     problems += [
         Problem("--data", d.name, "calibration texts have this name; rename one") for d in found[1] if d.name in names
     ]
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    refuse(problems)
     return found[0], found[1]
 
 
 def _table(found: dict[str, Novelty]) -> Table:
     first = found[KNOWN]
-    table = Table(title=f"Novelty: z-scores of the {first.number} over known texts; new above {first.threshold:.2f}")
-    table.add_column("texts")
-    for column in ("number", "score", "new", "AUC against known"):
-        table.add_column(column, justify="right")
+    title = f"Novelty: z-scores of the {first.number} over known texts; new above {first.threshold:.2f}"
+    right = (Column(name, justify="right") for name in ("number", "score", "new", "AUC against known"))
+    table = Table("texts", *right, title=title)
     for name, novelty in found.items():
         area = "" if name == KNOWN else f"{auc(first.scores, novelty.scores):.3f}"
         score = f"{novelty.scores.mean():.2f}"

@@ -4,6 +4,7 @@ Nothing is imported here that takes time, so that `--help` and a mistyped option
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from ..files.opening import expand_user
 from ..schema import (
     Problem,
+    UserError,
     a_seed,
     about,
     at_least,
@@ -45,6 +47,12 @@ def check_options(options: Any) -> list[Problem]:
         return name.upper() if fields[name].metadata.get("positional") else f"--{name.replace('_', '-')}"
 
     return [replace(problem, key=shown(problem.key)) for problem in check_values(type(options), vars(options), "")]
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise UserError with every problem, if there are any."""
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
 
 
 def whole_path(folder: str | Path) -> Path:

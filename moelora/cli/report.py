@@ -18,16 +18,16 @@ from ..data.preparation import split_documents
 from ..data.sources import check_domain, load_documents, paths_read, resolve_path
 from ..data.texts import Domain, read_domain
 from ..files.opening import expand_user, real_path
-from ..recipe import DomainOptions, plain_name
+from ..recipe import DomainOptions, ModelOptions, plain_name
 from ..report.analysis import longest_block, run
 from ..report.history import read_history
 from ..report.page import About, render
 from ..schema import Problem, UserError
-from ..storage.base_model import load_tokenizer
+from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
 from ..storage.stored import check_fit, read_mixture
-from .options import ReportOptions, check_options
+from .options import ReportOptions, check_options, refuse
 
 PERMUTATIONS = 500
 HEAD_BYTES = 1024  # by which a page is known: space may stand before its first tag
@@ -46,12 +46,11 @@ def report(options: ReportOptions) -> Path:
     stored = read_mixture(adapter)
     base = find_base(adapter, options.base)
     check_fit(stored, base, adapter)
-    record = record_of(adapter)
     tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
-    size = record["recipe"]["block_size"] if record else longest_block(model.config)
+    size = block_size_of(adapter, base)
     try:
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
     except ValueError as error:
@@ -83,8 +82,7 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
     problems += found
     if real_path(out) in (real_path(path) for path in paths_read(domains)):
         problems.append(Problem("--out", str(out), "is one of the texts, which are only read; give another file"))
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    refuse(problems)
     return domains
 
 
@@ -137,6 +135,12 @@ def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOpt
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def block_size_of(adapter: Path, base: ModelOptions) -> int:
+    """Most tokens to read at once: as many as in training, if that is known."""
+    record = record_of(adapter)
+    return record["recipe"]["block_size"] if record else longest_block(load_config(base))
 
 
 def read_texts(
