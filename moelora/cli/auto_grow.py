@@ -104,11 +104,7 @@ class AutoGrowth(Growth):
 
 
 def known_domains(folder: Path) -> list[DomainOptions]:
-    """The domains that a mixture was trained on.
-
-    Raises:
-        UserError: nothing in the folder says so.
-    """
+    """The domains that a mixture was trained on."""
     learned = learned_domains(folder)
     if not learned:
         raise UserError(

@@ -24,11 +24,7 @@ from .report import read_domains
 
 
 def build_command(options: BuildOptions) -> Path | None:
-    """Check everything, print the plan, build the mixture and write it.
-
-    Raises:
-        UserError: everything wrong with the options; a LoRA does not carry over or fit; texts are missing.
-    """
+    """Check everything, print the plan, build the mixture and write it."""
     given, texts, data = _check(options)
     taken = _experts(options, given)
     loras = taken.experts

@@ -38,11 +38,7 @@ DEFAULT_RANK = 16  # of --r; options.py says it in words
 
 
 def distil_command(options: DistilOptions) -> Path | None:
-    """Distil an adapter and write the LoRA to a folder of its own.
-
-    Raises:
-        UserError: an option, a text or the adapter is not in order; nothing is written then.
-    """
+    """Distil an adapter and write the LoRA to a folder of its own."""
     domains, problems = check_data(options.data)
     if options.compare_scratch and not options.steps:
         problems.append(Problem("--compare-scratch", True, "needs --steps: as many train the LoRA to compare with"))

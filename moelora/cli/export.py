@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..experts.exporting import is_quantised, lora_of_expert, lora_of_mixture, merge, save_lora
+from ..experts.exporting import is_quantised, merge, save_lora, to_lora, to_lora_mixture
 from ..files.opening import expand_user
 from ..recipe import ModelOptions
 from ..schema import Problem, UserError
@@ -20,17 +20,12 @@ from .options import ExportOptions
 
 
 def export(options: ExportOptions) -> Path | None:
-    """Check everything, print the plan, and write a LoRA or a model.
-
-    Raises:
-        UserError: the options contradict each other, there is no such expert, the routing is no single LoRA, or the
-            base model, where it is needed, is missing, quantised or another.
-    """
+    """Check everything, print the plan, and write a LoRA or a model."""
     weights = _check(options)
     adapter = expand_user(options.adapter)
     stored, base = _read(options, adapter)
     try:
-        lora = lora_of_mixture(stored, weights) if options.mixture else lora_of_expert(stored, str(options.expert))
+        lora = to_lora_mixture(stored, weights) if options.mixture else to_lora(stored, str(options.expert))
     except ValueError as error:
         raise UserError(f"{adapter}: {error}") from error
     if base is not None:

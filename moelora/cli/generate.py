@@ -16,11 +16,7 @@ from .options import GenerateOptions, check_options, refuse
 
 
 def generate(options: GenerateOptions) -> str:
-    """Print the continuation of a prompt to standard output as it is made, and return the whole text.
-
-    Raises:
-        UserError: an option is out of range, there is no adapter, no base model, or the two do not fit each other.
-    """
+    """Print the continuation of a prompt to standard output as it is made, and return the whole text."""
     refuse(check_options(options))
     adapter = expand_user(options.adapter)
     base = find_base(adapter, options.base)

@@ -36,11 +36,7 @@ BATCH = 8
 
 
 def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
-    """The mixture that is to grow, as it lies on disk: its folder and its active adapters.
-
-    Raises:
-        UserError: there is none, its routing is constant, or an adapter of it can no longer remember its domain.
-    """
+    """The mixture that is to grow, as it lies on disk: its folder and its active adapters."""
     path = real_path(expand_user(folder))
     adapters = [adapter for adapter in read_mixture(path) if adapter.position is not None]
     if adapters[0].config.router_type == "fixed":
@@ -86,10 +82,6 @@ def load_growing(
 
     Args:
         kind: the class of job; [`Growth`] by default.
-
-    Raises:
-        RecipeError: listing every problem of the recipe.
-        UserError: the mixture cannot grow, belongs to another base model, or would be overwritten.
     """
     folder, stored = read_growing(adapter)
     recipe = load_recipe(

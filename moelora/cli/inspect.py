@@ -85,11 +85,7 @@ class Inspection:
 
 
 def inspect(options: InspectOptions) -> None:
-    """Print an adapter's tables, or its JSON, on standard output.
-
-    Raises:
-        UserError: there is no adapter, it is no mixture, or it is damaged.
-    """
+    """Print an adapter's tables, or its JSON, on standard output."""
     found = inspect_adapter(expand_user(options.adapter))
     if options.json:
         print_exactly(json.dumps(finite(dataclasses.asdict(found)), indent=2))
@@ -98,11 +94,7 @@ def inspect(options: InspectOptions) -> None:
 
 
 def inspect_adapter(folder: Path) -> Inspection:
-    """Read an adapter's files and measure its experts and routers.
-
-    Raises:
-        UserError: there is no adapter, it is no mixture, or it is damaged.
-    """
+    """Read an adapter's files and measure its experts and routers."""
     adapters = read_mixture(folder)
     layout = tuple((adapter.name, adapter.num_experts) for adapter in adapters)
     modules: dict[str, dict[str, Any]] = {}

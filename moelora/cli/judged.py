@@ -30,22 +30,14 @@ class Opened:
     domains: list[DomainOptions]
 
     def find(self, wanted: Sequence[str], flag: str) -> list[int]:
-        """Numbers of the experts that an option names, by number or adapter, apart or joined by commas.
-
-        Raises:
-            UserError: there is no such expert, or one is named twice.
-        """
+        """Numbers of the experts that an option names, by number or adapter, apart or joined by commas."""
         try:
             return find_experts([name.strip() for item in wanted for name in item.split(",")], self.source.experts)
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from None
 
     def load(self) -> tuple[PeftModel, Texts]:
-        """The model with its mixture, and the texts.
-
-        Raises:
-            UserError: a domain holds no text of two tokens.
-        """
+        """The model with its mixture, and the texts."""
         tell_loading(self.source.base, self.source.folder)
         tokenizer = load_tokenizer(self.source.base)
         domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
@@ -70,9 +62,6 @@ def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
 
     Args:
         problems: what the operation found wrong with its own options.
-
-    Raises:
-        UserError: listing every problem.
     """
     domains, more = check_data(options.data)
     check_output(options, [*problems, *more])

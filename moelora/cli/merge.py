@@ -15,11 +15,7 @@ from .options import MergeOptions
 
 
 def merge_command(options: MergeOptions) -> Path | None:
-    """Merge experts of an adapter and write the result to a folder of its own.
-
-    Raises:
-        UserError: an option, a text or the adapter is not in order; nothing is written then.
-    """
+    """Merge experts of an adapter and write the result to a folder of its own."""
     recipe = MergeRecipe(options.method, options.rank, options.density, options.seed)
     problems = []
     if options.method == "average" and options.rank is not None:

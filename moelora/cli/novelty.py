@@ -30,9 +30,6 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
 
     Half of the calibration texts calibrate; the other half is known texts, against which the others' area under the ROC
     curve is measured.
-
-    Raises:
-        UserError: everything that is wrong with options and files, before the model is loaded; or too few texts.
     """
     known, others = _check(options)
     source = read_source(options.adapter, options.base)

@@ -69,11 +69,7 @@ class Plan:
 
 
 def check_output(options: OperationOptions, more: Sequence[Problem] = ()) -> None:
-    """Refuse options out of range, a folder that may not be written, and what more is wrong, before any work.
-
-    Raises:
-        UserError: listing every problem.
-    """
+    """Refuse options out of range, a folder that may not be written, and what more is wrong, before any work."""
     refuse([*check_options(options), *more, *_check_folder(options.out_folder, options.overwrite)])
 
 
@@ -106,9 +102,6 @@ def check_only_read(
     """Refuse a folder that is or holds what is read, which would be put aside with it, or lies among texts.
 
     Where the options say `in_place`, the folder may be that of an input, an adapter.
-
-    Raises:
-        UserError: naming the first such input.
     """
     replaced = _entry(options.out_folder)
     others = [*paths_read(domains), *([] if base is None else [base.name])]
@@ -189,11 +182,7 @@ def check_rank(flag: str, rank: int, highest: int) -> None:
 
 
 def read_source(folder: str | Path, base: str | None = None) -> Source:
-    """Read an adapter's files and compare them with its base model, whose weights are not loaded for that.
-
-    Raises:
-        UserError: there is no mixture in the folder, it is damaged, or it does not fit the base model.
-    """
+    """Read an adapter's files and compare them with its base model, whose weights are not loaded for that."""
     path = expand_user(folder)
     files = _files_of(path)
     stored = read_mixture(path)
@@ -326,11 +315,7 @@ def _flush(folder: Path) -> None:
 
 
 def undo(options: UndoOptions) -> Path | None:
-    """Put the newest backup of a folder in its place; what was there is kept as `NAME.undone-N`, nothing is deleted.
-
-    Raises:
-        UserError: there is no backup, or a process is training into the folder.
-    """
+    """Put the newest backup of a folder in its place; what was there is kept as `NAME.undone-N`, nothing is deleted."""
     folder = whole_path(options.folder)
     numbers = kept_numbers(folder, "backup")
     if not numbers:

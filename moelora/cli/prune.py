@@ -16,11 +16,7 @@ from .options import PruneOptions
 
 
 def prune_command(options: PruneOptions) -> Path | None:
-    """Prune an adapter and write the smaller one to a folder of its own.
-
-    Raises:
-        UserError: an option, a text or the adapter is not in order; nothing is written then.
-    """
+    """Prune an adapter and write the smaller one to a folder of its own."""
     both = [Problem("--keep", options.keep, "give either --keep N or --drop EXPERT")]
     opened = open_adapter(options, both if (options.keep is None) == (not options.drop) else [])
     names = opened.source.experts

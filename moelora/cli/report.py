@@ -34,12 +34,7 @@ HEAD_BYTES = 1024  # by which a page is known: space may stand before its first 
 
 
 def report(options: ReportOptions) -> Path:
-    """Write a report and return where it is.
-
-    Raises:
-        UserError: everything that is wrong with the options and files, before any model is loaded; or the texts hold no
-            token. Nothing is written then.
-    """
+    """Write a report and return where it is."""
     out = expand_user(options.out)
     domains = _check(options, out)
     adapter = expand_user(options.adapter)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops.pool import ExpertPool
 from ..routing.decision import Router, rms_norm
+from ..storage.structure import owner_of
 
 Layout = tuple[tuple[str, int], ...]  # (adapter, number of experts), in expert order
 Modules = Mapping[str, Mapping[str, ExpertPool]]  # module name -> adapter name -> its experts there
@@ -102,12 +103,6 @@ def group_modules(modules: Modules, routers: Sequence[str]) -> dict[str, dict[st
         if (owner := owner_of(module, routers)) is not None:
             groups[owner][module] = pools
     return groups
-
-
-def owner_of(module: str, routers: Iterable[str]) -> str | None:
-    """The router that steers a linear: its own, its block's or the model's; None if there is none of them."""
-    owners = [name for name in routers if not name or module == name or module.startswith(f"{name}.")]
-    return max(owners, key=len, default=None)
 
 
 def sharpness(routers: Sequence[Router], temperature: float) -> float:
