@@ -171,7 +171,7 @@ def files(folder):
         (("a=binary.txt",), "not UTF-8"),
         (("a=zero.txt",), "zero byte"),
         (("a=broken.jsonl",), "not JSON"),
-        (("a=counting.jsonl", "a=shouting.jsonl"), "two domains of this name"),
+        (("a=counting.jsonl", "a=shouting.jsonl"), "two domains are named"),
     ],
 )  # fmt: skip
 def test_bad_data_is_refused(folder, capsys, data, words):

@@ -49,6 +49,21 @@ def check_options(options: Any) -> list[Problem]:
     return [replace(problem, key=shown(problem.key)) for problem in check_values(type(options), vars(options), "")]
 
 
+def read_pairs(given: Sequence[str], flag: str, example: str, what: str) -> tuple[dict[str, str], list[Problem]]:
+    """Options of the form NAME=PATH, and what is wrong with them: their form, or two of one name."""
+    pairs: dict[str, str] = {}
+    problems = []
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            problems.append(Problem(flag, text, f"must be {example}"))
+        elif name in pairs:
+            problems.append(Problem(flag, text, f"two {what} are named {name!r}; rename one"))
+        else:
+            pairs[name] = path
+    return pairs, problems
+
+
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise UserError with every problem, if there are any."""
     if problems:

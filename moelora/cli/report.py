@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
 from ..storage.stored import check_fit, read_mixture
-from .options import ReportOptions, check_options, refuse
+from .options import ReportOptions, check_options, read_pairs, refuse
 
 PERMUTATIONS = 500
 HEAD_BYTES = 1024  # by which a page is known: space may stand before its first tag
@@ -111,21 +110,16 @@ def check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
 
 def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
     """Options of the form NAME=FILE. Every file is read once, so that a bad one is told before a model is loaded."""
-    domains, problems = [], []
-    for text in given:
-        name, equals, path = text.partition("=")
-        fix = "must be NAME=FILE, such as code=code.jsonl" if not equals or not path else plain_name(name)
-        if fix:
-            problems.append(Problem(flag, text, fix))
+    pairs, problems = read_pairs(given, flag, "NAME=FILE, such as code=code.jsonl", "domains")
+    domains = []
+    for name, path in pairs.items():
+        if fix := plain_name(name):
+            problems.append(Problem(flag, f"{name}={path}", fix))
             continue
         domain = DomainOptions(name=name, path=resolve_path(path, Path.cwd()))
         found = check_domain(domain, f"{flag} {name}")
         problems += [replace(problem, key=problem.key.removesuffix(".path")) for problem in found]
         domains.append(domain)
-    counts = Counter(domain.name for domain in domains)
-    problems += [
-        Problem(flag, name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
-    ]
     return domains, problems
 
 

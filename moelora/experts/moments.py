@@ -5,15 +5,14 @@ Shapes: T tokens, D in, O out, N ranks of all experts of a linear together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..report.observe import count_anew, undisturbed
+from ..report.observe import before, count_anew, undisturbed
 from ..tuner.layer import MoELoraLayer
 
 Batch = Mapping[str, Tensor]  # input_ids and attention_mask
@@ -70,12 +69,13 @@ def linears_of(model: PeftModel) -> dict[str, MoELoraLayer]:
 def readers(model: PeftModel, batch: Batch) -> list[list[str]]:
     """The linears, those that read one and the same tensor together (q, k, v; gate, up), as one forward shows."""
     inputs: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name, layer in linears_of(model).items():
-            hook = layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-            stack.callback(hook.remove)
-        with torch.no_grad(), undisturbed(model):
-            model(**batch)
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, args: inputs.__setitem__(name, args[0])
+
+    layers = linears_of(model)
+    with torch.no_grad(), undisturbed(model), before((layer, keep(name)) for name, layer in layers.items()):
+        model(**batch)
     groups: dict[int, list[str]] = {}
     for name, x in inputs.items():  # all are alive, so an id is one tensor
         groups.setdefault(id(x), []).append(name)
@@ -106,10 +106,8 @@ def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence
         for group in groups
         for place, name in enumerate(group)
     ]
-    with torch.no_grad(), undisturbed(model), ExitStack() as stack:
+    with torch.no_grad(), undisturbed(model), before((each.layer, each.before) for each in collectors):
         count_anew(model.base_model.routing)  # a router in each linear is asked twice
-        for collector in collectors:
-            stack.callback(collector.layer.register_forward_pre_hook(collector.before).remove)
         for batch in batches:
             for collector in collectors:
                 collector.mask_T = batch["attention_mask"].flatten().bool()

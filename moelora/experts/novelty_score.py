@@ -15,7 +15,6 @@ Shapes: N texts, B batch, S sequence, H router input width, K directions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..data.texts import Block
-from ..report.observe import count_anew, losses_of, padded, undisturbed
+from ..report.observe import before, count_anew, losses_of, padded, undisturbed
 from ..routing.decision import FixedRouter, Router, rms_norm
 from ..routing.domain_classifier import RIDGE, Memory
 from ..tuner.router import MoELoraRouter
@@ -142,9 +141,8 @@ def measure(
             blocks = [Block(0, 0, 0, list(text)) for text in texts[start : start + batch_size]]
             ids, mask = padded(blocks, pad, model.device)
             seen: list[Tensor] = []
-            with ExitStack() as hooks:
-                for name, router in routers.items() if number == "distance" else ():
-                    hooks.callback(router.register_forward_pre_hook(_look(domains[name], mask.bool(), seen)).remove)
+            watched = routers if number == "distance" else {}
+            with before((router, _look(domains[name], mask.bool(), seen)) for name, router in watched.items()):
                 logits = model(input_ids=ids, attention_mask=mask).logits
             losses = losses_of(logits, ids, [len(block.token_ids) for block in blocks])
             found += torch.stack(seen).mean(0).tolist() if seen else [float(loss.mean()) for loss in losses]
