@@ -23,6 +23,7 @@ from ..storage.run_record import learned_domains
 from .grow import Growth
 from .novelty import sample
 from .operation import Plan
+from .options import telling
 
 TEXTS = 32
 """So many of every domain, known or in the recipe, are looked at."""
@@ -63,10 +64,8 @@ class AutoGrowth(Growth):
         new = [text for d in recipe.data for text in _texts(split_documents(d)[0], recipe, tokenizer)]
         known = [text for documents in held_out(self.folder) for text in _texts(documents, recipe, tokenizer)]
         pad = int(tokenizer.pad_token_id or 0)
-        try:
+        with telling("--grow auto: "):
             judged = novelty(model, known, new, pad=pad)
-        except ValueError as error:
-            raise UserError(f"--grow auto: {error}") from error
         self.verdict = _verdict(judged)
         if judged.share_new >= FIRES_AT:
             self.learns = self.name

@@ -19,7 +19,7 @@ from ..storage.finding import base_options
 from ..storage.lora_file import LoraFile, read_lora
 from ..training.router_training import RouterTraining, train_router
 from .operation import Plan, carry_out, check_only_read, check_output, shown
-from .options import BuildOptions, read_pairs
+from .options import BuildOptions, read_pairs, telling
 from .report import read_domains
 
 
@@ -36,10 +36,9 @@ def build_command(options: BuildOptions) -> Path | None:
     plan = _plan(options, loras, base, taken.lost)
 
     def work(folder: Path) -> dict[str, Any] | None:
-        try:
-            return _build(options, loras, base, texts, data, folder)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        with telling():
+            losses = _build(options, loras, base, texts, data, folder)
+        return losses
 
     read = [options.migrate] if options.migrate is not None else [lora.source for lora in loras.values()]
     return carry_out(options, plan, work, inputs=read, base=base)

@@ -31,7 +31,7 @@ from ..training.arguments import training_arguments
 from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.student import train_student
 from .operation import Plan, Source, carry_out, check_only_read, check_output, check_rank, read_source
-from .options import DistilOptions
+from .options import DistilOptions, telling
 from .report import block_size_of, check_data
 
 DEFAULT_RANK = 16  # of --r; options.py says it in words
@@ -45,10 +45,8 @@ def distil_command(options: DistilOptions) -> Path | None:
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
     check_only_read(options, [options.adapter], source.base, domains)
-    try:
+    with telling(f"{source.folder}: "):
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
-    except ValueError as error:
-        raise UserError(f"{source.folder}: {error}") from error
     highest = source.highest_rank(source.experts)
     rank = min(DEFAULT_RANK, highest) if options.r is None else options.r
     check_rank("--r", rank, highest)
@@ -65,14 +63,14 @@ def distil_command(options: DistilOptions) -> Path | None:
 
     def work(folder: Path) -> dict[str, Any]:
         try:
-            return _Job(options, source, rank, blocks, tokenizer).run(folder)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+            with telling():
+                outcome = _Job(options, source, rank, blocks, tokenizer).run(folder)
         except torch.linalg.LinAlgError as error:
             raise UserError(
                 f"the experts of {source.folder} compute numbers too large to be fitted ({error}); was their training "
                 "diverging?"
             ) from error
+        return outcome
 
     return carry_out(options, _plan(options, source, rank), work, inputs=[options.adapter], base=source.base)
 

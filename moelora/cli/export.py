@@ -16,7 +16,7 @@ from ..storage.lora_file import LoraFile
 from ..storage.run_record import noted_base
 from ..storage.stored import StoredAdapter, read_mixture
 from .operation import Plan, carry_out, check_output, read_source, shown
-from .options import ExportOptions
+from .options import ExportOptions, telling
 
 
 def export(options: ExportOptions) -> Path | None:
@@ -24,10 +24,8 @@ def export(options: ExportOptions) -> Path | None:
     weights = _check(options)
     adapter = expand_user(options.adapter)
     stored, base = _read(options, adapter)
-    try:
+    with telling(f"{adapter}: "):
         lora = to_lora_mixture(stored, weights) if options.mixture else to_lora(stored, str(options.expert))
-    except ValueError as error:
-        raise UserError(f"{adapter}: {error}") from error
     if base is not None:
         lora.config.base_model_name_or_path = base.name
     what = "The mixture" if options.mixture else f"Expert {options.expert}"
@@ -91,9 +89,7 @@ def _merge(base: ModelOptions, lora: LoraFile, folder: Path) -> None:
     exact = dataclasses.replace(base, dtype="float32")
     model = load_model(exact, torch.device("cpu"))
     dtype = getattr(load_config(base), "dtype", None) or torch.float32
-    try:
+    with telling("--merge: "):
         merge(model, lora)
-    except ValueError as error:
-        raise UserError(f"--merge: {error}") from error
     model.to(dtype).save_pretrained(str(folder))
     load_tokenizer(base).save_pretrained(str(folder))

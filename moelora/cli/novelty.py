@@ -19,7 +19,7 @@ from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import read_source
-from .options import NoveltyOptions, check_options, refuse
+from .options import NoveltyOptions, check_options, refuse, telling
 from .report import documents_of, read_domains
 
 SEED = 0
@@ -51,10 +51,8 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     tell_loading(source.base, source.folder)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)
-    try:
+    with telling("--calibration: "):
         found = judge_all(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
-    except ValueError as error:
-        raise UserError(f"--calibration: {error}") from error
     make_stdout().print(_table(found))
     return found
 

@@ -4,7 +4,8 @@ Nothing is imported here that takes time, so that `--help` and a mistyped option
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ def refuse(problems: Sequence[Problem]) -> None:
     """Raise UserError with every problem, if there are any."""
     if problems:
         raise UserError("\n".join(map(str, problems)))
+
+
+@contextmanager
+def telling(where: str = "") -> Iterator[None]:
+    """Within, a ValueError is a mistake of the user's; where is what the message begins with."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
 
 
 def whole_path(folder: str | Path) -> Path:

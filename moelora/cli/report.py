@@ -21,12 +21,12 @@ from ..recipe import DomainOptions, ModelOptions, plain_name
 from ..report.analysis import longest_block, run
 from ..report.history import read_history
 from ..report.page import About, render
-from ..schema import Problem, UserError
+from ..schema import Problem
 from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
 from ..storage.stored import check_fit, read_mixture
-from .options import ReportOptions, check_options, read_pairs, refuse
+from .options import ReportOptions, check_options, read_pairs, refuse, telling
 
 PERMUTATIONS = 500
 HEAD_BYTES = 1024  # by which a page is known: space may stand before its first tag
@@ -45,10 +45,8 @@ def report(options: ReportOptions) -> Path:
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
     size = block_size_of(adapter, base)
-    try:
+    with telling():
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
-    except ValueError as error:
-        raise UserError(str(error)) from error
     config = stored[0].config
     routing = f"{config.router_type}, per {config.router_scope}"
     page = render(found, About(_shown(adapter), _shown(Path(base.name)), routing), PERMUTATIONS)
