@@ -4,11 +4,11 @@ Nothing is imported here that takes time, so that `--help` and a mistyped option
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..files.opening import expand_user
 from ..schema import (
@@ -25,6 +25,8 @@ from ..schema import (
     positive,
     settable_fields,
 )
+
+T = TypeVar("T")
 
 ROUTERS = ("arrow", "prototype", "uniform", "train")
 CRITERIA = ("load", "worth", "similarity")
@@ -129,6 +131,22 @@ def _base(help_text: str = BASE_HELP) -> Any:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
+COMMANDS: dict[str, tuple[type, str, str]] = {}
+"""Subcommand: the dataclass of its options, where the function is that it calls, a call to paste."""
+
+
+def _command(function: str, example: str) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass of options a subcommand, whose function lies in a module of this package."""
+
+    def register(options: type[T]) -> type[T]:
+        name = options.__name__.removesuffix("Options").lower()
+        COMMANDS[name] = options, f"{__package__}.{function}", example
+        return options
+
+    return register
+
+
+@_command("commands:train_command", "moelora train examples/quickstart.yaml --set training.max_steps=20")
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Fine-tune a causal language model with a mixture of LoRA experts, as a recipe says."""
@@ -148,6 +166,7 @@ class TrainOptions:
     dry_run: bool = _flag("with --grow: print what would be done and write nothing")
 
 
+@_command("generate:generate", 'moelora generate --adapter runs/quickstart/adapter --prompt "def read_lines(path):"')
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """Continue a prompt with a trained adapter."""
@@ -161,6 +180,7 @@ class GenerateOptions:
     chat: bool = _flag("ask the prompt as a user's turn in the model's chat template")
 
 
+@_command("inspect:inspect", "moelora inspect runs/quickstart/adapter")
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
     """Show what an adapter holds: experts, their sizes and likeness, routers. Needs no base model."""
@@ -169,6 +189,10 @@ class InspectOptions:
     json: bool = _flag("print everything as JSON in place of tables")
 
 
+@_command(
+    "report:report",
+    "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
+)
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Write one HTML page that shows what the experts of an adapter do with texts."""
@@ -205,6 +229,10 @@ class OperationOptions:
         return False
 
 
+@_command(
+    "build:build_command",
+    "moelora build --expert code=loras/code --expert docs=loras/docs --router arrow --out loras/mixture",
+)
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(OperationOptions):
     """Make a mixture of plain LoRAs that you have; they stay what they are, bit for bit."""
@@ -227,6 +255,7 @@ class BuildOptions(OperationOptions):
     seed: int = _choice(42, "seed of router training", check=a_seed)
 
 
+@_command("export:export", "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0")
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(OperationOptions):
     """Write an expert, or the mixture under fixed weights, as a plain PEFT LoRA or merged into the base model."""
@@ -243,6 +272,10 @@ class ExportOptions(OperationOptions):
     base: str | None = _base()
 
 
+@_command(
+    "novelty:novelty_command",
+    "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl --data mail=mail.jsonl",
+)
 @dataclass(frozen=True, kw_only=True)
 class NoveltyOptions:
     """Say whether texts are new to an adapter: no expert of it knows their kind."""
@@ -272,6 +305,11 @@ class JudgedOptions(OperationOptions):
     base: str | None = _base()
 
 
+@_command(
+    "prune:prune_command",
+    "moelora prune runs/quickstart/adapter --keep 3 --by worth --data code=runs/quickstart/data/code.jsonl "
+    "--out runs/quickstart/pruned",
+)
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(JudgedOptions):
     """Remove experts from a mixture, and say what that costs."""
@@ -295,6 +333,11 @@ class PruneOptions(JudgedOptions):
         return True
 
 
+@_command(
+    "merge:merge_command",
+    "moelora merge runs/quickstart/adapter --experts 0,1 --data code=runs/quickstart/data/code.jsonl "
+    "--out runs/quickstart/merged",
+)
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(JudgedOptions):
     """Make one expert of several, and say what that costs."""
@@ -317,6 +360,11 @@ class MergeOptions(JudgedOptions):
     seed: int = _choice(42, "seed of the entries that dare drops", check=a_seed)
 
 
+@_command(
+    "distil:distil_command",
+    "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
+    "--out runs/quickstart/lora",
+)
 @dataclass(frozen=True, kw_only=True)
 class DistilOptions(OperationOptions):
     """Fit a single plain LoRA, which any LoRA server knows, to a mixture on given data."""
@@ -347,6 +395,7 @@ class DistilOptions(OperationOptions):
     base: str | None = _base()
 
 
+@_command("operation:undo", "moelora undo runs/quickstart/smaller")
 @dataclass(frozen=True, kw_only=True)
 class UndoOptions:
     """Bring back the folder that the latest operation with --overwrite replaced."""
