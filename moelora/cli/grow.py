@@ -33,6 +33,7 @@ from ..training.run import Start
 from .operation import Plan, shown
 
 BATCH = 8
+_REMEMBER = "call `moelora.experts.remember` with texts of it, and save the mixture"
 
 
 def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
@@ -44,16 +45,10 @@ def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
             f"{path}: router_type='fixed' weighs experts alike for every text; a mixture that grows has to route"
         )
     forgetful = [adapter.name for adapter in adapters if not adapter.config.router_memory]
-    if forgetful and len(adapters) > 1:
-        raise UserError(
-            f"{path}: adapter {forgetful[0]!r} does not remember its domain, and run.json does not tell its texts from "
-            "those of the others; call `moelora.experts.remember` with texts of it, and save the mixture"
-        )
-    if forgetful and read_record(path) is None:
-        raise UserError(
-            f"{path}: adapter {forgetful[0]!r} does not remember its domain, and without run.json its texts are not "
-            "known; call `moelora.experts.remember` with texts of it, and save the mixture"
-        )
+    if forgetful and (len(adapters) > 1 or read_record(path) is None):
+        several = "run.json does not tell its texts from those of the others"
+        why = several if len(adapters) > 1 else "without run.json its texts are not known"
+        raise UserError(f"{path}: adapter {forgetful[0]!r} does not remember its domain, and {why}; {_REMEMBER}")
     return path, adapters
 
 
@@ -160,7 +155,7 @@ class Growth(Start):
         except (UserError, OSError, ValueError) as error:
             raise UserError(
                 f"{self.folder}: adapter {name!r} does not remember its domain, and the texts that run.json names "
-                f"cannot be read ({error}); call `moelora.experts.remember` with texts of it, and save the mixture"
+                f"cannot be read ({error}); {_REMEMBER}"
             ) from error
         self.tokens[name] = remember(model, name, texts(domains, recipe.seed, tokenizer))
 

@@ -5,7 +5,7 @@ Shapes: T tokens, D in, O out, N ranks of all experts of a linear together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,7 +100,7 @@ def in_passes(model: PeftModel, groups: Iterable[list[str]], limit: float) -> li
 def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence[str]]) -> dict[str, Moments]:
     """Run the mixture over the batches and sum up the linears of these groups; padding is in no sum."""
     layers = linears_of(model)
-    found = {name: moments for group in groups for name, moments in _zeros(layers, group)}
+    found = {name: moments for group in groups for name, moments in _zeros(layers, group).items()}
     collectors = [
         _Collector(layers[name], found[name], is_first=place == 0)
         for group in groups
@@ -115,20 +115,19 @@ def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence
     return found
 
 
-def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> Iterator[tuple[str, Moments]]:
-    width = layers[group[0]].in_features
-    second = None
+def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> dict[str, Moments]:
+    second: Tensor | None = None
+    found = {}
     for name in group:
         pools = layers[name].expert_pools()
         left = torch.cat([pool.lora_B.detach().double() * pool.scaling for pool in pools], dim=1)
         lora_A = torch.cat([pool.lora_A.detach().double() for pool in pools])
+        rank, width = lora_A.shape
         second = left.new_zeros(width, width) if second is None else second
-        ranks = len(lora_A)
-        cross, unweighted = left.new_zeros(2, ranks, width)
-        yield (
-            name,
-            Moments(left, lora_A, cross, unweighted, left.new_zeros(ranks, ranks), left.new_zeros(ranks), second),
-        )
+        cross, unweighted = left.new_zeros(2, rank, width)
+        energy, weight = left.new_zeros(rank, rank), left.new_zeros(rank)
+        found[name] = Moments(left, lora_A, cross, unweighted, energy, weight, second)
+    return found
 
 
 @dataclass

@@ -8,10 +8,11 @@ Shapes: N ranks of all experts together, D in, O out, E experts, H router input 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.pool import ExpertPool
@@ -66,24 +67,16 @@ def _of_module(pools: Mapping[str, ExpertPool], layout: Layout) -> tuple[Tensor,
     lora_A = torch.cat([pool.lora_A.detach().double().cpu() * pool.scaling for pool in here])
     lora_B = torch.cat([pool.lora_B.detach().double().cpu() for pool in here], dim=1)
     gram_A, gram_B = lora_A @ lora_A.T, lora_B.T @ lora_B
-    expert_N = torch.cat(list(_experts_of_ranks(pools, layout)))
-    num_experts = sum(count for _, count in layout)
-    membership_NE = torch.zeros(len(expert_N), num_experts, dtype=torch.float64)
-    membership_NE[torch.arange(len(expert_N)), expert_N] = 1
+    ranks_E = torch.tensor([pools[name].rank if name in pools else 0 for name, count in layout for _ in range(count)])
+    num_experts = len(ranks_E)
+    expert_N = torch.arange(num_experts).repeat_interleave(ranks_E)
+    membership_NE = F.one_hot(expert_N, num_experts).double()
     inner = membership_NE.T @ (gram_A * gram_B) @ membership_NE
     ranks = inner.new_zeros(num_experts)
     for expert in expert_N.unique():
         own = (expert_N == expert).nonzero().flatten()
         ranks[expert] = _effective_rank(gram_A[own][:, own], gram_B[own][:, own])
     return inner, ranks
-
-
-def _experts_of_ranks(pools: Mapping[str, ExpertPool], layout: Layout) -> Iterable[Tensor]:
-    start = 0
-    for name, count in layout:
-        if name in pools:
-            yield torch.arange(start, start + count).repeat_interleave(pools[name].rank)
-        start += count
 
 
 def _effective_rank(gram_A: Tensor, gram_B: Tensor) -> Tensor:
