@@ -23,14 +23,14 @@ class Moments:
     """Of one linear over T tokens, in float64. A token's delta is y = left · c with c = w ∘ (lora_A x), w its weights.
 
     Attributes:
-        left: [O, N] scaling · B; lora_A: [N, D].
+        lora_A: [N, D]; left: [O, N] scaling · B.
         cross: [N, D] Σ c xᵀ, so that Σ y xᵀ = left · cross; unweighted: [N, D] Σ (lora_A x) xᵀ; energy: [N, N] Σ c cᵀ.
         weight: [N] Σ w, each expert's repeated for its ranks.
         second: [D, D] Σ x xᵀ, one tensor for all linears that read the same x; tokens: T.
     """
 
-    left: Tensor
     lora_A: Tensor
+    left: Tensor
     cross: Tensor
     unweighted: Tensor
     energy: Tensor
@@ -126,7 +126,7 @@ def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> dict[str
         second = left.new_zeros(width, width) if second is None else second
         cross, unweighted = left.new_zeros(2, rank, width)
         energy, weight = left.new_zeros(rank, rank), left.new_zeros(rank)
-        found[name] = Moments(left, lora_A, cross, unweighted, energy, weight, second)
+        found[name] = Moments(lora_A, left, cross, unweighted, energy, weight, second)
     return found
 
 
