@@ -29,6 +29,7 @@ from ..storage.stored import scaling_of
 from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 
+METHODS = ("average", "svd", "ties", "dare")
 HIDDEN = "hidden_weight"
 _FIELDS = tuple(field.name for field in fields(Memory))  # the mean first
 _MEAN = f".memory_{_FIELDS[0]}"
@@ -41,7 +42,7 @@ class MergeRecipe:
     """How to merge.
 
     Attributes:
-        method: average, svd, ties or dare.
+        method: one of METHODS.
         rank: of the merged expert; None: as its adapter's experts have (for `average`: the sum of the ranks).
         density: share of entries that `ties` and `dare` keep.
         seed: of `dare`'s choice.
@@ -123,9 +124,11 @@ def check_mergeable(adapters: Sequence[AdapterParts], numbers: Sequence[int], re
     """Refuse what cannot be merged.
 
     Raises:
-        ValueError: fewer than two experts; a rank for `average`; the first one's adapter lacks a linear of another;
-            two-layer routers of several adapters, the first of which holds other experts too.
+        ValueError: there is no such method; fewer than two experts; a rank for `average`; the first one's adapter
+            lacks a linear of another; two-layer routers of several adapters, the first of which is not alone.
     """
+    if recipe.method not in METHODS:
+        raise ValueError(f"`method` ({recipe.method!r}) is not one of {', '.join(METHODS)}")
     if len(numbers) < 2:
         raise ValueError(f"`experts` ({', '.join(map(str, numbers))}) must name two experts or more")
     if recipe.method == "average" and recipe.rank is not None:
