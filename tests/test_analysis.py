@@ -389,8 +389,6 @@ def test_figures_are_drawn(tmp_path):
 
 def test_figures_without_matplotlib_name_the_extra(monkeypatch):
     found = analyze(tiny(), worth_tokens=0)
-    monkeypatch.delitem(sys.modules, "moelora.report.figures", raising=False)
-    monkeypatch.delattr(moelora.report, "figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "moelora\[report\]"'):
         found.plot_loads()

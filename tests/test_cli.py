@@ -11,6 +11,7 @@ from moelora.cli import options
 from moelora.cli.commands import COMMANDS, build_parser, main
 from moelora.cli.reference import render
 from moelora.experts.importing import MIXTURES
+from moelora.experts.merging import METHODS
 from moelora.experts.prune import CRITERIA
 
 EXAMPLE = str(Path(__file__).parent.parent / "examples" / "quickstart.yaml")
@@ -61,6 +62,7 @@ def test_the_callback_needs_no_datasets():
 def test_what_options_offer_is_what_there_is():
     assert tuple(MIXTURES) == options.ROUTERS
     assert tuple(CRITERIA) == options.CRITERIA
+    assert METHODS == options.METHODS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -81,9 +81,9 @@ def test_moments_are_those_of_the_tokens(name, options):
         assert moments.tokens == len(x) == sum(int(batch["attention_mask"].sum()) for batch in batches())
         torch.testing.assert_close(moments.second, x.T @ x, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(moments.left @ moments.cross, y.T @ x, rtol=1e-4, atol=1e-3)
-        lora_B, lora_A = truncated_product(moments.left, moments.lora_A, 2)
+        lora_A, lora_B = truncated_product(moments.lora_A, moments.left, 2)
         error = (y - x @ (lora_B @ lora_A).T).square().sum() / y.square().sum()
-        assert moments.error(lora_B, lora_A) == pytest.approx(float(error), rel=1e-4, abs=1e-6)
+        assert moments.error(lora_A, lora_B) == pytest.approx(float(error), rel=1e-4, abs=1e-6)
 
 
 def test_linears_that_read_one_tensor_share_its_moment():
@@ -104,8 +104,8 @@ def test_passes_keep_to_the_memory():
     assert len(passes) > 2 and all(size <= limit or len(some) == 1 for size, some in zip(sizes, passes, strict=True))
     whole = closed_form(model, batches, 2)
     small = closed_form(model, batches, 2, memory=1)
-    for name, (lora_B, lora_A) in whole.factors.items():
-        other_B, other_A = small.factors[name]
+    for name, (lora_A, lora_B) in whole.factors.items():
+        other_A, other_B = small.factors[name]
         torch.testing.assert_close(other_B @ other_A, lora_B @ lora_A, rtol=1e-6, atol=1e-8)
 
 
@@ -127,13 +127,13 @@ def test_no_map_of_its_rank_does_better(rank):
     model = mixture_of("llama")
     ridge = 1e-6
     for moments in gather(model, batches(8), readers(model, batches()[0])).values():
-        mean = (moments.left * (moments.weight / moments.tokens), moments.lora_A)
+        mean = (moments.lora_A, moments.left * (moments.weight / moments.tokens))
         strength = ridge * float(moments.second.diagonal().mean())
         energy = ((moments.left.T @ moments.left) * moments.energy).sum()
 
-        def objective(lora_B, lora_A, moments=moments, mean=mean, strength=strength, energy=energy):
-            away = (lora_B @ lora_A - mean[0] @ mean[1]).square().sum()
-            return float(moments.error(lora_B, lora_A) * energy + strength * away)
+        def objective(lora_A, lora_B, moments=moments, mean=mean, strength=strength, energy=energy):
+            away = (lora_B @ lora_A - mean[1] @ mean[0]).square().sum()
+            return float(moments.error(lora_A, lora_B) * energy + strength * away)
 
         best = fit(moments, rank, ridge)
         value = objective(*best)
@@ -206,7 +206,7 @@ def test_the_factors_are_a_mixtures_own_where_there_is_one_expert():
     product = {name: each[0].detach() for name, each in products(model).items()}
     factors = closed_form(model, batches, 2).factors
     assert factors.keys() == product.keys()
-    for name, (lora_B, lora_A) in factors.items():
+    for name, (lora_A, lora_B) in factors.items():
         torch.testing.assert_close(lora_B @ lora_A, product[name], rtol=1e-4, atol=1e-5)
 
 

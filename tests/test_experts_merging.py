@@ -51,7 +51,7 @@ def expected_product(method, first, second):
         return mean
     if method == "ties":
         mean = ties([first.float(), second.float()], torch.tensor([0.5, 1.5]), 0.5).double()
-    lora_B, lora_A = truncated(mean, 2)
+    lora_A, lora_B = truncated(mean, 2)
     return lora_B @ lora_A
 
 
@@ -179,6 +179,8 @@ def test_the_others_keep_their_products():
 
 def test_what_cannot_be_merged_is_refused():
     model = mixture_of("llama")
+    with pytest.raises(ValueError, match=r"`method` \('mean'\) is not one of average, svd, ties, dare"):
+        merge_experts(take_apart(model), [0, 1], SHARES, MergeRecipe("mean"))
     with pytest.raises(ValueError, match="two experts or more"):
         merge_experts(take_apart(model), [1], [1.0], MergeRecipe())
     with pytest.raises(ValueError, match=r"`rank` \(4\) contradicts `average`"):

@@ -12,7 +12,7 @@ from tiny import counting, save_tiny_adapter, shouting, tiny_recipe, write_jsonl
 
 from moelora.cli.commands import main
 from moelora.experts import novelty
-from moelora.experts.novelty_score import Calibration, _Domain, auc, measure
+from moelora.experts.novelty_score import _Domain, auc, judge, measure
 from moelora.routing.domain_classifier import Memory
 
 MIDDLE = (24, 34)
@@ -37,25 +37,28 @@ def test_a_domain_that_nobody_learned_scores_high_and_known_ones_do_not():
     calibration = rows(LOW) + rows(HIGH)
     new = novelty(model, calibration, rows(MIDDLE, seed=4))
     known = novelty(model, calibration, rows(LOW, seed=5) + rows(HIGH, seed=5))
-    assert new.names == ("loss", "entropy", "distance")
+    assert new.number == known.number == "distance"
+    np.testing.assert_array_equal(new.z_scores[:, 0], new.scores)
     assert auc(known.scores, new.scores) > 0.95
     assert new.share_new > 0.8 and known.share_new < 0.25
 
 
-def test_numbers_of_a_text_do_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("number", ["distance", "loss"])
+def test_the_number_of_a_text_does_not_depend_on_its_neighbours(number):
     model = gated_mixture()
     short, long = rows(LOW, count=1, length=5)[0], rows(HIGH, count=1, length=20)[0]
-    _, together = measure(model, [short, long], batch_size=2)
-    _, apart = measure(model, [short, long], batch_size=1)
+    _, together = measure(model, [short, long], batch_size=2, number=number)
+    _, apart = measure(model, [short, long], batch_size=1, number=number)
     np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-5)
+    assert abs(together[0] - together[1]) > 1e-3
 
 
-def test_without_memories_there_is_no_distance_and_statistics_stay():
+def test_without_memories_the_loss_counts_and_statistics_stay():
     model = mixture_of("llama")
     with torch.no_grad():
         model(**texts(LOW))
     before = model.routing_stats()
-    assert novelty(model, rows(LOW), rows(LOW, seed=9)).names == ("loss", "entropy")
+    assert novelty(model, rows(LOW), rows(LOW, seed=9)).names == ("loss",)
     assert model.routing_stats() == before
 
 
@@ -71,10 +74,10 @@ def test_too_little_or_constant_routing_is_refused():
 
 
 def test_the_threshold_lets_one_in_twenty_known_texts_pass():
-    numbers = np.random.default_rng(0).normal(size=(400, 3))
-    judged = Calibration.of(("a", "b", "c"), numbers).judge(numbers)
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    judged = judge("loss", values, values)
     assert abs(judged.share_new - 0.05) < 0.01
-    np.testing.assert_allclose(judged.z_scores.mean(0), 0, atol=1e-9)
+    assert judged.scores.mean() == pytest.approx(0, abs=1e-9) and judged.scores.std(ddof=1) == pytest.approx(1)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from tiny import save_tiny_model, shouting, tiny_recipe, write_jsonl, write_reci
 import moelora.cli.report
 from moelora.cli.commands import main
 from moelora.report.history import History
-from moelora.report.page import payload, short_names
+from moelora.report.measured import short_names
+from moelora.report.page import payload
 from moelora.training import load_recipe, train
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>&amp;"\'\u2028🙂'
@@ -170,7 +171,7 @@ def files(folder):
         (("a=binary.txt",), "not UTF-8"),
         (("a=zero.txt",), "zero byte"),
         (("a=broken.jsonl",), "not JSON"),
-        (("a=counting.jsonl", "a=shouting.jsonl"), "two domains of this name"),
+        (("a=counting.jsonl", "a=shouting.jsonl"), "two domains are named"),
     ],
 )  # fmt: skip
 def test_bad_data_is_refused(folder, capsys, data, words):

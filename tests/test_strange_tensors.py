@@ -230,11 +230,11 @@ def test_embeddings_replace_the_bases_only_where_the_user_says_so(saves, model, 
 
 
 def raise_of_export(folder):
-    from moelora.experts.exporting import lora_of_mixture
+    from moelora.experts.exporting import to_lora_mixture
 
     adapters = read_mixture(folder)
     try:
-        lora_of_mixture(adapters, [1.0] * sum(adapter.num_experts for adapter in adapters))
+        to_lora_mixture(adapters, [1.0] * sum(adapter.num_experts for adapter in adapters))
     except ValueError as error:
         raise UserError(str(error)) from error
 

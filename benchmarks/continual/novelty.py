@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moelora.experts.novelty_score import Calibration, Novelty, auc, measure
+from moelora.experts.novelty_score import Novelty, auc, judge, measure
 
 from ..quality.trainer import autocast
 from ..record import command_line, environment
@@ -41,7 +41,7 @@ def rows_of(ids: np.ndarray, count: int) -> list[list[int]]:
     return [ids[number, :LENGTH].tolist() for number in chosen]
 
 
-def judge(args: argparse.Namespace, seed: int) -> dict[str, Novelty]:
+def run(args: argparse.Namespace, seed: int) -> dict[str, Novelty]:
     """Learn all domains but the new ones; how new test texts of every domain are, calibrated on validation texts."""
     base, data, plan = load(args)
     torch.manual_seed(seed)
@@ -51,43 +51,38 @@ def judge(args: argparse.Namespace, seed: int) -> dict[str, Novelty]:
     new = [name for name in data if name not in plan.domains]
     with autocast(args.device):
         known = [text for name in plan.domains for text in rows_of(data[name]["validation"].ids, args.texts)]
-        names, numbers = measure(learner.model, known, batch_size=32)
-        calibration = Calibration.of(names, numbers)
+        number, calibration = measure(learner.model, known, batch_size=32)
         return {
-            name: calibration.judge(
-                measure(learner.model, rows_of(data[name]["test"].ids, args.texts), batch_size=32)[1]
+            name: judge(
+                number,
+                calibration,
+                measure(learner.model, rows_of(data[name]["test"].ids, args.texts), batch_size=32)[1],
             )
             for name in (*plan.domains, *new)
         }
 
 
 def table(found: dict[str, Novelty], learned: Sequence[str]) -> str:
-    """Markdown: a line a domain, and the area under the ROC curve of each number and of the score."""
-    known = [found[name] for name in found if name in learned]
-    names = known[0].names
-    scores = np.concatenate([novelty.scores for novelty in known])
-    parts = np.concatenate([novelty.z_scores for novelty in known])
-    heads = ["domain", "learned", "flagged as new", "AUC", *(f"AUC of {name} alone" for name in names)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    """Markdown: a line a domain, and the area under the ROC curve of those that were not learned."""
+    known = known_scores(found, learned)
+    lines = ["| domain | learned | flagged as new | AUC |", "|---" * 4 + "|"]
     for name, novelty in found.items():
-        cells = [name, "yes" if name in learned else "no", f"{novelty.share_new:.0%}"]
-        if name in learned:
-            cells += [""] * (len(names) + 1)
-        else:
-            areas = [
-                auc(scores, novelty.scores),
-                *(auc(p, z) for p, z in zip(parts.T, novelty.z_scores.T, strict=True)),
-            ]
-            cells += [f"{area:.3f}" for area in areas]
-        lines.append(f"| {' | '.join(cells)} |")
+        is_known = name in learned
+        area = "" if is_known else f"{auc(known, novelty.scores):.3f}"
+        lines.append(f"| {name} | {'yes' if is_known else 'no'} | {novelty.share_new:.0%} | {area} |")
     return "\n".join(lines)
+
+
+def known_scores(found: dict[str, Novelty], learned: Sequence[str]) -> np.ndarray:
+    """[N] of all texts of the domains that were learned."""
+    return np.concatenate([found[name].scores for name in found if name in learned])
 
 
 def draw(found: dict[str, Novelty], learned: Sequence[str], path: Path) -> None:
     """ROC curves of the domains that were not learned."""
     from matplotlib.figure import Figure
 
-    known = np.concatenate([found[name].scores for name in found if name in learned])
+    known = known_scores(found, learned)
     figure = Figure(figsize=(5, 5), layout="constrained")
     axis = figure.subplots()
     for name, novelty in found.items():
@@ -107,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = judge(args, seed=0)
+    found = run(args, seed=0)
     learned = [name for name in found if name in args.domains]
     text = table(found, learned)
     scores = {name: novelty.scores.round(4).tolist() for name, novelty in found.items()}

@@ -23,6 +23,7 @@ from ..storage.run_record import learned_domains
 from .grow import Growth
 from .novelty import sample
 from .operation import Plan
+from .options import telling
 
 TEXTS = 32
 """So many of every domain, known or in the recipe, are looked at."""
@@ -63,10 +64,8 @@ class AutoGrowth(Growth):
         new = [text for d in recipe.data for text in _texts(split_documents(d)[0], recipe, tokenizer)]
         known = [text for documents in held_out(self.folder) for text in _texts(documents, recipe, tokenizer)]
         pad = int(tokenizer.pad_token_id or 0)
-        try:
+        with telling("--grow auto: "):
             judged = novelty(model, known, new, pad=pad)
-        except ValueError as error:
-            raise UserError(f"--grow auto: {error}") from error
         self.verdict = _verdict(judged)
         if judged.share_new >= FIRES_AT:
             self.learns = self.name
@@ -104,11 +103,7 @@ class AutoGrowth(Growth):
 
 
 def known_domains(folder: Path) -> list[DomainOptions]:
-    """The domains that a mixture was trained on.
-
-    Raises:
-        UserError: nothing in the folder says so.
-    """
+    """The domains that a mixture was trained on."""
     learned = learned_domains(folder)
     if not learned:
         raise UserError(
@@ -128,10 +123,10 @@ def _texts(documents: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _verdict(judged: Novelty) -> dict[str, Any]:
-    numbers = dict(zip(judged.names, judged.z_scores.mean(0).tolist(), strict=True))
-    return {"share_new": judged.share_new, "threshold": judged.threshold, "mean_z_scores": numbers}
+    mean = {judged.number: float(judged.scores.mean())}
+    return {"share_new": judged.share_new, "threshold": judged.threshold, "mean_z_scores": mean}
 
 
 def _loss_under(model: PeftModel, name: str, texts: list[list[int]], pad: int) -> float:
     with alone(model, name):
-        return float(measure(model, texts, pad=pad)[1][:, 0].mean())
+        return float(measure(model, texts, pad=pad, number="loss")[1].mean())

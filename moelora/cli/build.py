@@ -19,16 +19,12 @@ from ..storage.finding import base_options
 from ..storage.lora_file import LoraFile, read_lora
 from ..training.router_training import RouterTraining, train_router
 from .operation import Plan, carry_out, check_only_read, check_output, shown
-from .options import BuildOptions
+from .options import BuildOptions, read_pairs, telling
 from .report import read_domains
 
 
 def build_command(options: BuildOptions) -> Path | None:
-    """Check everything, print the plan, build the mixture and write it.
-
-    Raises:
-        UserError: everything wrong with the options; a LoRA does not carry over or fit; texts are missing.
-    """
+    """Check everything, print the plan, build the mixture and write it."""
     given, texts, data = _check(options)
     taken = _experts(options, given)
     loras = taken.experts
@@ -40,10 +36,9 @@ def build_command(options: BuildOptions) -> Path | None:
     plan = _plan(options, loras, base, taken.lost)
 
     def work(folder: Path) -> dict[str, Any] | None:
-        try:
-            return _build(options, loras, base, texts, data, folder)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        with telling():
+            losses = _build(options, loras, base, texts, data, folder)
+        return losses
 
     read = [options.migrate] if options.migrate is not None else [lora.source for lora in loras.values()]
     return carry_out(options, plan, work, inputs=read, base=base)
@@ -82,7 +77,7 @@ def _build(
 
 def _check(options: BuildOptions) -> tuple[dict[str, str], dict[str, DomainOptions], list[DomainOptions]]:
     """The experts, the example texts and the training data as given, once all options are in order."""
-    given, problems = _read_pairs(options.expert)
+    given, problems = read_pairs(options.expert, "--expert", "NAME=PATH, such as code=loras/code", "experts")
     if bool(options.expert) == (options.migrate is not None):
         fix = "give the LoRAs: --expert NAME=PATH, once each; or one checkpoint with --migrate"
         problems.append(Problem("--expert", options.expert, fix))
@@ -95,19 +90,6 @@ def _check(options: BuildOptions) -> tuple[dict[str, str], dict[str, DomainOptio
             problems.append(Problem(flag, files, fix))
     check_output(options, problems)
     return given, {domain.name: domain for domain in texts}, data
-
-
-def _read_pairs(given: list[str]) -> tuple[dict[str, str], list[Problem]]:
-    pairs: dict[str, str] = {}
-    problems = []
-    for text in given:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            problems.append(Problem("--expert", text, "must be NAME=PATH, such as code=loras/code"))
-        elif name in pairs:
-            problems.append(Problem("--expert", text, f"two experts are named {name!r}; rename one"))
-        pairs[name] = path
-    return pairs, problems
 
 
 def _experts(options: BuildOptions, given: Mapping[str, str]) -> Migration:

@@ -17,20 +17,7 @@ from typing import Any, NoReturn
 
 from ..console import OutputClosedError, make_stdout, naming_output, printable
 from ..schema import UserError, is_required, settable_fields, shorten, type_hints
-from .options import (
-    BuildOptions,
-    DistilOptions,
-    ExportOptions,
-    GenerateOptions,
-    InspectOptions,
-    MergeOptions,
-    NoveltyOptions,
-    PruneOptions,
-    ReportOptions,
-    TrainOptions,
-    UndoOptions,
-    check_options,
-)
+from .options import COMMANDS, TrainOptions, check_options, refuse
 from .process import (
     drop_output,
     escape_what_cannot_be_encoded,
@@ -72,62 +59,6 @@ def train_command(options: TrainOptions) -> None:
     record = train(recipe, resume=resume, overwrite=overwrite, start=start)
     stdout.print(summary(record))
     stdout.print(f"Adapter and run.json: {printable(recipe.output_dir)}", soft_wrap=True)
-
-
-COMMANDS: dict[str, tuple[type, str, str]] = {
-    "train": (
-        TrainOptions,
-        "moelora.cli.commands:train_command",
-        "moelora train examples/quickstart.yaml --set training.max_steps=20",
-    ),
-    "generate": (
-        GenerateOptions,
-        "moelora.cli.generate:generate",
-        'moelora generate --adapter runs/quickstart/adapter --prompt "def read_lines(path):"',
-    ),
-    "inspect": (InspectOptions, "moelora.cli.inspect:inspect", "moelora inspect runs/quickstart/adapter"),
-    "report": (
-        ReportOptions,
-        "moelora.cli.report:report",
-        "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
-    ),
-    "build": (
-        BuildOptions,
-        "moelora.cli.build:build_command",
-        "moelora build --expert code=loras/code --expert docs=loras/docs --router arrow --out loras/mixture",
-    ),
-    "export": (
-        ExportOptions,
-        "moelora.cli.export:export",
-        "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0",
-    ),
-    "novelty": (
-        NoveltyOptions,
-        "moelora.cli.novelty:novelty_command",
-        "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl "
-        "--data mail=mail.jsonl",
-    ),
-    "prune": (
-        PruneOptions,
-        "moelora.cli.prune:prune_command",
-        "moelora prune runs/quickstart/adapter --keep 3 --by worth --data code=runs/quickstart/data/code.jsonl "
-        "--out runs/quickstart/pruned",
-    ),
-    "merge": (
-        MergeOptions,
-        "moelora.cli.merge:merge_command",
-        "moelora merge runs/quickstart/adapter --experts 0,1 --data code=runs/quickstart/data/code.jsonl "
-        "--out runs/quickstart/merged",
-    ),
-    "distil": (
-        DistilOptions,
-        "moelora.cli.distil:distil_command",
-        "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
-        "--out runs/quickstart/lora",
-    ),
-    "undo": (UndoOptions, "moelora.cli.operation:undo", "moelora undo runs/quickstart/smaller"),
-}
-"""Subcommand: the dataclass of its options, where the function is that it calls, a call to paste."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -244,8 +175,7 @@ def _run(arguments: Sequence[str] | None, is_command: bool) -> None:
     options = cls(**parsed)
     # PEFT 0.21 reads a property that transformers 5.23 renamed: nothing that the user of a command could change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    if problems := check_options(options):
-        raise UserError("\n".join(map(str, problems)))
+    refuse(check_options(options))
     try:
         os.getcwd()
     except OSError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
@@ -21,49 +21,41 @@ from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
 from ..experts.moments import Batch
-from ..experts.student import train_student
 from ..recipe import DomainOptions, Recipe
-from ..report.analysis import longest_block
 from ..schema import Problem, UserError
-from ..storage.base_model import load_config, load_tokenizer
+from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
-from ..storage.run_record import learned_domains, record_of
+from ..storage.run_record import learned_domains
 from ..storage.stored import scaling_of
 from ..training.arguments import training_arguments
 from ..training.evaluate import DomainResult, check_converged, evaluate
+from ..training.student import train_student
 from .operation import Plan, Source, carry_out, check_only_read, check_output, check_rank, read_source
-from .options import DistilOptions
-from .report import check_data
+from .options import DistilOptions, telling
+from .report import block_size_of, check_data
 
 DEFAULT_RANK = 16  # of --r; options.py says it in words
 
 
 def distil_command(options: DistilOptions) -> Path | None:
-    """Distil an adapter and write the LoRA to a folder of its own.
-
-    Raises:
-        UserError: an option, a text or the adapter is not in order; nothing is written then.
-    """
+    """Distil an adapter and write the LoRA to a folder of its own."""
     domains, problems = check_data(options.data)
     if options.compare_scratch and not options.steps:
         problems.append(Problem("--compare-scratch", True, "needs --steps: as many train the LoRA to compare with"))
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
     check_only_read(options, [options.adapter], source.base, domains)
-    try:
+    with telling(f"{source.folder}: "):
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
-    except ValueError as error:
-        raise UserError(f"{source.folder}: {error}") from error
     highest = source.highest_rank(source.experts)
     rank = min(DEFAULT_RANK, highest) if options.r is None else options.r
     check_rank("--r", rank, highest)
-    record = record_of(source.folder)
     learned = learned_domains(source.folder)
     tokenizer = load_tokenizer(source.base)
     recipe = Recipe(
         model=source.base,
         data=tuple(_as_trained(domain, learned) for domain in domains),
-        block_size=record["recipe"]["block_size"] if record else longest_block(load_config(source.base)),
+        block_size=block_size_of(source.folder, source.base),
         max_eval_blocks=options.max_eval_blocks,
         training={"output_dir": options.out},
     )
@@ -71,14 +63,14 @@ def distil_command(options: DistilOptions) -> Path | None:
 
     def work(folder: Path) -> dict[str, Any]:
         try:
-            return _Job(options, source, rank, blocks, tokenizer).run(folder)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+            with telling():
+                outcome = _Job(options, source, rank, blocks, tokenizer).run(folder)
         except torch.linalg.LinAlgError as error:
             raise UserError(
                 f"the experts of {source.folder} compute numbers too large to be fitted ({error}); was their training "
                 "diverging?"
             ) from error
+        return outcome
 
     return carry_out(options, _plan(options, source, rank), work, inputs=[options.adapter], base=source.base)
 
@@ -209,10 +201,9 @@ class _Job:
         return time.perf_counter() - began
 
     def _table(self) -> Table:
-        table = Table(title="Held-out loss per token (nats)", title_justify="left")
-        table.add_column("model")
-        for head in (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make"):
-            table.add_column(head, justify="right")
+        heads = (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make")
+        right = (Column(head, justify="right") for head in heads)
+        table = Table("model", *right, title="Held-out loss per token (nats)", title_justify="left")
         mixture = next(row for row in self.rows if row.name == "mixture")
         for row in self.rows:
             losses = [f"{loss:.4f}" for loss in (*row.losses, row.mean)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..experts.exporting import is_quantised, lora_of_expert, lora_of_mixture, merge, save_lora
+from ..experts.exporting import is_quantised, merge, save_lora, to_lora, to_lora_mixture
 from ..files.opening import expand_user
 from ..recipe import ModelOptions
 from ..schema import Problem, UserError
@@ -16,23 +16,16 @@ from ..storage.lora_file import LoraFile
 from ..storage.run_record import noted_base
 from ..storage.stored import StoredAdapter, read_mixture
 from .operation import Plan, carry_out, check_output, read_source, shown
-from .options import ExportOptions
+from .options import ExportOptions, telling
 
 
 def export(options: ExportOptions) -> Path | None:
-    """Check everything, print the plan, and write a LoRA or a model.
-
-    Raises:
-        UserError: the options contradict each other, there is no such expert, the routing is no single LoRA, or the
-            base model, where it is needed, is missing, quantised or another.
-    """
+    """Check everything, print the plan, and write a LoRA or a model."""
     weights = _check(options)
     adapter = expand_user(options.adapter)
     stored, base = _read(options, adapter)
-    try:
-        lora = lora_of_mixture(stored, weights) if options.mixture else lora_of_expert(stored, str(options.expert))
-    except ValueError as error:
-        raise UserError(f"{adapter}: {error}") from error
+    with telling(f"{adapter}: "):
+        lora = to_lora_mixture(stored, weights) if options.mixture else to_lora(stored, str(options.expert))
     if base is not None:
         lora.config.base_model_name_or_path = base.name
     what = "The mixture" if options.mixture else f"Expert {options.expert}"
@@ -96,9 +89,7 @@ def _merge(base: ModelOptions, lora: LoraFile, folder: Path) -> None:
     exact = dataclasses.replace(base, dtype="float32")
     model = load_model(exact, torch.device("cpu"))
     dtype = getattr(load_config(base), "dtype", None) or torch.float32
-    try:
+    with telling("--merge: "):
         merge(model, lora)
-    except ValueError as error:
-        raise UserError(f"--merge: {error}") from error
     model.to(dtype).save_pretrained(str(folder))
     load_tokenizer(base).save_pretrained(str(folder))

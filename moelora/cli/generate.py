@@ -12,17 +12,12 @@ from ..files.opening import expand_user
 from ..schema import UserError
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
-from .options import GenerateOptions, check_options
+from .options import GenerateOptions, check_options, refuse
 
 
 def generate(options: GenerateOptions) -> str:
-    """Print the continuation of a prompt to standard output as it is made, and return the whole text.
-
-    Raises:
-        UserError: an option is out of range, there is no adapter, no base model, or the two do not fit each other.
-    """
-    if problems := check_options(options):
-        raise UserError("\n".join(map(str, problems)))
+    """Print the continuation of a prompt to standard output as it is made, and return the whole text."""
+    refuse(check_options(options))
     adapter = expand_user(options.adapter)
     base = find_base(adapter, options.base)
     tell_loading(base, adapter)

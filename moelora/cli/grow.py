@@ -33,14 +33,11 @@ from ..training.run import Start
 from .operation import Plan, shown
 
 BATCH = 8
+_REMEMBER = "call `moelora.experts.remember` with texts of it, and save the mixture"
 
 
 def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
-    """The mixture that is to grow, as it lies on disk: its folder and its active adapters.
-
-    Raises:
-        UserError: there is none, its routing is constant, or an adapter of it can no longer remember its domain.
-    """
+    """The mixture that is to grow, as it lies on disk: its folder and its active adapters."""
     path = real_path(expand_user(folder))
     adapters = [adapter for adapter in read_mixture(path) if adapter.position is not None]
     if adapters[0].config.router_kind.is_constant:
@@ -48,16 +45,10 @@ def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
             f"{path}: router_type='fixed' weighs experts alike for every text; a mixture that grows has to route"
         )
     forgetful = [adapter.name for adapter in adapters if not adapter.config.router_memory]
-    if forgetful and len(adapters) > 1:
-        raise UserError(
-            f"{path}: adapter {forgetful[0]!r} does not remember its domain, and run.json does not tell its texts from "
-            "those of the others; call `moelora.experts.remember` with texts of it, and save the mixture"
-        )
-    if forgetful and read_record(path) is None:
-        raise UserError(
-            f"{path}: adapter {forgetful[0]!r} does not remember its domain, and without run.json its texts are not "
-            "known; call `moelora.experts.remember` with texts of it, and save the mixture"
-        )
+    if forgetful and (len(adapters) > 1 or read_record(path) is None):
+        several = "run.json does not tell its texts from those of the others"
+        why = several if len(adapters) > 1 else "without run.json its texts are not known"
+        raise UserError(f"{path}: adapter {forgetful[0]!r} does not remember its domain, and {why}; {_REMEMBER}")
     return path, adapters
 
 
@@ -86,10 +77,6 @@ def load_growing(
 
     Args:
         kind: the class of job; [`Growth`] by default.
-
-    Raises:
-        RecipeError: listing every problem of the recipe.
-        UserError: the mixture cannot grow, belongs to another base model, or would be overwritten.
     """
     folder, stored = read_growing(adapter)
     recipe = load_recipe(
@@ -168,7 +155,7 @@ class Growth(Start):
         except (UserError, OSError, ValueError) as error:
             raise UserError(
                 f"{self.folder}: adapter {name!r} does not remember its domain, and the texts that run.json names "
-                f"cannot be read ({error}); call `moelora.experts.remember` with texts of it, and save the mixture"
+                f"cannot be read ({error}); {_REMEMBER}"
             ) from error
         self.tokens[name] = remember(model, name, texts(domains, recipe.seed, tokenizer))
 

@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..console import make_stdout, print_exactly, printable, track
 from ..files.opening import expand_user
@@ -84,11 +85,7 @@ class Inspection:
 
 
 def inspect(options: InspectOptions) -> None:
-    """Print an adapter's tables, or its JSON, on standard output.
-
-    Raises:
-        UserError: there is no adapter, it is no mixture, or it is damaged.
-    """
+    """Print an adapter's tables, or its JSON, on standard output."""
     found = inspect_adapter(expand_user(options.adapter))
     if options.json:
         print_exactly(json.dumps(finite(dataclasses.asdict(found)), indent=2))
@@ -97,11 +94,7 @@ def inspect(options: InspectOptions) -> None:
 
 
 def inspect_adapter(folder: Path) -> Inspection:
-    """Read an adapter's files and measure its experts and routers.
-
-    Raises:
-        UserError: there is no adapter, it is no mixture, or it is damaged.
-    """
+    """Read an adapter's files and measure its experts and routers."""
     adapters = read_mixture(folder)
     layout = tuple((adapter.name, adapter.num_experts) for adapter in adapters)
     modules: dict[str, dict[str, Any]] = {}
@@ -144,23 +137,21 @@ def _expert_facts(adapters: list[StoredAdapter], names: Sequence[str], whole: Ge
     maturity = torch.stack([stacked(adapters, name, "maturity") for name in names]).nanmean(dim=0)
     taken = torch.stack([stacked(adapters, name, "tokens_per_expert") for name in names]).nansum(dim=0)
     share = taken / taken.sum().clamp(min=1)
-    facts = []
-    for expert, owner in enumerate(owners):
-        others = [other for other in range(len(owners)) if other != expert]
-        nearest = max(others, key=lambda other: float(whole.similarity[expert, other]), default=None)
-        facts.append(
-            ExpertFacts(
-                expert=expert,
-                adapter=owner,
-                norm=float(whole.norm[expert]),
-                effective_rank=float(whole.effective_rank[expert]),
-                nearest=nearest,
-                nearest_similarity=math.nan if nearest is None else float(whole.similarity[expert, nearest]),
-                maturity=float(maturity[expert]),
-                training_share=float(share[expert]),
-            )
+    others = whole.similarity.clone().fill_diagonal_(-math.inf)
+    is_alone = len(owners) == 1
+    return [
+        ExpertFacts(
+            expert=expert,
+            adapter=owner,
+            norm=float(whole.norm[expert]),
+            effective_rank=float(whole.effective_rank[expert]),
+            nearest=None if is_alone else int(others[expert].argmax()),
+            nearest_similarity=math.nan if is_alone else float(others[expert].max()),
+            maturity=float(maturity[expert]),
+            training_share=float(share[expert]),
         )
-    return facts
+        for expert, owner in enumerate(owners)
+    ]
 
 
 def _router_facts(name: str, adapters: list[StoredAdapter], local: Geometry) -> RouterFacts:
@@ -181,12 +172,9 @@ def _router_facts(name: str, adapters: list[StoredAdapter], local: Geometry) -> 
 
 def closest_pair(local: Geometry) -> tuple[tuple[int, int] | None, float]:
     """The two experts that are most alike, and how much; None with fewer than two."""
-    num_experts = len(local.norm)
-    pairs = [(i, j) for i in range(num_experts) for j in range(i + 1, num_experts)]
-    if not pairs:
-        return None, math.nan
-    best = max(pairs, key=lambda pair: float(local.similarity[pair]))
-    return best, float(local.similarity[best])
+    pairs = combinations(range(len(local.norm)), 2)
+    best = max(pairs, key=lambda pair: float(local.similarity[pair]), default=None)
+    return best, math.nan if best is None else float(local.similarity[best])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -201,11 +189,13 @@ def tables(found: Inspection) -> RenderableType:
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    for column in left:
-        table.add_column(column, overflow="fold")
-    for column in right:
-        table.add_column(column, justify="right")
+    table = Table(
+        *(Column(name, overflow="fold") for name in left),
+        *(Column(name, justify="right") for name in right),
+        title=title,
+        title_justify="left",
+        min_width=len(title),
+    )
     for row in rows:
         table.add_row(*map(printable, row))
     return table

@@ -12,14 +12,13 @@ from peft import PeftModel
 from ..experts.parts import find_experts
 from ..experts.reading import Reading, Texts
 from ..recipe import DomainOptions
-from ..report.analysis import longest_block
-from ..schema import Problem, UserError
-from ..storage.base_model import load_config, load_tokenizer
+from ..schema import Problem
+from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
-from ..storage.run_record import learned_domains, record_of
+from ..storage.run_record import learned_domains
 from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
-from .options import JudgedOptions
-from .report import check_data, read_texts
+from .options import JudgedOptions, telling
+from .report import block_size_of, check_data, read_texts
 
 
 @dataclass(frozen=True)
@@ -31,31 +30,18 @@ class Opened:
     domains: list[DomainOptions]
 
     def find(self, wanted: Sequence[str], flag: str) -> list[int]:
-        """Numbers of the experts that an option names, by number or adapter, apart or joined by commas.
-
-        Raises:
-            UserError: there is no such expert, or one is named twice.
-        """
-        try:
-            return find_experts([name.strip() for item in wanted for name in item.split(",")], self.source.experts)
-        except ValueError as error:
-            raise UserError(f"{flag}: {error}") from None
+        """Numbers of the experts that an option names, by number or adapter, apart or joined by commas."""
+        with telling(f"{flag}: "):
+            found = find_experts([name.strip() for item in wanted for name in item.split(",")], self.source.experts)
+        return found
 
     def load(self) -> tuple[PeftModel, Texts]:
-        """The model with its mixture, and the texts.
-
-        Raises:
-            UserError: a domain holds no text of two tokens.
-        """
-        record = record_of(self.source.folder)
+        """The model with its mixture, and the texts."""
         tell_loading(self.source.base, self.source.folder)
         tokenizer = load_tokenizer(self.source.base)
         domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
-        size = record["recipe"]["block_size"] if record else longest_block(load_config(self.source.base))
-        try:
-            texts = Texts(domains, size, tokenizer.pad_token_id)
-        except ValueError as error:
-            raise UserError(f"--data: {error}") from error
+        with telling("--data: "):
+            texts = Texts(domains, block_size_of(self.source.folder, self.source.base), tokenizer.pad_token_id)
         return self.source.load(), texts
 
     def write(self, model: PeftModel, plan: Plan, outcome: dict[str, Any]) -> Path | None:
@@ -73,9 +59,6 @@ def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
 
     Args:
         problems: what the operation found wrong with its own options.
-
-    Raises:
-        UserError: listing every problem.
     """
     domains, more = check_data(options.data)
     check_output(options, [*problems, *more])

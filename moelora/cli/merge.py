@@ -11,15 +11,11 @@ from ..experts.reading import Reading
 from ..schema import Problem, UserError
 from .judged import loss_notes, loss_record, open_adapter
 from .operation import Plan, check_rank
-from .options import MergeOptions
+from .options import MergeOptions, telling
 
 
 def merge_command(options: MergeOptions) -> Path | None:
-    """Merge experts of an adapter and write the result to a folder of its own.
-
-    Raises:
-        UserError: an option, a text or the adapter is not in order; nothing is written then.
-    """
+    """Merge experts of an adapter and write the result to a folder of its own."""
     recipe = MergeRecipe(options.method, options.rank, options.density, options.seed)
     problems = []
     if options.method == "average" and options.rank is not None:
@@ -33,14 +29,12 @@ def merge_command(options: MergeOptions) -> Path | None:
         chosen = [names[number] for number in numbers]
         check_rank("--rank", options.rank, opened.source.highest_rank(chosen, options.method in ("ties", "dare")))
     model, texts = opened.load()
-    try:
+    with telling():
         adapters = take_apart(model)
         check_mergeable(adapters, numbers, recipe)
         before = texts.read(model)
         shares = [float(before.share[number]) for number in numbers]
         merged = merge_experts(adapters, numbers, shares, recipe)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     model = put_together(model, merged.adapters)
     after = texts.read(model)
     outcome = {"becomes": merged.becomes, "domains": loss_record(texts, before, after)}

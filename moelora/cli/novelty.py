@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
 from ..console import make_stdout
 from ..data.texts import tokenise
-from ..experts.novelty_score import FEWEST, Calibration, Novelty, auc, measure
+from ..experts.novelty_score import FEWEST, Novelty, auc, judge, measure
 from ..recipe import DomainOptions
 from ..schema import Problem, UserError
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import read_source
-from .options import NoveltyOptions, check_options
+from .options import NoveltyOptions, check_options, refuse, telling
 from .report import documents_of, read_domains
 
 SEED = 0
@@ -30,9 +30,6 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
 
     Half of the calibration texts calibrate; the other half is known texts, against which the others' area under the ROC
     curve is measured.
-
-    Raises:
-        UserError: everything that is wrong with options and files, before the model is loaded; or too few texts.
     """
     known, others = _check(options)
     source = read_source(options.adapter, options.base)
@@ -54,10 +51,8 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     tell_loading(source.base, source.folder)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)
-    try:
-        found = judge(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
-    except ValueError as error:
-        raise UserError(f"--calibration: {error}") from error
+    with telling("--calibration: "):
+        found = judge_all(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
     make_stdout().print(_table(found))
     return found
 
@@ -65,15 +60,14 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
 KNOWN = "(known)"
 
 
-def judge(
+def judge_all(
     model: PeftModel, known: Sequence[list[list[int]]], others: dict[str, list[list[int]]], pad: int
 ) -> dict[str, Novelty]:
     """Scores by name; those of the calibration texts that did not calibrate are under "(known)"."""
     halves = [[text for texts in known for text in texts[start::2]] for start in (0, 1)]
-    names, numbers = measure(model, halves[0], pad=pad)
-    calibration = Calibration.of(names, numbers)
+    number, calibration = measure(model, halves[0], pad=pad)
     groups = {KNOWN: halves[1], **others}
-    return {name: calibration.judge(measure(model, texts, pad=pad)[1]) for name, texts in groups.items()}
+    return {name: judge(number, calibration, measure(model, texts, pad=pad)[1]) for name, texts in groups.items()}
 
 
 def sample(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[list[int]]:
@@ -96,19 +90,17 @@ def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOpt
     problems += [
         Problem("--data", d.name, "calibration texts have this name; rename one") for d in found[1] if d.name in names
     ]
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    refuse(problems)
     return found[0], found[1]
 
 
 def _table(found: dict[str, Novelty]) -> Table:
     first = found[KNOWN]
-    table = Table(title=f"Novelty: mean z-scores over known texts; new above {first.threshold:.2f}")
-    table.add_column("texts")
-    for column in ("number", "score", *first.names, "new", "AUC against known"):
-        table.add_column(column, justify="right")
+    title = f"Novelty: z-scores of the {first.number} over known texts; new above {first.threshold:.2f}"
+    right = (Column(name, justify="right") for name in ("number", "score", "new", "AUC against known"))
+    table = Table("texts", *right, title=title)
     for name, novelty in found.items():
-        cells = [f"{value:.2f}" for value in (novelty.scores.mean(), *novelty.z_scores.mean(0))]
         area = "" if name == KNOWN else f"{auc(first.scores, novelty.scores):.3f}"
-        table.add_row(name, str(len(novelty.scores)), *cells, f"{novelty.share_new:.0%}", area)
+        score = f"{novelty.scores.mean():.2f}"
+        table.add_row(name, str(len(novelty.scores)), score, f"{novelty.share_new:.0%}", area)
     return table

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..console import make_stdout, printable
 from ..data.sources import LIES_IN_TEXTS, folder_read_around, paths_read
@@ -43,19 +43,12 @@ from ..storage.run_record import (
     write_json,
 )
 from ..storage.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
-from .options import OperationOptions, UndoOptions, check_options, whole_path
+from .options import OperationOptions, UndoOptions, check_options, refuse, whole_path
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an operation will have done: a table, and sentences about what the table cannot say.
-
-    Attributes:
-        title: one line.
-        columns: heads of the table.
-        rows: cells; numbers as text.
-        notes: sentences below it.
-    """
+    """What an operation will have done: a title, a table, and sentences about what the table cannot say."""
 
     title: str
     columns: Sequence[str] = ()
@@ -65,9 +58,7 @@ class Plan:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [printable(self.title)]
         if self.rows:
-            table = Table()
-            for column in self.columns:
-                table.add_column(printable(column), overflow="fold")
+            table = Table(*(Column(printable(column), overflow="fold") for column in self.columns))
             for row in self.rows:
                 table.add_row(*map(printable, row))
             parts.append(table)
@@ -78,17 +69,8 @@ class Plan:
 
 
 def check_output(options: OperationOptions, more: Sequence[Problem] = ()) -> None:
-    """Refuse options out of range and a folder that may not be written, all at once and before any work.
-
-    Args:
-        more: what the operation itself found wrong.
-
-    Raises:
-        UserError: listing every problem.
-    """
-    problems = [*check_options(options), *more, *_check_folder(options.out_folder, options.overwrite)]
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    """Refuse options out of range, a folder that may not be written, and what more is wrong, before any work."""
+    refuse([*check_options(options), *more, *_check_folder(options.out_folder, options.overwrite)])
 
 
 def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:
@@ -119,15 +101,7 @@ def check_only_read(
 ) -> None:
     """Refuse a folder that is or holds what is read, which would be put aside with it, or lies among texts.
 
-    Where the options say `in_place`, the inputs' own folder may be it.
-
-    Args:
-        inputs: adapters.
-        base: the base model.
-        domains: texts.
-
-    Raises:
-        UserError: naming the first such input.
+    Where the options say `in_place`, the folder may be that of an input, an adapter.
     """
     replaced = _entry(options.out_folder)
     others = [*paths_read(domains), *([] if base is None else [base.name])]
@@ -177,13 +151,12 @@ class Source:
             experts: [n] the adapter of each of them.
             by_entry: whether entries of their products are changed, so that only the linears limit the rank.
         """
-        pools = {adapter.name: adapter.pools for adapter in self.stored}
         ranks: Counter[str] = Counter()
         sizes: dict[str, int] = {}
-        for name in experts:
-            for linear, pool in pools[name].items():
-                ranks[linear] += pool.rank
-                sizes[linear] = min(pool.lora_B.shape[0], pool.lora_A.shape[1])
+        pools = {adapter.name: adapter.pools for adapter in self.stored}
+        for linear, pool in (item for name in experts for item in pools[name].items()):
+            ranks[linear] += pool.rank
+            sizes[linear] = min(pool.lora_B.shape[0], pool.lora_A.shape[1])
         return max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
 
     def load(self, device: torch.device | None = None) -> PeftModel:
@@ -202,22 +175,14 @@ class Source:
 
 
 def check_rank(flag: str, rank: int, highest: int) -> None:
-    """Refuse a rank that would be made up with zeros.
-
-    Raises:
-        UserError: naming the highest rank there is a use for.
-    """
+    """Raise UserError for a rank that would be made up with zeros."""
     if rank > highest:
         fix = f"exceeds {highest}, the highest rank that the result has in any linear; lower it, the rest is zero"
         raise UserError(str(Problem(flag, rank, fix)))
 
 
 def read_source(folder: str | Path, base: str | None = None) -> Source:
-    """Read an adapter's files and compare them with its base model, whose weights are not loaded for that.
-
-    Raises:
-        UserError: there is no mixture in the folder, it is damaged, or it does not fit the base model.
-    """
+    """Read an adapter's files and compare them with its base model, whose weights are not loaded for that."""
     path = expand_user(folder)
     files = _files_of(path)
     stored = read_mixture(path)
@@ -228,9 +193,9 @@ def read_source(folder: str | Path, base: str | None = None) -> Source:
 
 def _files_of(folder: Path) -> frozenset[tuple[str, int, int, int]]:
     """Name, number, time and size of every file that belongs to an adapter; checkpoints beside it are others."""
-    found = [*folder.glob("adapter_*"), *folder.glob("*/adapter_*")]
+    others = (path for path in folder.glob("*/adapter_*") if not path.parent.name.startswith("checkpoint-"))
     states = []
-    for path in (path for path in found if not path.parent.name.startswith("checkpoint-") or path.parent == folder):
+    for path in (*folder.glob("adapter_*"), *others):
         with suppress(OSError):  # it has just gone
             state = path.stat()
             states.append((str(path), state.st_ino, state.st_mtime_ns, state.st_size))
@@ -297,8 +262,7 @@ def shown(path: Path) -> str:
 def describe_operation(
     options: Any, inputs: Sequence[str | Path] = (), base: ModelOptions | None = None
 ) -> dict[str, Any]:
-    """What operation.json says: the options, the adapters read and what they were trained on, the base model, the
-    versions and the machine."""
+    """What operation.json says of an operation that begins."""
     return {
         "operation": type(options).__name__.removesuffix("Options").lower(),
         "options": dataclasses.asdict(options),
@@ -351,11 +315,7 @@ def _flush(folder: Path) -> None:
 
 
 def undo(options: UndoOptions) -> Path | None:
-    """Put the newest backup of a folder in its place; what was there is kept as `NAME.undone-N`, nothing is deleted.
-
-    Raises:
-        UserError: there is no backup, or a process is training into the folder.
-    """
+    """Put the newest backup of a folder in its place; what was there is kept as `NAME.undone-N`, nothing is deleted."""
     folder = whole_path(options.folder)
     numbers = kept_numbers(folder, "backup")
     if not numbers:

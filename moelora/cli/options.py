@@ -4,13 +4,16 @@ Nothing is imported here that takes time, so that `--help` and a mistyped option
 """
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..files.opening import expand_user
 from ..schema import (
     Problem,
+    UserError,
     a_seed,
     about,
     at_least,
@@ -23,12 +26,16 @@ from ..schema import (
     settable_fields,
 )
 
+T = TypeVar("T")
+
 ROUTERS = ("arrow", "prototype", "uniform", "train")
 CRITERIA = ("load", "worth", "similarity")
 METHODS = ("average", "svd", "ties", "dare")
 
 ADAPTER_HELP = "folder that holds the adapter; it is only read"
 BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was made for"
+TRAINED_BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"
+KEPT_HELP = "the old one stays beside it as NAME.backup-N until you remove it, and `moelora undo` brings it back"
 DATA_HELP = (
     "texts of a domain: a name of your choice and a .jsonl file, a text file, a pattern or a folder that `datasets` "
     "reads; once per domain"
@@ -45,6 +52,36 @@ def check_options(options: Any) -> list[Problem]:
     return [replace(problem, key=shown(problem.key)) for problem in check_values(type(options), vars(options), "")]
 
 
+def read_pairs(given: Sequence[str], flag: str, example: str, what: str) -> tuple[dict[str, str], list[Problem]]:
+    """Options of the form NAME=PATH, and what is wrong with them: their form, or two of one name."""
+    pairs: dict[str, str] = {}
+    problems = []
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            problems.append(Problem(flag, text, f"must be {example}"))
+        elif name in pairs:
+            problems.append(Problem(flag, text, f"two {what} are named {name!r}; rename one"))
+        else:
+            pairs[name] = path
+    return pairs, problems
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise UserError with every problem, if there are any."""
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
+
+
+@contextmanager
+def telling(where: str = "") -> Iterator[None]:
+    """Within, a ValueError is a mistake of the user's; where is what the message begins with."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
+
+
 def whole_path(folder: str | Path) -> Path:
     """A folder by its whole path, without `..`: what is renamed needs a name."""
     return Path(os.path.abspath(expand_user(folder)))
@@ -58,96 +95,119 @@ def _is_file(value: str) -> str | None:
     return None if Path(value).is_file() else "no such file; give the path of a recipe"
 
 
+# ---- kinds of fields -------------------------------------------------------------------------------------------------
+
+# ruff: noqa: RUF009 (each call makes a field), and `Any` stands for the type that the field is annotated with.
+
+
+def _required(help_text: str, **more: Any) -> Any:
+    return field(metadata=about(help_text, **more))
+
+
+def _choice(default: Any, help_text: str, **more: Any) -> Any:
+    return field(default=default, metadata=about(help_text, **more))
+
+
+def _optional(help_text: str, **more: Any) -> Any:
+    return _choice(None, help_text, **more)
+
+
+def _flag(help_text: str) -> Any:
+    return _choice(False, help_text)
+
+
+def _many(help_text: str, metavar: str = "DOMAIN=FILE") -> Any:
+    return field(default_factory=list, metadata=about(help_text, metavar=metavar))
+
+
+def _adapter(help_text: str = ADAPTER_HELP) -> Any:
+    return _required(help_text, check=_is_folder, positional=True)
+
+
+def _base(help_text: str = BASE_HELP) -> Any:
+    return _optional(help_text)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+COMMANDS: dict[str, tuple[type, str, str]] = {}
+"""Subcommand: the dataclass of its options, where the function is that it calls, a call to paste."""
+
+
+def _command(function: str, example: str) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass of options a subcommand, whose function lies in a module of this package."""
+
+    def register(options: type[T]) -> type[T]:
+        name = options.__name__.removesuffix("Options").lower()
+        COMMANDS[name] = options, f"{__package__}.{function}", example
+        return options
+
+    return register
+
+
+@_command("commands:train_command", "moelora train examples/quickstart.yaml --set training.max_steps=20")
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Fine-tune a causal language model with a mixture of LoRA experts, as a recipe says."""
 
-    recipe: str = field(
-        metadata=about(
-            "the recipe, a YAML file; docs/training.md lists what it may say", check=_is_file, positional=True
-        )
+    recipe: str = _required(
+        "the recipe, a YAML file; docs/training.md lists what it may say", check=_is_file, positional=True
     )
-    set: list[str] = field(
-        default_factory=list,
-        metadata=about("replace a setting of the recipe, as if written there; may be repeated", metavar="KEY=VALUE"),
+    set: list[str] = _many("replace a setting of the recipe, as if written there; may be repeated", "KEY=VALUE")
+    resume: bool = _flag("continue from the last checkpoint in the recipe's output folder")
+    overwrite: bool = _flag(f"replace the recipe's output folder; {KEPT_HELP}")
+    grow: str | None = _optional(
+        "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
+        "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts",
+        check=lambda value: None if value == "auto" else _is_folder(value),
     )
-    resume: bool = field(
-        default=False, metadata=about("continue from the last checkpoint in the recipe's output folder")
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata=about(
-            "replace the recipe's output folder; the old one stays beside it as NAME.backup-N until you remove it, and "
-            "`moelora undo` brings it back"
-        ),
-    )
-    grow: str | None = field(
-        default=None,
-        metadata=about(
-            "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
-            "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts",
-            check=lambda value: None if value == "auto" else _is_folder(value),
-        ),
-    )
-    adapter: str | None = field(
-        default=None, metadata=about("with --grow auto: folder of the trained mixture", check=_is_folder)
-    )
-    dry_run: bool = field(default=False, metadata=about("with --grow: print what would be done and write nothing"))
+    adapter: str | None = _optional("with --grow auto: folder of the trained mixture", check=_is_folder)
+    dry_run: bool = _flag("with --grow: print what would be done and write nothing")
 
 
+@_command("generate:generate", 'moelora generate --adapter runs/quickstart/adapter --prompt "def read_lines(path):"')
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """Continue a prompt with a trained adapter."""
 
-    adapter: str = field(metadata=about("folder that holds the trained adapter", check=_is_folder))
-    prompt: str = field(metadata=about("text to continue"))
-    base: str | None = field(
-        default=None,
-        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
-    )
-    max_new_tokens: int = field(default=64, metadata=about("most tokens to add", check=at_least(1)))
-    temperature: float = field(
-        default=0.0, metadata=about("0 takes the likeliest token; higher is more random", check=not_negative)
-    )
-    seed: int = field(default=42, metadata=about("seed of the random choices", check=a_seed))
-    chat: bool = field(default=False, metadata=about("ask the prompt as a user's turn in the model's chat template"))
+    adapter: str = _required("folder that holds the trained adapter", check=_is_folder)
+    prompt: str = _required("text to continue")
+    base: str | None = _base(TRAINED_BASE_HELP)
+    max_new_tokens: int = _choice(64, "most tokens to add", check=at_least(1))
+    temperature: float = _choice(0.0, "0 takes the likeliest token; higher is more random", check=not_negative)
+    seed: int = _choice(42, "seed of the random choices", check=a_seed)
+    chat: bool = _flag("ask the prompt as a user's turn in the model's chat template")
 
 
+@_command("inspect:inspect", "moelora inspect runs/quickstart/adapter")
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
     """Show what an adapter holds: experts, their sizes and likeness, routers. Needs no base model."""
 
-    adapter: str = field(metadata=about("folder that holds the adapter", check=_is_folder, positional=True))
-    json: bool = field(default=False, metadata=about("print everything as JSON in place of tables"))
+    adapter: str = _adapter("folder that holds the adapter")
+    json: bool = _flag("print everything as JSON in place of tables")
 
 
+@_command(
+    "report:report",
+    "moelora report --adapter runs/quickstart/adapter --data code=runs/quickstart/data/code.jsonl --out code.html",
+)
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Write one HTML page that shows what the experts of an adapter do with texts."""
 
-    adapter: str = field(metadata=about("folder that holds the trained adapter", check=_is_folder))
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then",
-            metavar="DOMAIN=FILE",
-        ),
+    adapter: str = _required("folder that holds the trained adapter", check=_is_folder)
+    data: list[str] = _many(f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then")
+    out: str = _choice(
+        "report.html", "file to write; an HTML page there is replaced as a whole, any other file refused"
     )
-    out: str = field(
-        default="report.html",
-        metadata=about("file to write; an HTML page there is replaced as a whole, any other file refused"),
-    )
-    base: str | None = field(
-        default=None,
-        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
-    )
-    max_tokens: int = field(default=50_000, metadata=about("most tokens to read per domain", check=at_least(1)))
-    worth_tokens: int = field(
-        default=4096,
-        metadata=about(
-            "tokens per domain on which the loss without each expert is measured, once per expert; 0 leaves it out",
-            check=not_negative,
-        ),
+    base: str | None = _base(TRAINED_BASE_HELP)
+    max_tokens: int = _choice(50_000, "most tokens to read per domain", check=at_least(1))
+    worth_tokens: int = _choice(
+        4096,
+        "tokens per domain on which the loss without each expert is measured, once per expert; 0 leaves it out",
+        check=not_negative,
     )
 
 
@@ -155,15 +215,9 @@ class ReportOptions:
 class OperationOptions:
     """What every operation that writes a folder lets one choose."""
 
-    out: str = field(metadata=about("folder to write", check=not_empty))
-    overwrite: bool = field(
-        default=False,
-        metadata=about(
-            "replace the folder if it exists; the old one stays beside it as NAME.backup-N until you remove it, and "
-            "`moelora undo` brings it back"
-        ),
-    )
-    dry_run: bool = field(default=False, metadata=about("print what would be done and write nothing"))
+    out: str = _required("folder to write", check=not_empty)
+    overwrite: bool = _flag(f"replace the folder if it exists; {KEPT_HELP}")
+    dry_run: bool = _flag("print what would be done and write nothing")
 
     @property
     def out_folder(self) -> Path:
@@ -175,126 +229,103 @@ class OperationOptions:
         return False
 
 
+@_command(
+    "build:build_command",
+    "moelora build --expert code=loras/code --expert docs=loras/docs --router arrow --out loras/mixture",
+)
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(OperationOptions):
     """Make a mixture of plain LoRAs that you have; they stay what they are, bit for bit."""
 
-    expert: list[str] = field(
-        default_factory=list,
-        metadata=about("a plain LoRA, a folder or hub id, by the name it is to have; once each", metavar="NAME=PATH"),
+    expert: list[str] = _many("a plain LoRA, a folder or hub id, by the name it is to have; once each", "NAME=PATH")
+    migrate: str | None = _optional("X-LoRA or MixLoRA checkpoint whose experts to take in place of --expert")
+    base: str | None = _base()
+    router: str = _choice(
+        "arrow",
+        "who decides: arrow (from the LoRAs' own factors), prototype (from --examples), uniform (equal weights, "
+        "mergeable) or train (on --data, experts frozen)",
+        check=one_of(*ROUTERS),
     )
-    migrate: str | None = field(
-        default=None, metadata=about("X-LoRA or MixLoRA checkpoint whose experts to take in place of --expert")
-    )
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    router: str = field(
-        default="arrow",
-        metadata=about(
-            "who decides: arrow (from the LoRAs' own factors), prototype (from --examples), uniform (equal weights, "
-            "mergeable) or train (on --data, experts frozen)",
-            check=one_of(*ROUTERS),
-        ),
-    )
-    top_k: int | None = field(default=None, metadata=about("experts per token; 2 by default", check=at_least(1)))
-    temperature: float = field(default=1.0, metadata=about("temperature of the routers' softmax", check=positive))
-    examples: list[str] = field(
-        default_factory=list,
-        metadata=about("texts of an expert's kind, for --router prototype; once per expert", metavar="NAME=FILE"),
-    )
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about("texts of a domain to train the router on; once per domain", metavar="DOMAIN=FILE"),
-    )
-    steps: int = field(default=100, metadata=about("steps of router training", check=at_least(1)))
-    learning_rate: float = field(default=1e-3, metadata=about("learning rate of router training", check=positive))
-    seed: int = field(default=42, metadata=about("seed of router training", check=a_seed))
+    top_k: int | None = _optional("experts per token; 2 by default", check=at_least(1))
+    temperature: float = _choice(1.0, "temperature of the routers' softmax", check=positive)
+    examples: list[str] = _many("texts of an expert's kind, for --router prototype; once per expert", "NAME=FILE")
+    data: list[str] = _many("texts of a domain to train the router on; once per domain")
+    steps: int = _choice(100, "steps of router training", check=at_least(1))
+    learning_rate: float = _choice(1e-3, "learning rate of router training", check=positive)
+    seed: int = _choice(42, "seed of router training", check=a_seed)
 
 
+@_command("export:export", "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0")
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(OperationOptions):
     """Write an expert, or the mixture under fixed weights, as a plain PEFT LoRA or merged into the base model."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    expert: str | None = field(
-        default=None,
-        metadata=about("the expert to export: its number in the mixture, or the name of an adapter that is one"),
+    adapter: str = _adapter()
+    expert: str | None = _optional(
+        "the expert to export: its number in the mixture, or the name of an adapter that is one"
     )
-    mixture: bool = field(default=False, metadata=about("export all experts as one LoRA of concatenated rank: exact"))
-    weights: str | None = field(
-        default=None,
-        metadata=about(
-            "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is "
-            "fixed"
-        ),
+    mixture: bool = _flag("export all experts as one LoRA of concatenated rank: exact")
+    weights: str | None = _optional(
+        "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is fixed"
     )
-    merge: bool = field(default=False, metadata=about("merge it into the base model and write that model"))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
+    merge: bool = _flag("merge it into the base model and write that model")
+    base: str | None = _base()
 
 
+@_command(
+    "novelty:novelty_command",
+    "moelora novelty runs/quickstart/adapter --calibration code=runs/quickstart/data/code.jsonl --data mail=mail.jsonl",
+)
 @dataclass(frozen=True, kw_only=True)
 class NoveltyOptions:
     """Say whether texts are new to an adapter: no expert of it knows their kind."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    calibration: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            "texts of a kind that the adapter knows: a name and a .jsonl file, a text file, a pattern or a folder; of "
-            "a file it was trained on, the documents held out then; may be repeated",
-            metavar="NAME=FILE",
-        ),
+    adapter: str = _adapter()
+    calibration: list[str] = _many(
+        "texts of a kind that the adapter knows: a name and a .jsonl file, a text file, a pattern or a folder; of "
+        "a file it was trained on, the documents held out then; may be repeated",
+        "NAME=FILE",
     )
-    data: list[str] = field(
-        default_factory=list, metadata=about("texts to judge, likewise; may be repeated", metavar="NAME=FILE")
-    )
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    max_texts: int = field(default=64, metadata=about("most texts to read of each file", check=at_least(8)))
-    length: int = field(default=256, metadata=about("tokens to read of each text, from its start", check=at_least(2)))
+    data: list[str] = _many("texts to judge, likewise; may be repeated", "NAME=FILE")
+    base: str | None = _base()
+    max_texts: int = _choice(64, "most texts to read of each file", check=at_least(8))
+    length: int = _choice(256, "tokens to read of each text, from its start", check=at_least(2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedOptions(OperationOptions):
     """What an operation that measures the loss before and after lets one choose."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. The loss before and after is measured on them; of a file that the adapter was trained on, "
-            "on the documents held out then",
-            metavar="DOMAIN=FILE",
-        ),
+    adapter: str = _adapter()
+    data: list[str] = _many(
+        f"{DATA_HELP}. The loss before and after is measured on them; of a file that the adapter was trained on, "
+        "on the documents held out then"
     )
-    max_tokens: int = field(default=8192, metadata=about("most tokens to read per domain", check=at_least(1)))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
+    max_tokens: int = _choice(8192, "most tokens to read per domain", check=at_least(1))
+    base: str | None = _base()
 
 
+@_command(
+    "prune:prune_command",
+    "moelora prune runs/quickstart/adapter --keep 3 --by worth --data code=runs/quickstart/data/code.jsonl "
+    "--out runs/quickstart/pruned",
+)
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(JudgedOptions):
     """Remove experts from a mixture, and say what that costs."""
 
-    adapter: str = field(
-        metadata=about(
-            "folder that holds the adapter; it is only read, or kept beside the result where --out is the same folder",
-            check=_is_folder,
-            positional=True,
-        )
+    adapter: str = _adapter(
+        "folder that holds the adapter; it is only read, or kept beside the result where --out is the same folder"
     )
-    keep: int | None = field(default=None, metadata=about("experts to keep; --by chooses them", check=at_least(1)))
-    by: str = field(
-        default="load",
-        metadata=about(
-            "what goes first: the expert that is used least (load), without which the loss rises least (worth), or of "
-            "the two most alike the one used less (similarity); measured anew after each",
-            check=one_of(*CRITERIA),
-        ),
+    keep: int | None = _optional("experts to keep; --by chooses them", check=at_least(1))
+    by: str = _choice(
+        "load",
+        "what goes first: the expert that is used least (load), without which the loss rises least (worth), or of "
+        "the two most alike the one used less (similarity); measured anew after each",
+        check=one_of(*CRITERIA),
     )
-    drop: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            "experts to remove, by number or by the name of their adapter, in place of --keep; may be repeated",
-            metavar="EXPERT",
-        ),
+    drop: list[str] = _many(
+        "experts to remove, by number or by the name of their adapter, in place of --keep; may be repeated", "EXPERT"
     )
 
     @property
@@ -302,86 +333,72 @@ class PruneOptions(JudgedOptions):
         return True
 
 
+@_command(
+    "merge:merge_command",
+    "moelora merge runs/quickstart/adapter --experts 0,1 --data code=runs/quickstart/data/code.jsonl "
+    "--out runs/quickstart/merged",
+)
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(JudgedOptions):
     """Make one expert of several, and say what that costs."""
 
-    experts: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            "experts to merge, by number or by the name of their adapter, joined by commas; the first one's adapter "
-            "takes the result",
-            metavar="EXPERTS",
-        ),
+    experts: list[str] = _many(
+        "experts to merge, by number or by the name of their adapter, joined by commas; the first one's adapter "
+        "takes the result",
+        "EXPERTS",
     )
-    method: str = field(
-        default="svd",
-        metadata=about(
-            "how the products BA are combined: their mean, exactly (average); the mean's best approximation of the "
-            "experts' rank (svd); TIES or DARE, then the same (ties, dare)",
-            check=one_of(*METHODS),
-        ),
+    method: str = _choice(
+        "svd",
+        "how the products BA are combined: their mean, exactly (average); the mean's best approximation of the "
+        "experts' rank (svd); TIES or DARE, then the same (ties, dare)",
+        check=one_of(*METHODS),
     )
-    rank: int | None = field(
-        default=None,
-        metadata=about(
-            "rank of the merged expert; by default that of the first one (not for average)", check=at_least(1)
-        ),
+    rank: int | None = _optional(
+        "rank of the merged expert; by default that of the first one (not for average)", check=at_least(1)
     )
-    density: float = field(
-        default=0.5, metadata=about("share of entries that ties and dare keep", check=between_0_and_1)
-    )
-    seed: int = field(default=42, metadata=about("seed of the entries that dare drops", check=a_seed))
+    density: float = _choice(0.5, "share of entries that ties and dare keep", check=between_0_and_1)
+    seed: int = _choice(42, "seed of the entries that dare drops", check=a_seed)
 
 
+@_command(
+    "distil:distil_command",
+    "moelora distil runs/quickstart/adapter --r 16 --data code=runs/quickstart/data/code.jsonl "
+    "--out runs/quickstart/lora",
+)
 @dataclass(frozen=True, kw_only=True)
 class DistilOptions(OperationOptions):
     """Fit a single plain LoRA, which any LoRA server knows, to a mixture on given data."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    to: str = field(default="lora", metadata=about("what to make of the mixture", check=one_of("lora")))
-    r: int | None = field(
-        default=None,
-        metadata=about("rank of the LoRA; by default 16, or that of all experts together if lower", check=at_least(1)),
+    adapter: str = _adapter()
+    to: str = _choice("lora", "what to make of the mixture", check=one_of("lora"))
+    r: int | None = _optional(
+        "rank of the LoRA; by default 16, or that of all experts together if lower", check=at_least(1)
     )
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. It is fitted on a domain's training documents and measured on those held out: the same ones "
-            "as in training where the adapter was trained on the file, else a tenth",
-            metavar="DOMAIN=FILE",
-        ),
+    data: list[str] = _many(
+        f"{DATA_HELP}. It is fitted on a domain's training documents and measured on those held out: the same ones "
+        "as in training where the adapter was trained on the file, else a tenth"
     )
-    max_tokens: int = field(
-        default=32_768, metadata=about("most tokens that the fit reads, of all domains together", check=at_least(1))
+    max_tokens: int = _choice(32_768, "most tokens that the fit reads, of all domains together", check=at_least(1))
+    steps: int = _choice(0, "training steps towards the mixture's predictions (KL), after the fit", check=not_negative)
+    learning_rate: float = _choice(1e-4, "of these steps", check=positive)
+    batch_size: int = _choice(4, "blocks read at once", check=at_least(1))
+    compare_scratch: bool = _flag(
+        "also train a LoRA of that rank from scratch, on the same blocks for as many steps, to compare"
     )
-    steps: int = field(
-        default=0,
-        metadata=about("training steps towards the mixture's predictions (KL), after the fit", check=not_negative),
+    scratch_learning_rate: float = _choice(1e-3, "of the LoRA from scratch", check=positive)
+    max_eval_blocks: int = _choice(64, "most held-out blocks per domain", check=at_least(1))
+    ridge: float = _choice(1e-3, "weight of the experts' mean, relative to the data, in the fit", check=positive)
+    memory: float = _choice(
+        4.0, "GiB that the fit's sums may take; less makes more passes over the data", check=positive
     )
-    learning_rate: float = field(default=1e-4, metadata=about("of these steps", check=positive))
-    batch_size: int = field(default=4, metadata=about("blocks read at once", check=at_least(1)))
-    compare_scratch: bool = field(
-        default=False,
-        metadata=about("also train a LoRA of that rank from scratch, on the same blocks for as many steps, to compare"),
-    )
-    scratch_learning_rate: float = field(default=1e-3, metadata=about("of the LoRA from scratch", check=positive))
-    max_eval_blocks: int = field(default=64, metadata=about("most held-out blocks per domain", check=at_least(1)))
-    ridge: float = field(
-        default=1e-3,
-        metadata=about("weight of the experts' mean, relative to the data, in the fit", check=positive),
-    )
-    memory: float = field(
-        default=4.0,
-        metadata=about("GiB that the fit's sums may take; less makes more passes over the data", check=positive),
-    )
-    seed: int = field(default=42, metadata=about("seed of the order of the blocks", check=a_seed))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
+    seed: int = _choice(42, "seed of the order of the blocks", check=a_seed)
+    base: str | None = _base()
 
 
+@_command("operation:undo", "moelora undo runs/quickstart/smaller")
 @dataclass(frozen=True, kw_only=True)
 class UndoOptions:
     """Bring back the folder that the latest operation with --overwrite replaced."""
 
-    folder: str = field(metadata=about("folder that an operation wrote", check=not_empty, positional=True))
-    dry_run: bool = field(default=False, metadata=about("print what would be done and change nothing"))
+    folder: str = _required("folder that an operation wrote", check=not_empty, positional=True)
+    dry_run: bool = _flag("print what would be done and change nothing")

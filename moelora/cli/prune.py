@@ -12,15 +12,11 @@ from ..experts.reading import Texts
 from ..schema import Problem, UserError
 from .judged import loss_notes, loss_record, open_adapter
 from .operation import Plan
-from .options import PruneOptions
+from .options import PruneOptions, telling
 
 
 def prune_command(options: PruneOptions) -> Path | None:
-    """Prune an adapter and write the smaller one to a folder of its own.
-
-    Raises:
-        UserError: an option, a text or the adapter is not in order; nothing is written then.
-    """
+    """Prune an adapter and write the smaller one to a folder of its own."""
     both = [Problem("--keep", options.keep, "give either --keep N or --drop EXPERT")]
     opened = open_adapter(options, both if (options.keep is None) == (not options.drop) else [])
     names = opened.source.experts
@@ -29,10 +25,8 @@ def prune_command(options: PruneOptions) -> Path | None:
         key, value = ("--drop", options.drop) if numbers else ("--keep", options.keep)
         raise UserError(str(Problem(key, value, f"must leave 1 to {len(names) - 1} of the {len(names)} experts")))
     model, texts = opened.load()
-    try:
+    with telling():
         found = drop(model, texts, numbers) if options.keep is None else prune(model, texts, options.by, options.keep)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     removed = [dataclasses.asdict(removal) for removal in found.removals]
     outcome = {"removed": removed, "domains": loss_record(texts, found.before, found.after)}
     return opened.write(found.model, _plan(options, names, texts, found), outcome)

@@ -17,18 +17,7 @@ from ..presets import PRESETS
 from ..recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from ..routing import BALANCING_LOSSES, ROUTER_KINDS
 from ..schema import describe, is_required, settable_fields, type_hints
-from .options import (
-    BuildOptions,
-    DistilOptions,
-    ExportOptions,
-    GenerateOptions,
-    InspectOptions,
-    MergeOptions,
-    NoveltyOptions,
-    PruneOptions,
-    ReportOptions,
-    UndoOptions,
-)
+from .options import COMMANDS
 
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """Where a page wants a table: everything between the two comments is replaced."""
@@ -38,21 +27,12 @@ def tables() -> dict[str, str]:
     """Every table by the name that a page's comments ask for."""
     inherited = settable_fields(LoraConfig)
     own = [name for name in settable_fields(MoELoraConfig) if name not in inherited]
-    return {
+    commands = {name: options_table(options) for name, (options, _, _) in COMMANDS.items()}
+    return commands | {
         "recipe": options_table(Recipe),
         "model": options_table(ModelOptions),
         "domain": options_table(DomainOptions),
         "mixture": options_table(MoELoraConfig, own),
-        "generate": options_table(GenerateOptions),
-        "inspect": options_table(InspectOptions),
-        "report": options_table(ReportOptions),
-        "novelty": options_table(NoveltyOptions),
-        "prune": options_table(PruneOptions),
-        "merge": options_table(MergeOptions),
-        "distil": options_table(DistilOptions),
-        "build": options_table(BuildOptions),
-        "export": options_table(ExportOptions),
-        "undo": options_table(UndoOptions),
         "defaults": defaults_table(),
         "presets": presets_table(),
         "router_types": _table(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,44 +17,36 @@ from ..data.preparation import split_documents
 from ..data.sources import check_domain, load_documents, paths_read, resolve_path
 from ..data.texts import Domain, read_domain
 from ..files.opening import expand_user, real_path
-from ..recipe import DomainOptions, plain_name
+from ..recipe import DomainOptions, ModelOptions, plain_name
 from ..report.analysis import longest_block, run
 from ..report.history import read_history
 from ..report.page import About, render
-from ..schema import Problem, UserError
-from ..storage.base_model import load_tokenizer
+from ..schema import Problem
+from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
 from ..storage.stored import check_fit, read_mixture
-from .options import ReportOptions, check_options
+from .options import ReportOptions, check_options, read_pairs, refuse, telling
 
 PERMUTATIONS = 500
 HEAD_BYTES = 1024  # by which a page is known: space may stand before its first tag
 
 
 def report(options: ReportOptions) -> Path:
-    """Write a report and return where it is.
-
-    Raises:
-        UserError: everything that is wrong with the options and files, before any model is loaded; or the texts hold no
-            token. Nothing is written then.
-    """
+    """Write a report and return where it is."""
     out = expand_user(options.out)
     domains = _check(options, out)
     adapter = expand_user(options.adapter)
     stored = read_mixture(adapter)
     base = find_base(adapter, options.base)
     check_fit(stored, base, adapter)
-    record = record_of(adapter)
     tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
-    size = record["recipe"]["block_size"] if record else longest_block(model.config)
-    try:
+    size = block_size_of(adapter, base)
+    with telling():
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
-    except ValueError as error:
-        raise UserError(str(error)) from error
     config = stored[0].config
     routing = f"{config.router_type}, per {config.router_scope}"
     page = render(found, About(_shown(adapter), _shown(Path(base.name)), routing), PERMUTATIONS)
@@ -83,8 +74,7 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
     problems += found
     if real_path(out) in (real_path(path) for path in paths_read(domains)):
         problems.append(Problem("--out", str(out), "is one of the texts, which are only read; give another file"))
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    refuse(problems)
     return domains
 
 
@@ -118,25 +108,26 @@ def check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
 
 def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
     """Options of the form NAME=FILE. Every file is read once, so that a bad one is told before a model is loaded."""
-    domains, problems = [], []
-    for text in given:
-        name, equals, path = text.partition("=")
-        fix = "must be NAME=FILE, such as code=code.jsonl" if not equals or not path else plain_name(name)
-        if fix:
-            problems.append(Problem(flag, text, fix))
+    pairs, problems = read_pairs(given, flag, "NAME=FILE, such as code=code.jsonl", "domains")
+    domains = []
+    for name, path in pairs.items():
+        if fix := plain_name(name):
+            problems.append(Problem(flag, f"{name}={path}", fix))
             continue
         domain = DomainOptions(name=name, path=resolve_path(path, Path.cwd()))
         found = check_domain(domain, f"{flag} {name}")
         problems += [replace(problem, key=problem.key.removesuffix(".path")) for problem in found]
         domains.append(domain)
-    counts = Counter(domain.name for domain in domains)
-    problems += [
-        Problem(flag, name, "two domains of this name; rename one") for name, count in counts.items() if count > 1
-    ]
     return domains, problems
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def block_size_of(adapter: Path, base: ModelOptions) -> int:
+    """Most tokens to read at once: as many as in training, if that is known."""
+    record = record_of(adapter)
+    return record["recipe"]["block_size"] if record else longest_block(load_config(base))
 
 
 def read_texts(

@@ -20,20 +20,20 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import MoELoraConfig
+from ..storage.lora_file import Factor, Factors, peft_tensors
 from .low_rank import reduced_rank_regression
 from .moments import Batch, Moments, gather, in_passes, linears_of, readers
-
-Factors = tuple[Tensor, Tensor]  # lora_B [O, N], lora_A [N, D]
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The LoRA's factors by linear, and what they leave out: Σ |y - W x|² as a share of Σ |y|² on the data."""
+    """The LoRA's factors, A [N, D] and B [O, N], by linear, and what they leave out: Σ |y - W x|² as a share of Σ |y|²
+    on the data."""
 
-    factors: dict[str, Factors]
+    factors: Factors
     error: dict[str, float]
 
 
@@ -61,7 +61,7 @@ def closed_form(
     return ClosedForm(factors, error)
 
 
-def fit(moments: Moments, rank: int, ridge: float) -> Factors:
+def fit(moments: Moments, rank: int, ridge: float) -> Factor:
     """The best factors for one linear."""
     width = len(moments.second)
     strength = ridge * max(float(moments.second.diagonal().mean()), torch.finfo(torch.float64).tiny)
@@ -93,14 +93,9 @@ def fresh_lora(model: PeftModel, rank: int, scaling: float) -> PeftModel:
     return get_peft_model(base_of(model), lora)
 
 
-def lora_of(model: PeftModel, factors: dict[str, Factors]) -> PeftModel:
+def lora_of(model: PeftModel, factors: Factors) -> PeftModel:
     """A plain LoRA with these factors, its scaling 1."""
-    rank = len(next(iter(factors.values()))[1])
+    rank = len(next(iter(factors.values()))[0])
     student = fresh_lora(model, rank, scaling=1.0)
-    tensors = {
-        f"base_model.model.{name}.lora_{side}.weight": tensor.float()
-        for name, pair in factors.items()
-        for side, tensor in zip("BA", pair, strict=True)
-    }
-    set_peft_model_state_dict(student, tensors)
+    set_peft_model_state_dict(student, {key: tensor.float() for key, tensor in peft_tensors(factors).items()})
     return student

@@ -21,47 +21,74 @@ from ..config_rules import is_float32
 from ..files.adapter_files import is_finite
 from ..files.staging import holds_something, staging
 from ..ops.pool import ExpertPool
-from ..report.geometry import owner_of
 from ..schema import settable_fields
-from ..storage.lora_file import Factors, LoraFile
+from ..storage.lora_file import Factors, LoraFile, peft_tensors
 from ..storage.stored import StoredAdapter
+from ..storage.structure import owner_of
 from ..tuner.layer import MoELoraLayer
 from ..tuner.model import MoELoraModel
 
-_PREFIX = "base_model.model."
 
-
-def to_lora(model: PeftModel, expert: int | str) -> LoraFile:
+def to_lora(model: PeftModel | Sequence[StoredAdapter], expert: int | str) -> LoraFile:
     """One expert as a plain PEFT LoRA: what the mixture computes where its routing weight is 1 and no other's is.
 
     `routing_scale` is in its alpha. Weights that `set_routing_weights` gave it are not: with [`to_lora_mixture`] they
     are, and here they would change a LoRA that was imported.
 
     Args:
-        model: a mixture.
+        model: a mixture, or its adapters as they are stored.
         expert: its index in the mixture, or the name of an adapter that holds one expert.
 
     Raises:
         ValueError: there is no such expert, or its adapter is more than experts: it trained biases or modules too.
     """
-    return lora_of_expert(stored_adapters(model), expert)
+    adapter, index = locate(stored_adapters(model), expert)
+    _check_exportable([adapter])
+    config = adapter.config
+    scale = config.routing_scale  # what a router multiplies a lone expert's weight of 1 by
+    settings = _plain(config) | {
+        "lora_alpha": _scaled(config.lora_alpha, scale),
+        "alpha_pattern": {key: _scaled(alpha, scale) for key, alpha in config.alpha_pattern.items()},
+    }
+    factors = {name: _expert_factors(pool, index) for name, pool in adapter.pools.items()}
+    return LoraFile(f"expert {expert}", LoraConfig(**settings), factors)
 
 
-def to_lora_mixture(model: PeftModel, weights: Sequence[float] | None = None) -> LoraFile:
+def to_lora_mixture(model: PeftModel | Sequence[StoredAdapter], weights: Sequence[float] | None = None) -> LoraFile:
     """The mixture under fixed weights [E] as one plain LoRA whose rank is that of all experts together: exact.
 
     Args:
-        model: a mixture.
+        model: a mixture, or its adapters as they are stored.
         weights: of the experts, as `routing_weights` would have them; None takes those of router_type="fixed".
 
     Raises:
         ValueError: they are not E finite numbers, there are none, or an adapter trained biases or modules too.
     """
-    return lora_of_mixture(stored_adapters(model), weights)
+    active = [adapter for adapter in stored_adapters(model) if adapter.position is not None]
+    _check_exportable(active)
+    given = None if weights is None else _split(active, weights)
+    factors: Factors = {}
+    for name in dict.fromkeys(name for adapter in active for name in adapter.pools):
+        by_adapter = _fixed_weights(active, name) if given is None else given
+        here = [(adapter.pools[name], by_adapter[adapter.name]) for adapter in active if name in adapter.pools]
+        As = [pool.lora_A.detach().cpu() for pool, _ in here]
+        Bs = [
+            pool.lora_B.detach().cpu().double() * (weights_E * pool.scaling).repeat_interleave(pool.rank)
+            for pool, weights_E in here
+        ]
+        factors[name] = torch.cat(As), torch.cat(Bs, dim=1).to(As[0].dtype)
+        if not is_finite(factors[name][1]):
+            raise ValueError(
+                f"`weights` ({_given(weights)}) are too large: times the experts of `{name}` they are no finite "
+                f"{str(As[0].dtype).removeprefix('torch.')}; give smaller ones"
+            )
+    return LoraFile("mixture", _mixture_config(active[0].config, factors), factors)
 
 
-def stored_adapters(model: PeftModel) -> list[StoredAdapter]:
+def stored_adapters(model: PeftModel | Sequence[StoredAdapter]) -> Sequence[StoredAdapter]:
     """The active adapters of a model in memory, as `read_mixture` gives those on disk."""
+    if isinstance(model, Sequence):
+        return model
     tuner = model.base_model
     if not isinstance(tuner, MoELoraModel) or tuner.routing_or_none is None:
         raise ValueError("this model holds no mixture, so there is no expert to export")
@@ -76,20 +103,6 @@ def stored_adapters(model: PeftModel) -> list[StoredAdapter]:
         }
         found.append(StoredAdapter(name, tuner.peft_config[name], position, count, pools, routers))
     return found
-
-
-def lora_of_expert(adapters: Sequence[StoredAdapter], expert: int | str) -> LoraFile:
-    """See [`to_lora`]; of adapters as they are stored."""
-    adapter, index = locate(adapters, expert)
-    _check_exportable([adapter])
-    config = adapter.config
-    scale = config.routing_scale  # what a router multiplies a lone expert's weight of 1 by
-    settings = _plain(config) | {
-        "lora_alpha": _scaled(config.lora_alpha, scale),
-        "alpha_pattern": {key: _scaled(alpha, scale) for key, alpha in config.alpha_pattern.items()},
-    }
-    factors = {name: _expert_factors(pool, index) for name, pool in adapter.pools.items()}
-    return LoraFile(f"expert {expert}", LoraConfig(**settings), factors)
 
 
 def _given(weights: Sequence[float] | None) -> str:
@@ -172,29 +185,6 @@ def _scaled(alpha: float, factor: float) -> float:
 # ---- the mixture -----------------------------------------------------------------------------------------------------
 
 
-def lora_of_mixture(adapters: Sequence[StoredAdapter], weights: Sequence[float] | None = None) -> LoraFile:
-    """See [`to_lora_mixture`]; of adapters as they are stored."""
-    active = [adapter for adapter in adapters if adapter.position is not None]
-    _check_exportable(active)
-    given = None if weights is None else _split(active, weights)
-    factors: Factors = {}
-    for name in dict.fromkeys(name for adapter in active for name in adapter.pools):
-        by_adapter = _fixed_weights(active, name) if given is None else given
-        here = [(adapter.pools[name], by_adapter[adapter.name]) for adapter in active if name in adapter.pools]
-        As = [pool.lora_A.detach().cpu() for pool, _ in here]
-        Bs = [
-            pool.lora_B.detach().cpu().double() * (weights_E * pool.scaling).repeat_interleave(pool.rank)
-            for pool, weights_E in here
-        ]
-        factors[name] = torch.cat(As), torch.cat(Bs, dim=1).to(As[0].dtype)
-        if not is_finite(factors[name][1]):
-            raise ValueError(
-                f"`weights` ({_given(weights)}) are too large: times the experts of `{name}` they are no finite "
-                f"{str(As[0].dtype).removeprefix('torch.')}; give smaller ones"
-            )
-    return LoraFile("mixture", _mixture_config(active[0].config, factors), factors)
-
-
 def _split(active: Sequence[StoredAdapter], weights: Sequence[float]) -> dict[str, torch.Tensor]:
     vector = torch.tensor(list(weights), dtype=torch.float64)
     counts = [adapter.num_experts for adapter in active]
@@ -255,7 +245,7 @@ def save_lora(lora: LoraFile, folder: str | Path) -> None:
         raise FileExistsError(f"{str(folder)!r} exists; give another folder, or move it away")
     with staging(folder) as place:
         place.mkdir()
-        save_file(_tensors(lora), place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(peft_tensors(lora.factors), place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         lora.config.save_pretrained(str(place))
         if folder.is_dir():
             folder.rmdir()
@@ -274,18 +264,10 @@ def merge(base_model: nn.Module, lora: LoraFile) -> nn.Module:
             "load it in full precision, or keep the LoRA beside it"
         )
     model = get_peft_model(base_model, copy.deepcopy(lora.config))
-    set_peft_model_state_dict(model, _tensors(lora))
+    set_peft_model_state_dict(model, peft_tensors(lora.factors))
     return model.merge_and_unload(safe_merge=True)
 
 
 def is_quantised(config: Any) -> bool:
     """Whether a model's configuration says that its weights are."""
     return getattr(config, "quantization_config", None) is not None
-
-
-def _tensors(lora: LoraFile) -> dict[str, torch.Tensor]:
-    return {
-        f"{_PREFIX}{name}.lora_{side}.weight": factor.contiguous()
-        for name, pair in lora.factors.items()
-        for side, factor in zip("AB", pair, strict=True)
-    }

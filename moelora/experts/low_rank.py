@@ -9,37 +9,37 @@ import torch
 from torch import Tensor
 
 
-def truncated_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of left @ right of a rank (Eckart and Young, 1936), without forming that product.
+def truncated_product(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of lora_B @ lora_A of a rank (Eckart and Young, 1936), without forming that product.
 
-    left = Q1 R1 and rightᵀ = Q2 R2, so the singular values of the product are those of R1 R2ᵀ, which is [N, N] at most.
+    B = Q1 R1 and Aᵀ = Q2 R2, so the singular values of the product are those of R1 R2ᵀ, which is [N, N] at most.
 
     Args:
-        left: [O, N]; right: [N, D].
+        lora_A: [N, D]; lora_B: [O, N].
 
     Returns:
-        lora_B [O, r] and lora_A [r, D], of equal norms; zero beyond the rank of the product.
+        A [r, D] and B [O, r], of equal norms; zero beyond the rank of the product.
 
     Example:
-        >>> lora_B, lora_A = truncated_product(torch.eye(3), torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+        >>> lora_A, lora_B = truncated_product(torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.eye(3), rank=2)
         >>> (lora_B @ lora_A).round(decimals=4).abs().diagonal().tolist()
         [3.0, 2.0, 0.0]
     """
-    basis_left, core_left = torch.linalg.qr(left)
-    basis_right, core_right = torch.linalg.qr(right.T)
-    lora_B, lora_A = truncated(core_left @ core_right.T, rank)
-    return basis_left @ lora_B, lora_A @ basis_right.T
+    basis_B, core_B = torch.linalg.qr(lora_B)
+    basis_A, core_A = torch.linalg.qr(lora_A.T)
+    low_A, low_B = truncated(core_B @ core_A.T, rank)
+    return low_A @ basis_A.T, basis_B @ low_B
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """lora_B [O, r] and lora_A [r, D], of equal norms, whose product is the best approximation of matrix [O, D]."""
+    """A [r, D] and B [O, r], of equal norms, whose product is the best approximation of matrix [O, D]."""
     U, singular, Vh = torch.linalg.svd(matrix, full_matrices=False)
     found = min(rank, len(singular))
     root = singular[:found].sqrt()
-    lora_B, lora_A = matrix.new_zeros(len(matrix), rank), matrix.new_zeros(rank, matrix.shape[1])
-    lora_B[:, :found] = U[:, :found] * root
+    lora_A, lora_B = matrix.new_zeros(rank, matrix.shape[1]), matrix.new_zeros(len(matrix), rank)
     lora_A[:found] = root[:, None] * Vh[:found]
-    return lora_B, lora_A
+    lora_B[:, :found] = U[:, :found] * root
+    return lora_A, lora_B
 
 
 def reduced_rank_regression(
@@ -55,9 +55,9 @@ def reduced_rank_regression(
         left: [O, N]; start, rest: [N, D]; second: [D, D] = C, positive definite.
 
     Returns:
-        lora_B [O, r] and lora_A [r, D].
+        A [r, D] and B [O, r].
     """
     root = torch.linalg.cholesky(second)
     whitened = start @ root + torch.linalg.solve_triangular(root, rest.T, upper=False).T
-    lora_B, lora_A = truncated_product(left, whitened, rank)
-    return lora_B, torch.linalg.solve_triangular(root, lora_A, upper=False, left=False)
+    lora_A, lora_B = truncated_product(whitened, left, rank)
+    return torch.linalg.solve_triangular(root, lora_A, upper=False, left=False), lora_B

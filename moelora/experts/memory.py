@@ -6,14 +6,14 @@ Shapes: T tokens, H router input width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..report.observe import count_anew, undisturbed
+from ..report.observe import before, count_anew, undisturbed
 from ..routing import Router, rms_norm
 from ..routing.domain_classifier import InputSketch, Memory, discriminants, distinct
 from ..tuner.router import MoELoraRouter
@@ -143,10 +143,8 @@ def _read(
     model: PeftModel, batches: Iterable[Mapping[str, Tensor]], sketches: Mapping[str, InputSketch], max_tokens: int
 ) -> int:
     tokens = 0
-    with torch.no_grad(), ExitStack() as hooks:
-        for name, router in model.base_model.routing.routers.items():
-            if name in sketches:
-                hooks.callback(router.register_forward_pre_hook(_into(sketches[name])).remove)
+    routers = model.base_model.routing.routers
+    with torch.no_grad(), before((routers[name], _into(sketch)) for name, sketch in sketches.items()):
         for batch in batches:
             inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
             model(**inputs)

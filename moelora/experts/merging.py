@@ -14,19 +14,22 @@ Shapes: E experts, n those to merge, O out, D in, r rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
 from ..routing.domain_classifier import Memory, combined, distinct
+from ..storage.lora_file import Factor
 from ..storage.stored import scaling_of
 from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 
+METHODS = ("average", "svd", "ties", "dare")
 HIDDEN = "hidden_weight"
 _FIELDS = tuple(field.name for field in fields(Memory))  # the mean first
 _MEAN = f".memory_{_FIELDS[0]}"
@@ -60,9 +63,9 @@ class _Chosen:
     share: float
 
     def factors(self, linear: str) -> tuple[Tensor, Tensor]:
-        """s · B [O, r] and A [r, D] in float64 of one linear."""
+        """A [r, D] and s · B [O, r] in float64 of one linear."""
         lora_A, lora_B = self.tensors[linear + _A].double(), self.tensors[linear + _B].double()
-        return lora_B * scaling_of(self.adapter.config, linear.removeprefix(_PREFIX), len(lora_A)), lora_A
+        return lora_A, lora_B * scaling_of(self.adapter.config, linear.removeprefix(_PREFIX), len(lora_A))
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,11 @@ def check_mergeable(adapters: Sequence[AdapterParts], numbers: Sequence[int], re
     """Refuse what cannot be merged.
 
     Raises:
-        ValueError: fewer than two experts; a rank for `average`; the first one's adapter lacks a linear of another;
-            two-layer routers of several adapters, the first of which holds other experts too.
+        ValueError: there is no such method; fewer than two experts; a rank for `average`; the first one's adapter
+            lacks a linear of another; two-layer routers of several adapters, the first of which is not alone.
     """
+    if recipe.method not in METHODS:
+        raise ValueError(f"`method` ({recipe.method!r}) is not one of {', '.join(METHODS)}")
     if len(numbers) < 2:
         raise ValueError(f"`experts` ({', '.join(map(str, numbers))}) must name two experts or more")
     if recipe.method == "average" and recipe.rank is not None:
@@ -253,7 +258,7 @@ def _factors(chosen: Sequence[_Chosen], recipe: MergeRecipe) -> Tensors:
         linear = key.removesuffix(_A)
         here = [one for one in chosen if key in one.tensors]
         scaling = scaling_of(chosen[0].adapter.config, linear.removeprefix(_PREFIX), len(tensor))
-        lora_B, lora_A = _COMBINE[recipe.method](
+        lora_A, lora_B = _combined(
             [one.factors(linear) for one in here], [one.share for one in here], recipe, recipe.rank or len(tensor)
         )
         merged[linear + _A] = lora_A.to(tensor)
@@ -261,49 +266,22 @@ def _factors(chosen: Sequence[_Chosen], recipe: MergeRecipe) -> Tensors:
     return merged
 
 
-Factors = Sequence[tuple[Tensor, Tensor]]  # s · B [O, r] and A [r, D] of each expert
-
-
-def _average(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
-    left, right = _side_by_side(factors, shares)
-    lora_B, lora_A = left.new_zeros(len(left), rank), right.new_zeros(rank, right.shape[1])
-    lora_B[:, : left.shape[1]], lora_A[: len(right)] = left, right
-    return lora_B, lora_A
-
-
-def _svd(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
-    return truncated_product(*_side_by_side(factors, shares), rank)
-
-
-def _ties(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
-    products = _products(factors)
-    # Means over those that agree: weights around 1 leave their size as it is.
-    weights = torch.tensor(shares, device=products[0].device) * len(shares)
-    return truncated(ties(products, weights, recipe.density).double(), rank)
-
-
-def _dare(factors: Factors, shares: Sequence[float], recipe: MergeRecipe, rank: int) -> tuple[Tensor, Tensor]:
-    products = _products(factors)
+def _combined(
+    factors: Sequence[Factor], shares: Sequence[float], recipe: MergeRecipe, rank: int
+) -> tuple[Tensor, Tensor]:
+    """A [r, D] and B [O, r] that the method makes of each expert's A and s · B."""
+    lora_A = torch.cat([A for A, _ in factors])
+    lora_B = torch.cat([share * B for (_, B), share in zip(factors, shares, strict=True)], dim=1)
+    if recipe.method == "average":  # an expert that lacks this linear leaves ranks of zero
+        missing = rank - len(lora_A)
+        return F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing))
+    if recipe.method == "svd":
+        return truncated_product(lora_A, lora_B, rank)
+    products = [(B @ A).float() for A, B in factors]
     weights = torch.tensor(shares, device=products[0].device)
+    if recipe.method == "ties":  # means over those that agree: weights around 1 leave their size as it is
+        return truncated(ties(products, weights * len(shares), recipe.density).double(), rank)
     return truncated(dare_linear(products, weights, recipe.density).double(), rank)
-
-
-_COMBINE: dict[str, Callable[[Factors, Sequence[float], MergeRecipe, int], tuple[Tensor, Tensor]]] = {
-    "average": _average,
-    "svd": _svd,
-    "ties": _ties,
-    "dare": _dare,
-}
-
-
-def _side_by_side(factors: Factors, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """[O, N] and [N, D] whose product is Σ π_e D_e."""
-    left = torch.cat([share * lora_B for (lora_B, _), share in zip(factors, shares, strict=True)], dim=1)
-    return left, torch.cat([lora_A for _, lora_A in factors])
-
-
-def _products(factors: Factors) -> list[Tensor]:
-    return [(lora_B @ lora_A).float() for lora_B, lora_A in factors]
 
 
 def _adapter_of_its_own(home: AdapterParts, expert: Tensors, taken: set[str]) -> AdapterParts:

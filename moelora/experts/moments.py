@@ -5,15 +5,14 @@ Shapes: T tokens, D in, O out, N ranks of all experts of a linear together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..report.observe import count_anew, undisturbed
+from ..report.observe import before, count_anew, undisturbed
 from ..tuner.layer import MoELoraLayer
 
 Batch = Mapping[str, Tensor]  # input_ids and attention_mask
@@ -24,14 +23,14 @@ class Moments:
     """Of one linear over T tokens, in float64. A token's delta is y = left · c with c = w ∘ (lora_A x), w its weights.
 
     Attributes:
-        left: [O, N] scaling · B; lora_A: [N, D].
+        lora_A: [N, D]; left: [O, N] scaling · B.
         cross: [N, D] Σ c xᵀ, so that Σ y xᵀ = left · cross; unweighted: [N, D] Σ (lora_A x) xᵀ; energy: [N, N] Σ c cᵀ.
         weight: [N] Σ w, each expert's repeated for its ranks.
         second: [D, D] Σ x xᵀ, one tensor for all linears that read the same x; tokens: T.
     """
 
-    left: Tensor
     lora_A: Tensor
+    left: Tensor
     cross: Tensor
     unweighted: Tensor
     energy: Tensor
@@ -53,7 +52,7 @@ class Moments:
             x_TD = x_TD.float()  # products of float32 are exact enough; their sum over all tokens is not
             self.second += (x_TD.T @ x_TD).double()
 
-    def error(self, lora_B: Tensor, lora_A: Tensor) -> float:
+    def error(self, lora_A: Tensor, lora_B: Tensor) -> float:
         """Σ |y - lora_B lora_A x|² as a share of Σ |y|²."""
         total = ((self.left.T @ self.left) * self.energy).sum()
         common = ((self.left.T @ lora_B) * (self.cross @ lora_A.T)).sum()
@@ -70,12 +69,13 @@ def linears_of(model: PeftModel) -> dict[str, MoELoraLayer]:
 def readers(model: PeftModel, batch: Batch) -> list[list[str]]:
     """The linears, those that read one and the same tensor together (q, k, v; gate, up), as one forward shows."""
     inputs: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name, layer in linears_of(model).items():
-            hook = layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-            stack.callback(hook.remove)
-        with torch.no_grad(), undisturbed(model):
-            model(**batch)
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, args: inputs.__setitem__(name, args[0])
+
+    layers = linears_of(model)
+    with torch.no_grad(), undisturbed(model), before((layer, keep(name)) for name, layer in layers.items()):
+        model(**batch)
     groups: dict[int, list[str]] = {}
     for name, x in inputs.items():  # all are alive, so an id is one tensor
         groups.setdefault(id(x), []).append(name)
@@ -100,16 +100,14 @@ def in_passes(model: PeftModel, groups: Iterable[list[str]], limit: float) -> li
 def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence[str]]) -> dict[str, Moments]:
     """Run the mixture over the batches and sum up the linears of these groups; padding is in no sum."""
     layers = linears_of(model)
-    found = {name: moments for group in groups for name, moments in _zeros(layers, group)}
+    found = {name: moments for group in groups for name, moments in _zeros(layers, group).items()}
     collectors = [
         _Collector(layers[name], found[name], is_first=place == 0)
         for group in groups
         for place, name in enumerate(group)
     ]
-    with torch.no_grad(), undisturbed(model), ExitStack() as stack:
+    with torch.no_grad(), undisturbed(model), before((each.layer, each.before) for each in collectors):
         count_anew(model.base_model.routing)  # a router in each linear is asked twice
-        for collector in collectors:
-            stack.callback(collector.layer.register_forward_pre_hook(collector.before).remove)
         for batch in batches:
             for collector in collectors:
                 collector.mask_T = batch["attention_mask"].flatten().bool()
@@ -117,20 +115,19 @@ def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence
     return found
 
 
-def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> Iterator[tuple[str, Moments]]:
-    width = layers[group[0]].in_features
-    second = None
+def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> dict[str, Moments]:
+    second: Tensor | None = None
+    found = {}
     for name in group:
         pools = layers[name].expert_pools()
         left = torch.cat([pool.lora_B.detach().double() * pool.scaling for pool in pools], dim=1)
         lora_A = torch.cat([pool.lora_A.detach().double() for pool in pools])
+        rank, width = lora_A.shape
         second = left.new_zeros(width, width) if second is None else second
-        ranks = len(lora_A)
-        cross, unweighted = left.new_zeros(2, ranks, width)
-        yield (
-            name,
-            Moments(left, lora_A, cross, unweighted, left.new_zeros(ranks, ranks), left.new_zeros(ranks), second),
-        )
+        cross, unweighted = left.new_zeros(2, rank, width)
+        energy, weight = left.new_zeros(rank, rank), left.new_zeros(rank)
+        found[name] = Moments(lora_A, left, cross, unweighted, energy, weight, second)
+    return found
 
 
 @dataclass

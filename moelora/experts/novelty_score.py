@@ -1,21 +1,20 @@
 """How new a text is to a mixture: whether any of its experts knows this kind of text.
 
-Of every text three numbers are taken, each the mean over its tokens:
+Of every text one number is taken, the mean over its tokens:
 
-    loss       nats per predicted token
-    entropy    of the routing probabilities, in nats, mean over routers: undecided routers know neither domain
     distance   of a router's inputs from the nearest adapter's domain (squared, Mahalanobis, per dimension), mean over
-               routers: only where adapters remember their domains
+               routers, where adapters remember their domains
+    loss       nats per predicted token, where they do not
 
-Each becomes a z-score over calibration texts, which the mixture knows; the mean of the z-scores is the text's score.
+Its z-score over calibration texts, which the mixture knows, is the text's score; docs/experts-novelty.md compares these
+numbers.
 
-Shapes: N texts, F numbers, B batch, S sequence, T tokens, H router input width, A adapters, K directions.
+Shapes: N texts, B batch, S sequence, H router input width, K directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..data.texts import Block
-from ..report.observe import count_anew, losses_of, padded, undisturbed
+from ..report.observe import before, count_anew, losses_of, padded, undisturbed
 from ..routing import FixedRouter, Router, rms_norm
 from ..routing.domain_classifier import RIDGE, Memory
 from ..tuner.router import MoELoraRouter
@@ -43,16 +42,24 @@ class Novelty:
     """How new some texts are.
 
     Attributes:
-        scores: [N] mean z-scores; 0 is like the calibration texts, more is newer.
+        scores: [N] z-scores; 0 is like the calibration texts, more is newer.
         threshold: the calibration texts' 95th percentile.
-        names: [F] of the numbers behind the scores.
-        z_scores: [N, F] of each.
+        number: what the scores are of: `distance` or `loss`.
     """
 
     scores: Array
     threshold: float
-    names: tuple[str, ...]
-    z_scores: Array
+    number: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """[1] the number behind the scores, which were the mean of several once."""
+        return (self.number,)
+
+    @property
+    def z_scores(self) -> Array:
+        """[N, 1] of the number."""
+        return self.scores[:, None]
 
     @property
     def is_new(self) -> NDArray[np.bool_]:
@@ -65,32 +72,22 @@ class Novelty:
         return float(self.is_new.mean())
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What the numbers are for texts that the mixture knows: [F] means and deviations, and the threshold they imply."""
+def judge(number: str, known: Array, values: Array) -> Novelty:
+    """How new texts are.
 
-    names: tuple[str, ...]
-    mean: Array
-    deviation: Array
-    threshold: float
+    Args:
+        number: what was measured.
+        known: its values for the calibration texts.
+        values: [N] its values for the texts.
 
-    @classmethod
-    def of(cls, names: tuple[str, ...], numbers: Array) -> Calibration:
-        """From the numbers [N, F] of N calibration texts.
-
-        Raises:
-            ValueError: there are too few texts.
-        """
-        if len(numbers) < FEWEST:
-            raise ValueError(f"{len(numbers)} calibration texts say too little; give {FEWEST} or more")
-        mean, deviation = numbers.mean(0), numbers.std(0, ddof=1).clip(min=1e-9)
-        scores = ((numbers - mean) / deviation).mean(1)
-        return cls(names, mean, deviation, float(np.quantile(scores, QUANTILE)))
-
-    def judge(self, numbers: Array) -> Novelty:
-        """How new texts with these numbers [N, F] are."""
-        z_scores = (numbers - self.mean) / self.deviation
-        return Novelty(z_scores.mean(1), self.threshold, self.names, z_scores)
+    Raises:
+        ValueError: there are too few calibration texts.
+    """
+    if len(known) < FEWEST:
+        raise ValueError(f"{len(known)} calibration texts say too little; give {FEWEST} or more")
+    mean, deviation = known.mean(), known.std(ddof=1).clip(min=1e-9)
+    threshold = np.quantile((known - mean) / deviation, QUANTILE)
+    return Novelty((values - mean) / deviation, float(threshold), number)
 
 
 def novelty(
@@ -113,35 +110,43 @@ def novelty(
         ValueError: there are too few calibration texts or no others, a text has fewer than two tokens, or routing is
             not learned.
     """
-    names, known = measure(model, calibration, pad=pad, batch_size=batch_size)
-    return Calibration.of(names, known).judge(measure(model, texts, pad=pad, batch_size=batch_size)[1])
+    number, known = measure(model, calibration, pad=pad, batch_size=batch_size)
+    return judge(number, known, measure(model, texts, pad=pad, batch_size=batch_size)[1])
 
 
 def measure(
-    model: PeftModel, texts: Sequence[Sequence[int]], *, pad: int = 0, batch_size: int = 8
-) -> tuple[tuple[str, ...], Array]:
-    """The names of the numbers and their values [N, F] for each text; see [`novelty`]."""
+    model: PeftModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    pad: int = 0,
+    batch_size: int = 8,
+    number: str | None = None,
+) -> tuple[str, Array]:
+    """The name of the number and its value [N] for each text; see [`novelty`].
+
+    Args:
+        number: `distance` or `loss`; by default distance where the adapters remember.
+    """
     routers = _learned_routers(model)
     if not texts:
         raise ValueError("there are no texts; give one or more")
     if short := [len(text) for text in texts if len(text) < 2]:
         raise ValueError(f"a text has {short[0]} tokens; a loss needs 2 or more")
     domains = {name: _domains_of(router, model.device) for name, router in routers.items()}
-    names = ("loss", "entropy", "distance") if all(domains.values()) else ("loss", "entropy")
-    rows = []
+    number = number or ("distance" if all(domains.values()) else "loss")
+    found: list[float] = []
     with torch.no_grad(), undisturbed(model):
         count_anew(model.base_model.routing)
         for start in range(0, len(texts), batch_size):
             blocks = [Block(0, 0, 0, list(text)) for text in texts[start : start + batch_size]]
             ids, mask = padded(blocks, pad, model.device)
-            seen: dict[str, list[Tensor]] = {"entropy": [], "distance": []}
-            with _watching(routers, domains, mask.bool(), seen):
+            seen: list[Tensor] = []
+            watched = routers if number == "distance" else {}
+            with before((router, _look(domains[name], mask.bool(), seen)) for name, router in watched.items()):
                 logits = model(input_ids=ids, attention_mask=mask).logits
             losses = losses_of(logits, ids, [len(block.token_ids) for block in blocks])
-            columns = [torch.stack([loss.mean() for loss in losses])]
-            columns += [torch.stack(seen[name]).mean(0).cpu() for name in names[1:]]
-            rows.append(torch.stack(columns, dim=1).double().numpy())
-    return names, np.concatenate(rows)
+            found += torch.stack(seen).mean(0).tolist() if seen else [float(loss.mean()) for loss in losses]
+    return number, np.array(found)
 
 
 def auc(known: Array, new: Array) -> float:
@@ -198,31 +203,14 @@ def _domains_of(router: MoELoraRouter, device: torch.device) -> list[_Domain]:
     return [_Domain.of(r.memory, device) for r in learned] if all(r.remembers for r in learned) else []
 
 
-@contextmanager
-def _watching(
-    routers: dict[str, MoELoraRouter],
-    domains: dict[str, list[_Domain]],
-    mask_BS: Tensor,
-    seen: dict[str, list[Tensor]],
-) -> Iterator[None]:
-    """Within, every router leaves its means over each text's tokens in seen."""
-    with ExitStack() as hooks:
-        for name, router in routers.items():
-            hooks.callback(router.register_forward_pre_hook(_look(domains[name], mask_BS, seen)).remove)
-        yield
+def _look(domains: list[_Domain], mask_BS: Tensor, seen: list[Tensor]) -> Callable[..., None]:
+    """A hook before a router that leaves the mean distance of each text's tokens in seen."""
 
-
-def _look(domains: list[_Domain], mask_BS: Tensor, seen: dict[str, list[Tensor]]) -> Callable[..., None]:
     def hook(router: MoELoraRouter, args: tuple[Any, ...]) -> None:
         hidden = args[0].reshape(*mask_BS.shape, -1)
-        logits = router.logits(hidden) / router.state.config.router_temperature
         mask = mask_BS.to(hidden.device)
-        tokens = mask.sum(1)
-        entropy = torch.special.entr(logits.softmax(-1)).sum(-1).view(mask.shape)
-        seen["entropy"].append((entropy * mask).sum(1) / tokens)
-        if domains:
-            normed = rms_norm(hidden)
-            nearest = torch.stack([domain.distance(normed) for domain in domains]).amin(0)
-            seen["distance"].append((nearest * mask).sum(1) / tokens)
+        normed = rms_norm(hidden)
+        nearest = torch.stack([domain.distance(normed) for domain in domains]).amin(0)
+        seen.append((nearest * mask).sum(1) / mask.sum(1))
 
     return hook

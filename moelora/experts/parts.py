@@ -235,15 +235,11 @@ def settle(adapters: Sequence[AdapterParts]) -> list[AdapterParts]:
                 config.num_experts = config.num_experts if adapter.is_single else len(adapter.experts)
                 settled.append(replace(adapter, config=config))
             else:
-                settled += _singles(replace(adapter, config=config), taken)
+                settled += [
+                    replace(adapter, name=free_name(taken), config=deepcopy(config), experts=[expert])
+                    for expert in adapter.experts
+                ]
     return settled
-
-
-def _singles(adapter: AdapterParts, taken: set[str]) -> list[AdapterParts]:
-    return [
-        replace(adapter, name=free_name(taken), config=deepcopy(adapter.config), experts=[expert])
-        for expert in adapter.experts
-    ]
 
 
 def free_name(taken: set[str]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.tokens import token_ids
+from ..report.observe import before
 from ..routing import Router, rms_norm
 from ..tuner.layer import MoELoraLayer
 from ..tuner.model import MoELoraModel
@@ -135,9 +136,5 @@ def _summing(routers: Mapping[str, Any]) -> Iterator[dict[str, tuple[Tensor, int
         total, count = sums.get(router.name, (torch.zeros_like(hidden_TH[0]), 0))
         sums[router.name] = total + hidden_TH.sum(dim=0), count + len(hidden_TH)
 
-    handles = [router.register_forward_pre_hook(add) for router in routers.values()]
-    try:
+    with before((router, add) for router in routers.values()):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()

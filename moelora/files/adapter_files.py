@@ -209,9 +209,7 @@ def _read_tensors(source: str, path: Path) -> tuple[str | None, dict[str, Tensor
             return None, tensors
         with safe_open(path, framework="pt", device="cpu") as stream:
             return (stream.metadata() or {}).get(ID_KEY), {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-    except SaveError:
-        raise
-    except PermissionError:
+    except (SaveError, PermissionError):
         raise
     except Exception as error:  # safetensors' own, and whatever unpickling a damaged file raises
         if isinstance(error, OSError) and not path.exists():

@@ -95,6 +95,8 @@ def put_in_place(written: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def _only_writer_in(folder: Path) -> Iterator[None]:
     """Wait until no other process or thread puts files in place here. Whoever trains may hold the folder itself."""
+    # A rename is one step, putting a save in place is several: of two that finish one save at once, the slower would
+    # take away what the quicker has since put there of the next.
     path = folder / LOCK
     descriptor = _locked(path)
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ Shapes: D domains, R routers, E experts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from peft import PeftModel
@@ -16,7 +16,7 @@ from ..console import progress_bar
 from ..data.texts import Domain, cut, read_domain
 from ..tuner.layer import MoELoraLayer
 from ..tuner.router import MoELoraRouter
-from . import frames
+from . import figures, frames
 from .advice import suggest
 from .geometry import Geometry, geometry, group_modules, sharpness
 from .history import History, history_of
@@ -25,69 +25,23 @@ from .measured import Measured
 from .observe import is_learned, maturity_of, routers_of, undisturbed
 from .specialisation import specialisation
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
-
 LONGEST_BLOCK = 512
 
 
 class Analysis(Measured):
     """What a mixture does with texts; made by [`analyze`]: see [`Measured`]. Tables need pandas, plots matplotlib."""
 
-    def loads(self) -> DataFrame:
-        """One row per domain, router and expert: weight, load."""
-        return frames.loads(self)
-
-    def router_table(self) -> DataFrame:
-        """One row per domain and router: entropy, top1_probability; mutual information with its chance level."""
-        return frames.router_table(self)
-
-    def expert_table(self) -> DataFrame:
-        """One row per expert: norm, effective_rank, maturity, and its share, worth and error in each domain."""
-        return frames.expert_table(self)
-
-    def similarity(self, router: str | None = None) -> DataFrame:
-        """[E, E] cosine of the experts' products, over all linears or those of one router."""
-        return frames.similarity(self, router)
-
-    def token_table(self, domain: str) -> DataFrame:
-        """One row per token of a domain and router: text, document, loss, expert and its weight."""
-        return frames.token_table(self, domain)
-
-    def training_table(self) -> DataFrame:
-        """One row per log, router and expert: load, maturity, entropy; empty without a training log."""
-        return frames.training_table(self)
-
-    def plot_loads(self, measure: str = "weight") -> Figure:
-        """Heat maps of routers by experts, one per domain, of `weight` or `load`."""
-        from . import figures
-
-        return figures.loads(self, measure)
-
-    def plot_specialisation(self) -> Figure:
-        """Mutual information of each router beside its chance level."""
-        from . import figures
-
-        return figures.specialisation(self)
-
-    def plot_similarity(self, router: str | None = None) -> Figure:
-        """Matrix of the experts' similarities."""
-        from . import figures
-
-        return figures.similarity(self, router)
-
-    def plot_worth(self) -> Figure:
-        """What removing each expert adds to each domain's loss."""
-        from . import figures
-
-        return figures.worth(self)
-
-    def plot_training(self, router: str | None = None) -> Figure:
-        """Load, entropy and maturity over training, of one router or the mean of all."""
-        from . import figures
-
-        return figures.training(self, router)
+    loads = frames.loads
+    router_table = frames.router_table
+    expert_table = frames.expert_table
+    similarity = frames.similarity
+    token_table = frames.token_table
+    training_table = frames.training_table
+    plot_loads = figures.loads
+    plot_specialisation = figures.specialisation
+    plot_similarity = figures.similarity
+    plot_worth = figures.worth
+    plot_training = figures.training
 
 
 def analyze(

@@ -1,4 +1,4 @@
-"""An analysis as data frames: long tables, one row per thing measured."""
+"""An analysis as data frames: long tables, one row per thing measured; methods of [`moelora.Analysis`]."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..schema import did_you_mean
 from .measured import Measured
 
 if TYPE_CHECKING:
@@ -28,13 +27,13 @@ def _grid(**axes: list[Any]) -> dict[str, Any]:
 
 
 def loads(found: Measured) -> DataFrame:
-    """See [`Analysis.loads`]."""
+    """One row per domain, router and expert: weight, load."""
     columns = _grid(domain=found.domains, router=found.routers, expert=list(range(found.num_experts)))
     return _pandas().DataFrame(columns | {"weight": found.weight.ravel(), "load": found.load.ravel()})
 
 
 def router_table(found: Measured) -> DataFrame:
-    """See [`Analysis.router_table`]."""
+    """One row per domain and router: entropy, top1_probability; mutual information with its chance level."""
     columns = _grid(domain=found.domains, router=found.routers)
     columns |= {"entropy": found.entropy.ravel(), "top1_probability": found.top1_probability.ravel()}
     columns["sharpness"] = found.sharpness * len(found.domains)
@@ -46,7 +45,7 @@ def router_table(found: Measured) -> DataFrame:
 
 
 def expert_table(found: Measured) -> DataFrame:
-    """See [`Analysis.expert_table`]."""
+    """One row per expert: norm, effective_rank, maturity, and its share, worth and error in each domain."""
     columns: dict[str, Any] = {
         "expert": list(range(found.num_experts)),
         "adapter": found.experts,
@@ -62,26 +61,17 @@ def expert_table(found: Measured) -> DataFrame:
     return _pandas().DataFrame(columns)
 
 
-def similarity(found: Measured, router: str | None) -> DataFrame:
-    """See [`Analysis.similarity`].
+def similarity(found: Measured, router: str | None = None) -> DataFrame:
+    """[E, E] cosine of the experts' products, over all linears or those of one router.
 
     Raises:
         ValueError: there is no router of that name.
     """
-    matrix = (found.whole if router is None else found.by_router[known_router(found, router)]).similarity
-    return _pandas().DataFrame(matrix.numpy())
-
-
-def known_router(found: Measured, router: str) -> str:
-    """The router's name, checked."""
-    if router not in found.routers:
-        hint = did_you_mean(router, found.routers) or f"; there are {', '.join(found.routers)}"
-        raise ValueError(f"`router` ({router!r}) does not exist{hint}")
-    return router
+    return _pandas().DataFrame(found.geometry_of(router).similarity.numpy())
 
 
 def token_table(found: Measured, domain: str) -> DataFrame:
-    """See [`Analysis.token_table`].
+    """One row per token of a domain and router: text, document, loss, expert and its weight.
 
     Raises:
         ValueError: there is no domain of that name.
@@ -105,7 +95,7 @@ def token_table(found: Measured, domain: str) -> DataFrame:
 
 
 def training_table(found: Measured) -> DataFrame:
-    """See [`Analysis.training_table`]."""
+    """One row per log, router and expert: load, maturity, entropy; empty without a training log."""
     rows = []
     history = found.history
     for name, series in (history.routers if history else {}).items():

@@ -8,14 +8,16 @@ Shapes: N ranks of all experts together, D in, O out, E experts, H router input 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.pool import ExpertPool
 from ..routing import Router, rms_norm
+from ..storage.structure import owner_of
 
 Layout = tuple[tuple[str, int], ...]  # (adapter, number of experts), in expert order
 Modules = Mapping[str, Mapping[str, ExpertPool]]  # module name -> adapter name -> its experts there
@@ -65,24 +67,16 @@ def _of_module(pools: Mapping[str, ExpertPool], layout: Layout) -> tuple[Tensor,
     lora_A = torch.cat([pool.lora_A.detach().double().cpu() * pool.scaling for pool in here])
     lora_B = torch.cat([pool.lora_B.detach().double().cpu() for pool in here], dim=1)
     gram_A, gram_B = lora_A @ lora_A.T, lora_B.T @ lora_B
-    expert_N = torch.cat(list(_experts_of_ranks(pools, layout)))
-    num_experts = sum(count for _, count in layout)
-    membership_NE = torch.zeros(len(expert_N), num_experts, dtype=torch.float64)
-    membership_NE[torch.arange(len(expert_N)), expert_N] = 1
+    ranks_E = torch.tensor([pools[name].rank if name in pools else 0 for name, count in layout for _ in range(count)])
+    num_experts = len(ranks_E)
+    expert_N = torch.arange(num_experts).repeat_interleave(ranks_E)
+    membership_NE = F.one_hot(expert_N, num_experts).double()
     inner = membership_NE.T @ (gram_A * gram_B) @ membership_NE
     ranks = inner.new_zeros(num_experts)
     for expert in expert_N.unique():
         own = (expert_N == expert).nonzero().flatten()
         ranks[expert] = _effective_rank(gram_A[own][:, own], gram_B[own][:, own])
     return inner, ranks
-
-
-def _experts_of_ranks(pools: Mapping[str, ExpertPool], layout: Layout) -> Iterable[Tensor]:
-    start = 0
-    for name, count in layout:
-        if name in pools:
-            yield torch.arange(start, start + count).repeat_interleave(pools[name].rank)
-        start += count
 
 
 def _effective_rank(gram_A: Tensor, gram_B: Tensor) -> Tensor:
@@ -102,12 +96,6 @@ def group_modules(modules: Modules, routers: Sequence[str]) -> dict[str, dict[st
         if (owner := owner_of(module, routers)) is not None:
             groups[owner][module] = pools
     return groups
-
-
-def owner_of(module: str, routers: Iterable[str]) -> str | None:
-    """The router that steers a linear: its own, its block's or the model's; None if there is none of them."""
-    owners = [name for name in routers if not name or module == name or module.startswith(f"{name}.")]
-    return max(owners, key=len, default=None)
 
 
 def sharpness(routers: Sequence[Router], temperature: float) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..schema import did_you_mean
 from .advice import Suggestion
 from .geometry import Geometry
 from .history import History
@@ -67,3 +68,38 @@ class Measured:
     def num_experts(self) -> int:
         """E."""
         return len(self.experts)
+
+    def geometry_of(self, router: str | None) -> Geometry:
+        """Of the linears of a router, or of all.
+
+        Raises:
+            ValueError: there is no router of that name.
+        """
+        return self.whole if router is None else self.by_router[self.known_router(router)]
+
+    def known_router(self, router: str) -> str:
+        """The router's name, checked.
+
+        Raises:
+            ValueError: there is no router of that name.
+        """
+        if router not in self.routers:
+            hint = did_you_mean(router, self.routers) or f"; there are {', '.join(self.routers)}"
+            raise ValueError(f"`router` ({router!r}) does not exist{hint}")
+        return router
+
+
+def short_names(routers: list[str]) -> list[str]:
+    """Router names without what all of them begin with.
+
+    Example:
+        >>> short_names(["model.layers.0", "model.layers.10"]), short_names(["model"])
+        (['0', '10'], ['model'])
+    """
+    split = [name.split(".") for name in routers]
+    shared = 0
+    while len(routers) > 1 and all(len(parts) > shared + 1 for parts in split):
+        if len({parts[shared] for parts in split}) > 1:
+            break
+        shared += 1
+    return [".".join(parts[shared:]) for parts in split]

@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T tokens without padding, E experts of the whole mi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -128,6 +128,15 @@ def losses_of(logits: Tensor, ids: Tensor, lengths: Sequence[int]) -> list[Tenso
     """For each row [T - 1] nats of predicting each token but the first, on the CPU; padding is left out."""
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none").cpu()
     return [losses[row, : length - 1] for row, length in enumerate(lengths)]
+
+
+@contextmanager
+def before(hooks: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Within, each of these modules calls its hook before its forward."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
 
 
 @contextmanager

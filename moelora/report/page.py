@@ -24,7 +24,8 @@ from .analysis import Analysis
 from .findings import findings
 from .history import History
 from .measure import TokenView
-from .palette import COLOURS
+from .measured import short_names
+from .palette import style_of
 
 SCRIPTS = ("core.js", "tokens.js", "tables.js", "charts.js")
 MOST_WEIGHTS = 32_000_000
@@ -100,7 +101,7 @@ def payload(found: Analysis, permutations: int) -> dict[str, Any]:
         "routers": found.routers,
         "shortRouters": short_names(found.routers),
         "startRouter": _most_telling(found),
-        "colours": COLOURS,
+        "styles": [style_of(expert)._asdict() for expert in range(found.num_experts)],
         "domains": [
             {
                 "name": found.domains[index],
@@ -125,22 +126,6 @@ def payload(found: Analysis, permutations: int) -> dict[str, Any]:
         "keepReason": _keep_reason(found),
         "view": [_view(view, limit) for view in found.tokens],
     }
-
-
-def short_names(routers: list[str]) -> list[str]:
-    """Router names without what all of them begin with.
-
-    Example:
-        >>> short_names(["model.layers.0", "model.layers.10"]), short_names(["model"])
-        (['0', '10'], ['model'])
-    """
-    split = [name.split(".") for name in routers]
-    shared = 0
-    while len(routers) > 1 and all(len(parts) > shared + 1 for parts in split):
-        if len({parts[shared] for parts in split}) > 1:
-            break
-        shared += 1
-    return [".".join(parts[shared:]) for parts in split]
 
 
 def _most_telling(found: Analysis) -> int:

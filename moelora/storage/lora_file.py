@@ -23,7 +23,8 @@ from ..schema import UserError, settable_fields
 from .patterns import check_patterns_end
 from .structure import FACTOR
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # linear -> A [r, D], B [O, r]
+Factor = tuple[Tensor, Tensor]  # A [r, D], B [O, r]
+Factors = dict[str, Factor]  # by linear
 
 # Ways to start that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them, and the
 # factors mean nothing on the base model as it was.
@@ -173,6 +174,15 @@ def factors_of(source: str, tensors: Mapping[str, Tensor]) -> Factors:
         what = f"the factors of {_some(broken)} are incomplete or no matrices" if broken else "it holds no factors"
         raise LoraError(f"{source}: {what}; only linear layers can be experts, and both factors are needed")
     return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
+
+
+def peft_tensors(factors: Factors) -> dict[str, Tensor]:
+    """Factors by the names that PEFT gives them, for a file or a model of one adapter."""
+    return {
+        f"base_model.model.{name}.lora_{side}.weight": factor.contiguous()
+        for name, pair in factors.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
 
 
 def _is_broken(lora_A: Tensor, lora_B: Tensor) -> bool:

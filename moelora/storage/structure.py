@@ -6,7 +6,7 @@ Shapes: E experts, r rank of one expert, H router input width, D in, O out.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -115,7 +115,8 @@ def _check_scope(name: str, config: MoELoraConfig, linears: list[str], routers: 
     if config.router_scope == "model":
         return [] if routers == [""] else [f"adapter {name!r} has no router of the model"]
     of_module = config.router_scope == "module"
-    owners = {linear: linear if of_module else _owner(linear, set(routers)) for linear in linears}
+    blocks = [router for router in routers if router]
+    owners = {linear: linear if of_module else owner_of(linear, blocks) for linear in linears}
     lonely = [linear for linear, owner in owners.items() if owner not in routers]
     idle = [router for router in routers if router not in owners.values()]
     return [f"`{linear}` of adapter {name!r} has no router" for linear in lonely] + [
@@ -123,7 +124,7 @@ def _check_scope(name: str, config: MoELoraConfig, linears: list[str], routers: 
     ]
 
 
-def _owner(linear: str, routers: set[str]) -> str | None:
-    """The router whose block a linear lies in."""
-    parts = linear.split(".")
-    return next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in routers), None)
+def owner_of(module: str, routers: Iterable[str]) -> str | None:
+    """The router that steers a linear: its own, its block's or the model's; None if there is none of them."""
+    owners = [name for name in routers if not name or module == name or module.startswith(f"{name}.")]
+    return max(owners, key=len, default=None)

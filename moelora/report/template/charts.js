@@ -146,14 +146,14 @@ function worthSection() {
     byId("worth-lead").textContent = "The loss without each expert was not measured: --worth-tokens was 0, or there is only one expert.";
     return;
   }
-  const held = data.preparation.every((domain) => domain.heldOut) ? "held-out loss" : "loss on the texts given";
+  const held = data.domains.every((domain) => domain.heldOut) ? "held-out loss" : "loss on the texts given";
   byId("worth-lead").textContent = `How much the ${held} rises, in nats per token, when one expert is removed from every router and the others are routed as if it had never been. Whiskers: two standard errors. A bar to the left means the domain does better without it.`;
   const extremes = data.worth.flatMap((row, domain) => row.flatMap((value, expert) => {
     const error = 2 * (data.worthError[domain][expert] ?? 0);
     return value === null ? [] : [value - error, value + error];
   }));
   const range = [Math.min(0, ...extremes), Math.max(1e-6, ...extremes)];
-  byId("worths").replaceChildren(...data.preparation.map((domain, index) => worthChart(domain, index, range)));
+  byId("worths").replaceChildren(...data.domains.map((domain, index) => worthChart(domain, index, range)));
 }
 
 function worthChart(domain, index, [low, high]) {

@@ -39,12 +39,7 @@ const fixed = (value, digits) => (value === null ? "–" : value.toFixed(digits)
 const signed = (value, digits) => (value === null ? "–" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`);
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
-const LINES = [["solid", ""], ["dashed", "7 4"], ["dotted", "2 4"], ["double", "9 3 2 3"]];
-const experts = data.experts.map((_, expert) => {
-  // Shifted every fourth expert, so that the two blues of the palette differ in line.
-  const [line, dash] = LINES[(expert + Math.floor(expert / 4)) % LINES.length];
-  return { colour: data.colours[expert % data.colours.length], line, dash };
-});
+const experts = data.styles;
 
 /** Inflate base64 of zlib: the arrays would be ten times the page otherwise. */
 async function inflate(text) {
@@ -66,7 +61,7 @@ function cached(key, text) {
 // ---- choosing a domain and a router ----
 
 function choices() {
-  data.preparation.forEach((domain, index) => byId("domain").append(el("option", { value: index }, domain.name)));
+  data.domains.forEach((domain, index) => byId("domain").append(el("option", { value: index }, domain.name)));
   data.shortRouters.forEach((name, index) => byId("router").append(el("option", { value: index }, name)));
   byId("domain").addEventListener("change", (event) => set({ domain: +event.target.value, page: 0, token: 0 }));
   byId("router").addEventListener("change", (event) => set({ router: +event.target.value }));

@@ -27,7 +27,7 @@ function mapSection() {
   watch(["measure", "router"], () => {
     const shares = data.shares[state.measure];
     const end = furthest(shares);
-    const maps = data.preparation.map((domain, index) =>
+    const maps = data.domains.map((domain, index) =>
       el("div", { class: "tall" },
         shareTable(domain.name, data.shortRouters.map((name, router) => [name, shares[index][router], router]), end, 0)));
     const places = [...byId("maps").children].map((child) => child.scrollTop);
@@ -41,7 +41,7 @@ function matricesSection() {
   watch(["measure", "router"], () => {
     const shares = data.shares[state.measure];
     const end = furthest(shares);
-    const rows = (of) => data.preparation.map((domain, index) => [domain.name, of(index), null]);
+    const rows = (of) => data.domains.map((domain, index) => [domain.name, of(index), null]);
     const average = (index) => experts.map((_, expert) => mean(shares[index].map((router) => router[expert])));
     byId("matrices").replaceChildren(
       el("div", {}, shareTable(`Domain by expert in ${data.routers[state.router]}`, rows((index) => shares[index][state.router]), end, 1)),

@@ -54,7 +54,7 @@ function drawPage() {
   byId("page").textContent = `Page ${state.page + 1} of ${pages} · tokens ${(view.from + 1).toLocaleString("en")} to ${until.toLocaleString("en")}`;
   byId("page-back").disabled = state.page === 0;
   byId("page-on").disabled = state.page === pages - 1;
-  const domain = data.preparation[state.domain];
+  const domain = data.domains[state.domain];
   byId("shown").textContent = view.ids.length < domain.tokens
     ? `Shown are the first ${view.ids.length.toLocaleString("en")} of ${domain.tokens.toLocaleString("en")} tokens; every figure below counts them all.` : "";
   document.documentElement.dataset.ready = `${state.domain}/${state.router}/${state.page}`;
