@@ -16,18 +16,7 @@ from ..config import MoELoraConfig
 from ..presets import PRESETS
 from ..recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from ..schema import describe, is_required, settable_fields, type_hints
-from .options import (
-    BuildOptions,
-    DistilOptions,
-    ExportOptions,
-    GenerateOptions,
-    InspectOptions,
-    MergeOptions,
-    NoveltyOptions,
-    PruneOptions,
-    ReportOptions,
-    UndoOptions,
-)
+from .commands import COMMANDS
 
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """Where a page wants a table: everything between the two comments is replaced."""
@@ -42,16 +31,7 @@ def tables() -> dict[str, str]:
         "model": options_table(ModelOptions),
         "domain": options_table(DomainOptions),
         "mixture": options_table(MoELoraConfig, own),
-        "generate": options_table(GenerateOptions),
-        "inspect": options_table(InspectOptions),
-        "report": options_table(ReportOptions),
-        "novelty": options_table(NoveltyOptions),
-        "prune": options_table(PruneOptions),
-        "merge": options_table(MergeOptions),
-        "distil": options_table(DistilOptions),
-        "build": options_table(BuildOptions),
-        "export": options_table(ExportOptions),
-        "undo": options_table(UndoOptions),
+        **{name: options_table(options) for name, (options, _, _) in COMMANDS.items()},
         "defaults": defaults_table(),
         "presets": presets_table(),
     }
