@@ -10,7 +10,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -39,6 +40,21 @@ class Problem:
     def __str__(self) -> str:
         shown = "" if self.value is dataclasses.MISSING else f" = {shorten(repr(self.value))}"
         return f"{printable(self.key)}{shown}\n    {printable(self.fix, lines=True)}"
+
+
+def refuse(problems: Sequence[Problem], *heading: str) -> None:
+    """Raise a UserError that lists all problems, where there are any."""
+    if problems:
+        raise UserError("\n".join([*heading, *map(str, problems)]))
+
+
+@contextmanager
+def telling_user(prefix: str = "") -> Iterator[None]:
+    """Within, a ValueError is a mistake the user can fix, told after the prefix."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
 
 
 class RecipeError(UserError, ValueError):

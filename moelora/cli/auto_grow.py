@@ -18,7 +18,7 @@ from ..data.sources import check_domain
 from ..experts.memory import alone
 from ..experts.novelty_score import FEWEST, Novelty, measure, novelty
 from ..recipe import DomainOptions, Recipe
-from ..schema import UserError
+from ..schema import UserError, telling_user
 from ..storage.run_record import learned_domains
 from .grow import Growth
 from .novelty import sample
@@ -63,10 +63,8 @@ class AutoGrowth(Growth):
         new = [text for d in recipe.data for text in _texts(split_documents(d)[0], recipe, tokenizer)]
         known = [text for documents in held_out(self.folder) for text in _texts(documents, recipe, tokenizer)]
         pad = int(tokenizer.pad_token_id or 0)
-        try:
+        with telling_user("--grow auto: "):
             judged = novelty(model, known, new, pad=pad)
-        except ValueError as error:
-            raise UserError(f"--grow auto: {error}") from error
         self.verdict = _verdict(judged)
         if judged.share_new >= FIRES_AT:
             self.learns = self.name

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from ..console import OutputClosedError, make_stdout, naming_output, printable
-from ..schema import UserError, is_required, settable_fields, shorten, type_hints
+from ..schema import UserError, is_required, refuse, settable_fields, shorten, type_hints
 from .options import (
     BuildOptions,
     DistilOptions,
@@ -244,8 +244,7 @@ def _run(arguments: Sequence[str] | None, is_command: bool) -> None:
     options = cls(**parsed)
     # PEFT 0.21 reads a property that transformers 5.23 renamed: nothing that the user of a command could change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    if problems := check_options(options):
-        raise UserError("\n".join(map(str, problems)))
+    refuse(check_options(options))
     try:
         os.getcwd()
     except OSError:

@@ -24,7 +24,7 @@ from ..experts.moments import Batch
 from ..experts.student import train_student
 from ..recipe import DomainOptions, Recipe
 from ..report.analysis import longest_block
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains, record_of
@@ -50,10 +50,8 @@ def distil_command(options: DistilOptions) -> Path | None:
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
     check_only_read(options, [options.adapter], source.base, domains)
-    try:
+    with telling_user(f"{source.folder}: "):
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
-    except ValueError as error:
-        raise UserError(f"{source.folder}: {error}") from error
     highest = source.highest_rank(source.experts)
     rank = min(DEFAULT_RANK, highest) if options.r is None else options.r
     check_rank("--r", rank, highest)
@@ -71,9 +69,8 @@ def distil_command(options: DistilOptions) -> Path | None:
 
     def work(folder: Path) -> dict[str, Any]:
         try:
-            return _Job(options, source, rank, blocks, tokenizer).run(folder)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+            with telling_user():
+                return _Job(options, source, rank, blocks, tokenizer).run(folder)
         except torch.linalg.LinAlgError as error:
             raise UserError(
                 f"the experts of {source.folder} compute numbers too large to be fitted ({error}); was their training "

@@ -10,7 +10,7 @@ import torch
 from ..experts.exporting import is_quantised, lora_of_expert, lora_of_mixture, merge, save_lora
 from ..files.opening import expand_user
 from ..recipe import ModelOptions
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_config, load_model, load_tokenizer
 from ..storage.lora_file import LoraFile
 from ..storage.run_record import noted_base
@@ -29,10 +29,8 @@ def export(options: ExportOptions) -> Path | None:
     weights = _check(options)
     adapter = expand_user(options.adapter)
     stored, base = _read(options, adapter)
-    try:
+    with telling_user(f"{adapter}: "):
         lora = lora_of_mixture(stored, weights) if options.mixture else lora_of_expert(stored, str(options.expert))
-    except ValueError as error:
-        raise UserError(f"{adapter}: {error}") from error
     if base is not None:
         lora.config.base_model_name_or_path = base.name
     what = "The mixture" if options.mixture else f"Expert {options.expert}"
@@ -96,9 +94,7 @@ def _merge(base: ModelOptions, lora: LoraFile, folder: Path) -> None:
     exact = dataclasses.replace(base, dtype="float32")
     model = load_model(exact, torch.device("cpu"))
     dtype = getattr(load_config(base), "dtype", None) or torch.float32
-    try:
+    with telling_user("--merge: "):
         merge(model, lora)
-    except ValueError as error:
-        raise UserError(f"--merge: {error}") from error
     model.to(dtype).save_pretrained(str(folder))
     load_tokenizer(base).save_pretrained(str(folder))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from ..console import naming_output, printable
 from ..data.chat import apply_template
 from ..files.opening import expand_user
-from ..schema import UserError
+from ..schema import UserError, refuse
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from .options import GenerateOptions, check_options
@@ -21,8 +21,7 @@ def generate(options: GenerateOptions) -> str:
     Raises:
         UserError: an option is out of range, there is no adapter, no base model, or the two do not fit each other.
     """
-    if problems := check_options(options):
-        raise UserError("\n".join(map(str, problems)))
+    refuse(check_options(options))
     adapter = expand_user(options.adapter)
     base = find_base(adapter, options.base)
     tell_loading(base, adapter)

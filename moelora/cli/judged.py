@@ -13,7 +13,7 @@ from ..experts.parts import find_experts
 from ..experts.reading import Reading, Texts
 from ..recipe import DomainOptions
 from ..report.analysis import longest_block
-from ..schema import Problem, UserError
+from ..schema import Problem, telling_user
 from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains, record_of
@@ -36,10 +36,8 @@ class Opened:
         Raises:
             UserError: there is no such expert, or one is named twice.
         """
-        try:
+        with telling_user(f"{flag}: "):
             return find_experts([name.strip() for item in wanted for name in item.split(",")], self.source.experts)
-        except ValueError as error:
-            raise UserError(f"{flag}: {error}") from None
 
     def load(self) -> tuple[PeftModel, Texts]:
         """The model with its mixture, and the texts.
@@ -52,10 +50,8 @@ class Opened:
         tokenizer = load_tokenizer(self.source.base)
         domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
         size = record["recipe"]["block_size"] if record else longest_block(load_config(self.source.base))
-        try:
+        with telling_user("--data: "):
             texts = Texts(domains, size, tokenizer.pad_token_id)
-        except ValueError as error:
-            raise UserError(f"--data: {error}") from error
         return self.source.load(), texts
 
     def write(self, model: PeftModel, plan: Plan, outcome: dict[str, Any]) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..experts.merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
 from ..experts.parts import names_of, put_together, take_apart
 from ..experts.reading import Reading
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from .judged import loss_notes, loss_record, open_adapter
 from .operation import Plan, check_rank
 from .options import MergeOptions
@@ -33,14 +33,12 @@ def merge_command(options: MergeOptions) -> Path | None:
         chosen = [names[number] for number in numbers]
         check_rank("--rank", options.rank, opened.source.highest_rank(chosen, options.method in ("ties", "dare")))
     model, texts = opened.load()
-    try:
+    with telling_user():
         adapters = take_apart(model)
         check_mergeable(adapters, numbers, recipe)
         before = texts.read(model)
         shares = [float(before.share[number]) for number in numbers]
         merged = merge_experts(adapters, numbers, shares, recipe)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     model = put_together(model, merged.adapters)
     after = texts.read(model)
     outcome = {"becomes": merged.becomes, "domains": loss_record(texts, before, after)}

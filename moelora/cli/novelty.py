@@ -14,7 +14,7 @@ from ..console import make_stdout
 from ..data.texts import tokenise
 from ..experts.novelty_score import FEWEST, Calibration, Novelty, auc, measure
 from ..recipe import DomainOptions
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, refuse, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
@@ -54,10 +54,8 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     tell_loading(source.base, source.folder)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)
-    try:
+    with telling_user("--calibration: "):
         found = judge(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
-    except ValueError as error:
-        raise UserError(f"--calibration: {error}") from error
     make_stdout().print(_table(found))
     return found
 
@@ -96,8 +94,7 @@ def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOpt
     problems += [
         Problem("--data", d.name, "calibration texts have this name; rename one") for d in found[1] if d.name in names
     ]
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    refuse(problems)
     return found[0], found[1]
 
 

@@ -31,7 +31,7 @@ from ..files.generation import flush
 from ..files.opening import expand_user, real_path
 from ..files.staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
 from ..recipe import DomainOptions, ModelOptions
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, refuse
 from ..storage.finding import find_base, load_mixture
 from ..storage.run_record import (
     LEARNED_BEFORE,
@@ -86,9 +86,7 @@ def check_output(options: OperationOptions, more: Sequence[Problem] = ()) -> Non
     Raises:
         UserError: listing every problem.
     """
-    problems = [*check_options(options), *more, *_check_folder(options.out_folder, options.overwrite)]
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    refuse([*check_options(options), *more, *_check_folder(options.out_folder, options.overwrite)])
 
 
 def _check_folder(folder: Path, overwrite: bool) -> list[Problem]:

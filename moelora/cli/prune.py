@@ -9,7 +9,7 @@ from pathlib import Path
 from ..experts.parts import names_of, take_apart
 from ..experts.prune import Pruned, drop, prune
 from ..experts.reading import Texts
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from .judged import loss_notes, loss_record, open_adapter
 from .operation import Plan
 from .options import PruneOptions
@@ -29,10 +29,8 @@ def prune_command(options: PruneOptions) -> Path | None:
         key, value = ("--drop", options.drop) if numbers else ("--keep", options.keep)
         raise UserError(str(Problem(key, value, f"must leave 1 to {len(names) - 1} of the {len(names)} experts")))
     model, texts = opened.load()
-    try:
+    with telling_user():
         found = drop(model, texts, numbers) if options.keep is None else prune(model, texts, options.by, options.keep)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     removed = [dataclasses.asdict(removal) for removal in found.removals]
     outcome = {"removed": removed, "domains": loss_record(texts, found.before, found.after)}
     return opened.write(found.model, _plan(options, names, texts, found), outcome)

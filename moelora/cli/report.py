@@ -22,7 +22,7 @@ from ..recipe import DomainOptions, plain_name
 from ..report.analysis import longest_block, run
 from ..report.history import read_history
 from ..report.page import About, render
-from ..schema import Problem, UserError
+from ..schema import Problem, refuse, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
@@ -52,10 +52,8 @@ def report(options: ReportOptions) -> Path:
     model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
     size = record["recipe"]["block_size"] if record else longest_block(model.config)
-    try:
+    with telling_user():
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
-    except ValueError as error:
-        raise UserError(str(error)) from error
     config = stored[0].config
     routing = f"{config.router_type}, per {config.router_scope}"
     page = render(found, About(_shown(adapter), _shown(Path(base.name)), routing), PERMUTATIONS)
@@ -83,8 +81,7 @@ def _check(options: ReportOptions, out: Path) -> list[DomainOptions]:
     problems += found
     if real_path(out) in (real_path(path) for path in paths_read(domains)):
         problems.append(Problem("--out", str(out), "is one of the texts, which are only read; give another file"))
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
+    refuse(problems)
     return domains
 
 

@@ -23,7 +23,7 @@ from ..console import console, is_main_process, printable
 from ..data.preparation import DomainBlocks, load_domains, mix
 from ..files.staging import holds_something, next_kept_place, only_process_in
 from ..recipe import Recipe
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, refuse
 from ..storage.base_model import load_model, load_tokenizer
 from ..storage.run_record import RUN_FILE, check_output_dir, environment, now, read_record, write_json
 from ..storage.trainer_checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, what_it_lacks
@@ -149,8 +149,7 @@ def _alone_in_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> It
     with ExitStack() as stack:
         if is_main_process:
             _hold(recipe.output_dir, stack)
-            if problems := check_output_dir(recipe, resume=resume, overwrite=overwrite):
-                raise UserError("\n".join(map(str, problems)))
+            refuse(check_output_dir(recipe, resume=resume, overwrite=overwrite))
             if overwrite and holds_something(recipe.output_dir):
                 _put_aside(recipe.output_dir)
                 _hold(recipe.output_dir, stack)
