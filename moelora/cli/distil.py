@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
-from ..console import make_stdout
+from ..console import make_stdout, make_table
 from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
@@ -206,13 +206,11 @@ class _Job:
         return time.perf_counter() - began
 
     def _table(self) -> Table:
-        table = Table(title="Held-out loss per token (nats)", title_justify="left")
-        table.add_column("model")
-        for head in (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make"):
-            table.add_column(head, justify="right")
+        right = (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make")
+        rows = []
         mixture = next(row for row in self.rows if row.name == "mixture")
         for row in self.rows:
             losses = [f"{loss:.4f}" for loss in (*row.losses, row.mean)]
             seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
-            table.add_row(row.name, *losses, f"{row.mean - mixture.mean:+.4f}", seconds)
-        return table
+            rows.append((row.name, *losses, f"{row.mean - mixture.mean:+.4f}", seconds))
+        return make_table("Held-out loss per token (nats)", ("model",), right, rows, title_justify="left")

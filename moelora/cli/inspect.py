@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..console import make_stdout, print_exactly, printable, track
+from ..console import make_stdout, make_table, print_exactly, printable, track
 from ..files.opening import expand_user
 from ..report.geometry import Geometry, geometry, group_modules, sharpness
 from ..routing.decision import Router
@@ -181,12 +182,9 @@ def _router_facts(name: str, adapters: list[StoredAdapter], local: Geometry) -> 
 
 def closest_pair(local: Geometry) -> tuple[tuple[int, int] | None, float]:
     """The two experts that are most alike, and how much; None with fewer than two."""
-    num_experts = len(local.norm)
-    pairs = [(i, j) for i in range(num_experts) for j in range(i + 1, num_experts)]
-    if not pairs:
-        return None, math.nan
-    best = max(pairs, key=lambda pair: float(local.similarity[pair]))
-    return best, float(local.similarity[best])
+    pairs = combinations(range(len(local.norm)), 2)
+    best = max(pairs, key=lambda pair: float(local.similarity[pair]), default=None)
+    return best, math.nan if best is None else float(local.similarity[best])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -201,14 +199,7 @@ def tables(found: Inspection) -> RenderableType:
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    for column in left:
-        table.add_column(column, overflow="fold")
-    for column in right:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*map(printable, row))
-    return table
+    return make_table(title, left, right, rows, title_justify="left", min_width=len(title))
 
 
 def _adapters_table(found: Inspection) -> Table:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..console import make_stdout
+from ..console import make_stdout, make_table
 from ..data.texts import tokenise
 from ..experts.novelty_score import FEWEST, Calibration, Novelty, auc, measure
 from ..recipe import DomainOptions
@@ -100,12 +100,10 @@ def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOpt
 
 def _table(found: dict[str, Novelty]) -> Table:
     first = found[KNOWN]
-    table = Table(title=f"Novelty: mean z-scores over known texts; new above {first.threshold:.2f}")
-    table.add_column("texts")
-    for column in ("number", "score", *first.names, "new", "AUC against known"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, novelty in found.items():
         cells = [f"{value:.2f}" for value in (novelty.scores.mean(), *novelty.z_scores.mean(0))]
         area = "" if name == KNOWN else f"{auc(first.scores, novelty.scores):.3f}"
-        table.add_row(name, str(len(novelty.scores)), *cells, f"{novelty.share_new:.0%}", area)
-    return table
+        rows.append((name, str(len(novelty.scores)), *cells, f"{novelty.share_new:.0%}", area))
+    title = f"Novelty: mean z-scores over known texts; new above {first.threshold:.2f}"
+    return make_table(title, ("texts",), ("number", "score", *first.names, "new", "AUC against known"), rows)

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Group, RenderableType
-from rich.table import Table
 
-from ..console import make_stdout, printable
+from ..console import make_stdout, make_table, printable
 from ..data.sources import LIES_IN_TEXTS, folder_read_around, paths_read
 from ..files.generation import flush
 from ..files.opening import expand_user, real_path
@@ -65,12 +64,7 @@ class Plan:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [printable(self.title)]
         if self.rows:
-            table = Table()
-            for column in self.columns:
-                table.add_column(printable(column), overflow="fold")
-            for row in self.rows:
-                table.add_row(*map(printable, row))
-            parts.append(table)
+            parts.append(make_table(None, self.columns, (), self.rows))
         return Group(*parts, *map(printable, self.notes))
 
 
