@@ -20,7 +20,7 @@ from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import read_source
 from .options import NoveltyOptions, check_options
-from .report import documents_of, read_domains
+from .report import check_data, documents_of
 
 SEED = 0
 
@@ -82,20 +82,14 @@ def sample(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, count: 
 
 
 def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOptions]]:
-    problems = check_options(options)
-    found = []
-    for flag, given in (("--calibration", options.calibration), ("--data", options.data)):
-        domains, bad = read_domains(given, flag)
-        problems += bad
-        if not given:
-            problems.append(Problem(flag, given, f"give texts: {flag} NAME=FILE"))
-        found.append(domains)
-    names = [domain.name for domain in found[0]]
-    problems += [
-        Problem("--data", d.name, "calibration texts have this name; rename one") for d in found[1] if d.name in names
+    known, problems = check_data(options.calibration, "--calibration")
+    others, more = check_data(options.data)
+    names = [domain.name for domain in known]
+    same = [
+        Problem("--data", d.name, "calibration texts have this name; rename one") for d in others if d.name in names
     ]
-    refuse(problems)
-    return found[0], found[1]
+    refuse([*check_options(options), *problems, *more, *same])
+    return known, others
 
 
 def _table(found: dict[str, Novelty]) -> Table:

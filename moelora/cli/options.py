@@ -29,6 +29,7 @@ METHODS = ("average", "svd", "ties", "dare")
 
 ADAPTER_HELP = "folder that holds the adapter; it is only read"
 BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was made for"
+BACKUP_HELP = "the old one stays beside it as NAME.backup-N until you remove it, and `moelora undo` brings it back"
 DATA_HELP = (
     "texts of a domain: a name of your choice and a .jsonl file, a text file, a pattern or a folder that `datasets` "
     "reads; once per domain"
@@ -74,13 +75,7 @@ class TrainOptions:
     resume: bool = field(
         default=False, metadata=about("continue from the last checkpoint in the recipe's output folder")
     )
-    overwrite: bool = field(
-        default=False,
-        metadata=about(
-            "replace the recipe's output folder; the old one stays beside it as NAME.backup-N until you remove it, and "
-            "`moelora undo` brings it back"
-        ),
-    )
+    overwrite: bool = field(default=False, metadata=about(f"replace the recipe's output folder; {BACKUP_HELP}"))
     grow: str | None = field(
         default=None,
         metadata=about(
@@ -101,10 +96,7 @@ class GenerateOptions:
 
     adapter: str = field(metadata=about("folder that holds the trained adapter", check=_is_folder))
     prompt: str = field(metadata=about("text to continue"))
-    base: str | None = field(
-        default=None,
-        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
-    )
+    base: str | None = field(default=None, metadata=about(BASE_HELP))
     max_new_tokens: int = field(default=64, metadata=about("most tokens to add", check=at_least(1)))
     temperature: float = field(
         default=0.0, metadata=about("0 takes the likeliest token; higher is more random", check=not_negative)
@@ -137,10 +129,7 @@ class ReportOptions:
         default="report.html",
         metadata=about("file to write; an HTML page there is replaced as a whole, any other file refused"),
     )
-    base: str | None = field(
-        default=None,
-        metadata=about("folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"),
-    )
+    base: str | None = field(default=None, metadata=about(BASE_HELP))
     max_tokens: int = field(default=50_000, metadata=about("most tokens to read per domain", check=at_least(1)))
     worth_tokens: int = field(
         default=4096,
@@ -156,13 +145,7 @@ class OperationOptions:
     """What every operation that writes a folder lets one choose."""
 
     out: str = field(metadata=about("folder to write", check=not_empty))
-    overwrite: bool = field(
-        default=False,
-        metadata=about(
-            "replace the folder if it exists; the old one stays beside it as NAME.backup-N until you remove it, and "
-            "`moelora undo` brings it back"
-        ),
-    )
+    overwrite: bool = field(default=False, metadata=about(f"replace the folder if it exists; {BACKUP_HELP}"))
     dry_run: bool = field(default=False, metadata=about("print what would be done and write nothing"))
 
     @property

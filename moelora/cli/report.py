@@ -107,10 +107,10 @@ def _is_page(path: Path) -> bool:
     return not start or start.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
-def check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
+def check_data(data: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
     """[`read_domains`] where there has to be one."""
-    domains, problems = read_domains(data)
-    return domains, problems if data else [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
+    domains, problems = read_domains(data, flag)
+    return domains, problems if data else [Problem(flag, data, f"give texts: {flag} NAME=FILE, once per domain")]
 
 
 def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:

@@ -20,8 +20,10 @@ from .interfaces import SharingLinear
 def readers_of(forward: Callable) -> tuple[tuple[str, ...], ...]:
     """Names of the submodules that a module's forward calls with the same variable, in the order of the calls.
 
-    Read from the source, not learned from a first run: then the first run computes exactly as every later one. It is a
-    guess that decides speed only; who reads what is checked at every call. Empty where there is no source.
+    Read from the source, not learned from a first run: then the first run computes exactly as every later one, and a
+    checkpoint's second run as its first. Names alone do not tell: k_proj reads what q_proj reads in Llama, another
+    tensor in cross-attention, DETR and SAM, and would be computed for nothing. It is a guess that decides speed only;
+    who reads what is checked at every call. Empty where there is no source.
 
     Example:
         >>> class Attention:

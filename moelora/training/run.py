@@ -199,16 +199,26 @@ def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]
     console.print(f"Loading {printable(recipe.model.name)}", soft_wrap=True)
     set_seed(recipe.seed)
     model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)
-    trainer = Trainer(
+    return new_trainer(model, arguments, domains, tokenizer, recipe.seed), domains
+
+
+def new_trainer(
+    model: PeftModel,
+    arguments: TrainingArguments,
+    domains: Sequence[DomainBlocks],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> Trainer:
+    """A Trainer that learns the domains, mixed by the seed, and logs what the routers do."""
+    return Trainer(
         model=model,
         args=arguments,
-        train_dataset=mix(domains, recipe.seed),
+        train_dataset=mix(domains, seed),
         eval_dataset={domain.name: domain.held_out for domain in domains},
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         callbacks=[MoELoraCallback()],
     )
-    return trainer, domains
 
 
 class _AtStart(TrainerCallback):
