@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from rich.console import Group, RenderableType
 
@@ -178,15 +177,14 @@ class Source:
                 sizes[linear] = min(pool.lora_B.shape[0], pool.lora_A.shape[1])
         return max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
 
-    def load(self, device: torch.device | None = None) -> PeftModel:
+    def load(self) -> PeftModel:
         """The base model with the adapter, in evaluation mode; on the GPU if there is one.
 
         Raises:
             UserError: it does not load, or another process has replaced it since it was checked.
         """
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            return load_mixture(self.base, self.folder, device)
+            return load_mixture(self.base, self.folder)
         finally:
             if _files_of(self.folder) != self.files:  # what was checked is not what was loaded
                 fix = "another process has replaced or changed it while it was read; run the command again"

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..console import console, printable
@@ -49,7 +48,7 @@ def report(options: ReportOptions) -> Path:
     record = record_of(adapter)
     tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
-    model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_mixture(base, adapter)
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
     size = record["recipe"]["block_size"] if record else longest_block(model.config)
     with telling_user():
