@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from moelora.cli.options import OperationOptions
 from moelora.files.staging import kept_numbers
 from moelora.recipe import DomainOptions, ModelOptions
 from moelora.report.history import read_history
-from moelora.schema import UserError, about, at_least
+from moelora.schema import UserError, at_least, option
 from moelora.storage.finding import find_base
 from moelora.storage.run_record import noted_base, record_of, write_json
 
@@ -29,7 +29,7 @@ from moelora.storage.run_record import noted_base, record_of, write_json
 class HalveOptions(OperationOptions):
     """An operation for tests."""
 
-    keep: int = field(default=1, metadata=about("experts to keep", check=at_least(1)))
+    keep: int = option("experts to keep", default=1, check=at_least(1))
 
 
 PLAN = Plan("Halve", ("expert", "norm"), [("0", "1.5"), ("1", "0.25")], ["Nothing else changes."])

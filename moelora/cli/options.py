@@ -4,7 +4,7 @@ Nothing is imported here that takes time, so that `--help` and a mistyped option
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from ..files.opening import expand_user
 from ..schema import (
     Problem,
     a_seed,
-    about,
     at_least,
     between_0_and_1,
     check_values,
     not_empty,
     not_negative,
     one_of,
+    option,
     positive,
     settable_fields,
 )
@@ -63,80 +63,66 @@ def _is_file(value: str) -> str | None:
 class TrainOptions:
     """Fine-tune a causal language model with a mixture of LoRA experts, as a recipe says."""
 
-    recipe: str = field(
-        metadata=about(
-            "the recipe, a YAML file; docs/training.md lists what it may say", check=_is_file, positional=True
-        )
+    recipe: str = option(
+        "the recipe, a YAML file; docs/training.md lists what it may say", check=_is_file, positional=True
     )
-    set: list[str] = field(
+    set: list[str] = option(
+        "replace a setting of the recipe, as if written there; may be repeated",
         default_factory=list,
-        metadata=about("replace a setting of the recipe, as if written there; may be repeated", metavar="KEY=VALUE"),
+        metavar="KEY=VALUE",
     )
-    resume: bool = field(
-        default=False, metadata=about("continue from the last checkpoint in the recipe's output folder")
-    )
-    overwrite: bool = field(default=False, metadata=about(f"replace the recipe's output folder; {BACKUP_HELP}"))
-    grow: str | None = field(
+    resume: bool = option("continue from the last checkpoint in the recipe's output folder", default=False)
+    overwrite: bool = option(f"replace the recipe's output folder; {BACKUP_HELP}", default=False)
+    grow: str | None = option(
+        "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
+        "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts",
         default=None,
-        metadata=about(
-            "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
-            "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts",
-            check=lambda value: None if value == "auto" else _is_folder(value),
-        ),
+        check=lambda value: None if value == "auto" else _is_folder(value),
     )
-    adapter: str | None = field(
-        default=None, metadata=about("with --grow auto: folder of the trained mixture", check=_is_folder)
-    )
-    dry_run: bool = field(default=False, metadata=about("with --grow: print what would be done and write nothing"))
+    adapter: str | None = option("with --grow auto: folder of the trained mixture", default=None, check=_is_folder)
+    dry_run: bool = option("with --grow: print what would be done and write nothing", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """Continue a prompt with a trained adapter."""
 
-    adapter: str = field(metadata=about("folder that holds the trained adapter", check=_is_folder))
-    prompt: str = field(metadata=about("text to continue"))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    max_new_tokens: int = field(default=64, metadata=about("most tokens to add", check=at_least(1)))
-    temperature: float = field(
-        default=0.0, metadata=about("0 takes the likeliest token; higher is more random", check=not_negative)
-    )
-    seed: int = field(default=42, metadata=about("seed of the random choices", check=a_seed))
-    chat: bool = field(default=False, metadata=about("ask the prompt as a user's turn in the model's chat template"))
+    adapter: str = option("folder that holds the trained adapter", check=_is_folder)
+    prompt: str = option("text to continue")
+    base: str | None = option(BASE_HELP, default=None)
+    max_new_tokens: int = option("most tokens to add", default=64, check=at_least(1))
+    temperature: float = option("0 takes the likeliest token; higher is more random", default=0.0, check=not_negative)
+    seed: int = option("seed of the random choices", default=42, check=a_seed)
+    chat: bool = option("ask the prompt as a user's turn in the model's chat template", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
     """Show what an adapter holds: experts, their sizes and likeness, routers. Needs no base model."""
 
-    adapter: str = field(metadata=about("folder that holds the adapter", check=_is_folder, positional=True))
-    json: bool = field(default=False, metadata=about("print everything as JSON in place of tables"))
+    adapter: str = option("folder that holds the adapter", check=_is_folder, positional=True)
+    json: bool = option("print everything as JSON in place of tables", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Write one HTML page that shows what the experts of an adapter do with texts."""
 
-    adapter: str = field(metadata=about("folder that holds the trained adapter", check=_is_folder))
-    data: list[str] = field(
+    adapter: str = option("folder that holds the trained adapter", check=_is_folder)
+    data: list[str] = option(
+        f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then",
         default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then",
-            metavar="DOMAIN=FILE",
-        ),
+        metavar="DOMAIN=FILE",
     )
-    out: str = field(
-        default="report.html",
-        metadata=about("file to write; an HTML page there is replaced as a whole, any other file refused"),
+    out: str = option(
+        "file to write; an HTML page there is replaced as a whole, any other file refused", default="report.html"
     )
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    max_tokens: int = field(default=50_000, metadata=about("most tokens to read per domain", check=at_least(1)))
-    worth_tokens: int = field(
+    base: str | None = option(BASE_HELP, default=None)
+    max_tokens: int = option("most tokens to read per domain", default=50_000, check=at_least(1))
+    worth_tokens: int = option(
+        "tokens per domain on which the loss without each expert is measured, once per expert; 0 leaves it out",
         default=4096,
-        metadata=about(
-            "tokens per domain on which the loss without each expert is measured, once per expert; 0 leaves it out",
-            check=not_negative,
-        ),
+        check=not_negative,
     )
 
 
@@ -144,9 +130,9 @@ class ReportOptions:
 class OperationOptions:
     """What every operation that writes a folder lets one choose."""
 
-    out: str = field(metadata=about("folder to write", check=not_empty))
-    overwrite: bool = field(default=False, metadata=about(f"replace the folder if it exists; {BACKUP_HELP}"))
-    dry_run: bool = field(default=False, metadata=about("print what would be done and write nothing"))
+    out: str = option("folder to write", check=not_empty)
+    overwrite: bool = option(f"replace the folder if it exists; {BACKUP_HELP}", default=False)
+    dry_run: bool = option("print what would be done and write nothing", default=False)
 
     @property
     def out_folder(self) -> Path:
@@ -162,122 +148,104 @@ class OperationOptions:
 class BuildOptions(OperationOptions):
     """Make a mixture of plain LoRAs that you have; they stay what they are, bit for bit."""
 
-    expert: list[str] = field(
+    expert: list[str] = option(
+        "a plain LoRA, a folder or hub id, by the name it is to have; once each",
         default_factory=list,
-        metadata=about("a plain LoRA, a folder or hub id, by the name it is to have; once each", metavar="NAME=PATH"),
+        metavar="NAME=PATH",
     )
-    migrate: str | None = field(
-        default=None, metadata=about("X-LoRA or MixLoRA checkpoint whose experts to take in place of --expert")
+    migrate: str | None = option(
+        "X-LoRA or MixLoRA checkpoint whose experts to take in place of --expert", default=None
     )
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    router: str = field(
+    base: str | None = option(BASE_HELP, default=None)
+    router: str = option(
+        "who decides: arrow (from the LoRAs' own factors), prototype (from --examples), uniform (equal weights, "
+        "mergeable) or train (on --data, experts frozen)",
         default="arrow",
-        metadata=about(
-            "who decides: arrow (from the LoRAs' own factors), prototype (from --examples), uniform (equal weights, "
-            "mergeable) or train (on --data, experts frozen)",
-            check=one_of(*ROUTERS),
-        ),
+        check=one_of(*ROUTERS),
     )
-    top_k: int | None = field(default=None, metadata=about("experts per token; 2 by default", check=at_least(1)))
-    temperature: float = field(default=1.0, metadata=about("temperature of the routers' softmax", check=positive))
-    examples: list[str] = field(
-        default_factory=list,
-        metadata=about("texts of an expert's kind, for --router prototype; once per expert", metavar="NAME=FILE"),
+    top_k: int | None = option("experts per token; 2 by default", default=None, check=at_least(1))
+    temperature: float = option("temperature of the routers' softmax", default=1.0, check=positive)
+    examples: list[str] = option(
+        "texts of an expert's kind, for --router prototype; once per expert", default_factory=list, metavar="NAME=FILE"
     )
-    data: list[str] = field(
-        default_factory=list,
-        metadata=about("texts of a domain to train the router on; once per domain", metavar="DOMAIN=FILE"),
+    data: list[str] = option(
+        "texts of a domain to train the router on; once per domain", default_factory=list, metavar="DOMAIN=FILE"
     )
-    steps: int = field(default=100, metadata=about("steps of router training", check=at_least(1)))
-    learning_rate: float = field(default=1e-3, metadata=about("learning rate of router training", check=positive))
-    seed: int = field(default=42, metadata=about("seed of router training", check=a_seed))
+    steps: int = option("steps of router training", default=100, check=at_least(1))
+    learning_rate: float = option("learning rate of router training", default=1e-3, check=positive)
+    seed: int = option("seed of router training", default=42, check=a_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(OperationOptions):
     """Write an expert, or the mixture under fixed weights, as a plain PEFT LoRA or merged into the base model."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    expert: str | None = field(
-        default=None,
-        metadata=about("the expert to export: its number in the mixture, or the name of an adapter that is one"),
+    adapter: str = option(ADAPTER_HELP, check=_is_folder, positional=True)
+    expert: str | None = option(
+        "the expert to export: its number in the mixture, or the name of an adapter that is one", default=None
     )
-    mixture: bool = field(default=False, metadata=about("export all experts as one LoRA of concatenated rank: exact"))
-    weights: str | None = field(
+    mixture: bool = option("export all experts as one LoRA of concatenated rank: exact", default=False)
+    weights: str | None = option(
+        "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is "
+        "fixed",
         default=None,
-        metadata=about(
-            "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is "
-            "fixed"
-        ),
     )
-    merge: bool = field(default=False, metadata=about("merge it into the base model and write that model"))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
+    merge: bool = option("merge it into the base model and write that model", default=False)
+    base: str | None = option(BASE_HELP, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoveltyOptions:
     """Say whether texts are new to an adapter: no expert of it knows their kind."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    calibration: list[str] = field(
+    adapter: str = option(ADAPTER_HELP, check=_is_folder, positional=True)
+    calibration: list[str] = option(
+        "texts of a kind that the adapter knows: a name and a .jsonl file, a text file, a pattern or a folder; of "
+        "a file it was trained on, the documents held out then; may be repeated",
         default_factory=list,
-        metadata=about(
-            "texts of a kind that the adapter knows: a name and a .jsonl file, a text file, a pattern or a folder; of "
-            "a file it was trained on, the documents held out then; may be repeated",
-            metavar="NAME=FILE",
-        ),
+        metavar="NAME=FILE",
     )
-    data: list[str] = field(
-        default_factory=list, metadata=about("texts to judge, likewise; may be repeated", metavar="NAME=FILE")
-    )
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
-    max_texts: int = field(default=64, metadata=about("most texts to read of each file", check=at_least(8)))
-    length: int = field(default=256, metadata=about("tokens to read of each text, from its start", check=at_least(2)))
+    data: list[str] = option("texts to judge, likewise; may be repeated", default_factory=list, metavar="NAME=FILE")
+    base: str | None = option(BASE_HELP, default=None)
+    max_texts: int = option("most texts to read of each file", default=64, check=at_least(8))
+    length: int = option("tokens to read of each text, from its start", default=256, check=at_least(2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedOptions(OperationOptions):
     """What an operation that measures the loss before and after lets one choose."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    data: list[str] = field(
+    adapter: str = option(ADAPTER_HELP, check=_is_folder, positional=True)
+    data: list[str] = option(
+        f"{DATA_HELP}. The loss before and after is measured on them; of a file that the adapter was trained on, "
+        "on the documents held out then",
         default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. The loss before and after is measured on them; of a file that the adapter was trained on, "
-            "on the documents held out then",
-            metavar="DOMAIN=FILE",
-        ),
+        metavar="DOMAIN=FILE",
     )
-    max_tokens: int = field(default=8192, metadata=about("most tokens to read per domain", check=at_least(1)))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
+    max_tokens: int = option("most tokens to read per domain", default=8192, check=at_least(1))
+    base: str | None = option(BASE_HELP, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(JudgedOptions):
     """Remove experts from a mixture, and say what that costs."""
 
-    adapter: str = field(
-        metadata=about(
-            "folder that holds the adapter; it is only read, or kept beside the result where --out is the same folder",
-            check=_is_folder,
-            positional=True,
-        )
+    adapter: str = option(
+        "folder that holds the adapter; it is only read, or kept beside the result where --out is the same folder",
+        check=_is_folder,
+        positional=True,
     )
-    keep: int | None = field(default=None, metadata=about("experts to keep; --by chooses them", check=at_least(1)))
-    by: str = field(
+    keep: int | None = option("experts to keep; --by chooses them", default=None, check=at_least(1))
+    by: str = option(
+        "what goes first: the expert that is used least (load), without which the loss rises least (worth), or of "
+        "the two most alike the one used less (similarity); measured anew after each",
         default="load",
-        metadata=about(
-            "what goes first: the expert that is used least (load), without which the loss rises least (worth), or of "
-            "the two most alike the one used less (similarity); measured anew after each",
-            check=one_of(*CRITERIA),
-        ),
+        check=one_of(*CRITERIA),
     )
-    drop: list[str] = field(
+    drop: list[str] = option(
+        "experts to remove, by number or by the name of their adapter, in place of --keep; may be repeated",
         default_factory=list,
-        metadata=about(
-            "experts to remove, by number or by the name of their adapter, in place of --keep; may be repeated",
-            metavar="EXPERT",
-        ),
+        metavar="EXPERT",
     )
 
     @property
@@ -289,82 +257,64 @@ class PruneOptions(JudgedOptions):
 class MergeOptions(JudgedOptions):
     """Make one expert of several, and say what that costs."""
 
-    experts: list[str] = field(
+    experts: list[str] = option(
+        "experts to merge, by number or by the name of their adapter, joined by commas; the first one's adapter "
+        "takes the result",
         default_factory=list,
-        metadata=about(
-            "experts to merge, by number or by the name of their adapter, joined by commas; the first one's adapter "
-            "takes the result",
-            metavar="EXPERTS",
-        ),
+        metavar="EXPERTS",
     )
-    method: str = field(
+    method: str = option(
+        "how the products BA are combined: their mean, exactly (average); the mean's best approximation of the "
+        "experts' rank (svd); TIES or DARE, then the same (ties, dare)",
         default="svd",
-        metadata=about(
-            "how the products BA are combined: their mean, exactly (average); the mean's best approximation of the "
-            "experts' rank (svd); TIES or DARE, then the same (ties, dare)",
-            check=one_of(*METHODS),
-        ),
+        check=one_of(*METHODS),
     )
-    rank: int | None = field(
-        default=None,
-        metadata=about(
-            "rank of the merged expert; by default that of the first one (not for average)", check=at_least(1)
-        ),
+    rank: int | None = option(
+        "rank of the merged expert; by default that of the first one (not for average)", default=None, check=at_least(1)
     )
-    density: float = field(
-        default=0.5, metadata=about("share of entries that ties and dare keep", check=between_0_and_1)
-    )
-    seed: int = field(default=42, metadata=about("seed of the entries that dare drops", check=a_seed))
+    density: float = option("share of entries that ties and dare keep", default=0.5, check=between_0_and_1)
+    seed: int = option("seed of the entries that dare drops", default=42, check=a_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistilOptions(OperationOptions):
     """Fit a single plain LoRA, which any LoRA server knows, to a mixture on given data."""
 
-    adapter: str = field(metadata=about(ADAPTER_HELP, check=_is_folder, positional=True))
-    to: str = field(default="lora", metadata=about("what to make of the mixture", check=one_of("lora")))
-    r: int | None = field(
-        default=None,
-        metadata=about("rank of the LoRA; by default 16, or that of all experts together if lower", check=at_least(1)),
+    adapter: str = option(ADAPTER_HELP, check=_is_folder, positional=True)
+    to: str = option("what to make of the mixture", default="lora", check=one_of("lora"))
+    r: int | None = option(
+        "rank of the LoRA; by default 16, or that of all experts together if lower", default=None, check=at_least(1)
     )
-    data: list[str] = field(
+    data: list[str] = option(
+        f"{DATA_HELP}. It is fitted on a domain's training documents and measured on those held out: the same ones "
+        "as in training where the adapter was trained on the file, else a tenth",
         default_factory=list,
-        metadata=about(
-            f"{DATA_HELP}. It is fitted on a domain's training documents and measured on those held out: the same ones "
-            "as in training where the adapter was trained on the file, else a tenth",
-            metavar="DOMAIN=FILE",
-        ),
+        metavar="DOMAIN=FILE",
     )
-    max_tokens: int = field(
-        default=32_768, metadata=about("most tokens that the fit reads, of all domains together", check=at_least(1))
+    max_tokens: int = option(
+        "most tokens that the fit reads, of all domains together", default=32_768, check=at_least(1)
     )
-    steps: int = field(
-        default=0,
-        metadata=about("training steps towards the mixture's predictions (KL), after the fit", check=not_negative),
+    steps: int = option(
+        "training steps towards the mixture's predictions (KL), after the fit", default=0, check=not_negative
     )
-    learning_rate: float = field(default=1e-4, metadata=about("of these steps", check=positive))
-    batch_size: int = field(default=4, metadata=about("blocks read at once", check=at_least(1)))
-    compare_scratch: bool = field(
-        default=False,
-        metadata=about("also train a LoRA of that rank from scratch, on the same blocks for as many steps, to compare"),
+    learning_rate: float = option("of these steps", default=1e-4, check=positive)
+    batch_size: int = option("blocks read at once", default=4, check=at_least(1))
+    compare_scratch: bool = option(
+        "also train a LoRA of that rank from scratch, on the same blocks for as many steps, to compare", default=False
     )
-    scratch_learning_rate: float = field(default=1e-3, metadata=about("of the LoRA from scratch", check=positive))
-    max_eval_blocks: int = field(default=64, metadata=about("most held-out blocks per domain", check=at_least(1)))
-    ridge: float = field(
-        default=1e-3,
-        metadata=about("weight of the experts' mean, relative to the data, in the fit", check=positive),
+    scratch_learning_rate: float = option("of the LoRA from scratch", default=1e-3, check=positive)
+    max_eval_blocks: int = option("most held-out blocks per domain", default=64, check=at_least(1))
+    ridge: float = option("weight of the experts' mean, relative to the data, in the fit", default=1e-3, check=positive)
+    memory: float = option(
+        "GiB that the fit's sums may take; less makes more passes over the data", default=4.0, check=positive
     )
-    memory: float = field(
-        default=4.0,
-        metadata=about("GiB that the fit's sums may take; less makes more passes over the data", check=positive),
-    )
-    seed: int = field(default=42, metadata=about("seed of the order of the blocks", check=a_seed))
-    base: str | None = field(default=None, metadata=about(BASE_HELP))
+    seed: int = option("seed of the order of the blocks", default=42, check=a_seed)
+    base: str | None = option(BASE_HELP, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UndoOptions:
     """Bring back the folder that the latest operation with --overwrite replaced."""
 
-    folder: str = field(metadata=about("folder that an operation wrote", check=not_empty, positional=True))
-    dry_run: bool = field(default=False, metadata=about("print what would be done and change nothing"))
+    folder: str = option("folder that an operation wrote", check=not_empty, positional=True)
+    dry_run: bool = option("print what would be done and change nothing", default=False)
