@@ -231,10 +231,10 @@ def test_an_adapter_that_another_process_replaces_while_it_is_read_is_told(adapt
     assert main(["prune", "adapter", "--drop", "0", *DATA, "--out", "smaller"]) == 0
     load = moelora.cli.operation.load_mixture
 
-    def overtaken(base, place, device):
+    def overtaken(base, place):
         (folder / "adapter").rename(folder / "adapter.backup-1")
         (folder / ("smaller" if fits else "model")).rename(folder / "adapter")
-        return load(base, place, device)
+        return load(base, place)
 
     monkeypatch.setattr("moelora.cli.operation.load_mixture", overtaken)
     base = ["--base", str(save_tiny_model(folder / "base"))]

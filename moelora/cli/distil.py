@@ -21,7 +21,6 @@ from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
 from ..experts.moments import Batch
-from ..experts.student import train_student
 from ..recipe import DomainOptions, Recipe
 from ..report.analysis import longest_block
 from ..schema import Problem, UserError, telling_user
@@ -31,6 +30,7 @@ from ..storage.run_record import learned_domains, record_of
 from ..storage.stored import scaling_of
 from ..training.arguments import training_arguments
 from ..training.evaluate import DomainResult, check_converged, evaluate
+from ..training.student import train_student
 from .operation import Plan, Source, carry_out, check_only_read, check_output, check_rank, read_source
 from .options import DistilOptions
 from .report import check_data
