@@ -6,12 +6,13 @@ from strangers' folders: nothing in them is markup, and what would steer a termi
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
@@ -106,6 +107,20 @@ console = _PlainConsole(stderr=True)
 def make_stdout() -> Console:
     """A console on standard output, as wide as the terminal now is."""
     return _PlainConsole()
+
+
+def make_table(
+    title: str | None, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]], **style: Any
+) -> Table:
+    """A table of rows, the heads of whose columns are `left`, aligned so, and `right`."""
+    table = Table(title=title, **style)
+    for column in left:
+        table.add_column(printable(column), overflow="fold")
+    for column in right:
+        table.add_column(printable(column), justify="right")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    return table
 
 
 def progress_bar(*, transient: bool = True) -> Progress:

@@ -4,11 +4,11 @@ Reading a recipe file and checking it is `load.py`.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .schema import a_seed, about, at_least, between_0_and_1, not_empty, one_of, positive
+from .schema import a_seed, at_least, between_0_and_1, not_empty, one_of, option, positive
 
 MIXTURE_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 """What the job sets in `MoELoraConfig` unless the recipe says otherwise."""
@@ -27,20 +27,14 @@ def plain_name(value: str) -> str | None:
 class ModelOptions:
     """The pretrained causal language model to adapt."""
 
-    name: str = field(
-        metadata=about(
-            "folder of a pretrained causal language model, or its id on the Hugging Face hub", check=not_empty
-        )
+    name: str = option(
+        "folder of a pretrained causal language model, or its id on the Hugging Face hub", check=not_empty
     )
-    gguf_file: str | None = field(
-        default=None, metadata=about("name of the GGUF file to read inside that folder or repository")
-    )
-    dtype: str = field(
+    gguf_file: str | None = option("name of the GGUF file to read inside that folder or repository", default=None)
+    dtype: str = option(
+        "precision of the frozen weights: float32, bfloat16, float16, or auto (bfloat16 on a GPU, else float32)",
         default="auto",
-        metadata=about(
-            "precision of the frozen weights: float32, bfloat16, float16, or auto (bfloat16 on a GPU, else float32)",
-            check=one_of("auto", "float32", "bfloat16", "float16"),
-        ),
+        check=one_of("auto", "float32", "bfloat16", "float16"),
     )
 
 
@@ -48,48 +42,32 @@ class ModelOptions:
 class DomainOptions:
     """One named kind of text. Held-out documents are chosen by a hash of their content, never within a document."""
 
-    name: str = field(metadata=about("name of the domain in tables and in run.json", check=plain_name))
-    path: str = field(
-        metadata=about(
-            "a .jsonl file, a text file (one document), a pattern such as books/*.txt, "
-            "or what `datasets` reads: a folder or a hub id",
-            check=not_empty,
-        )
+    name: str = option("name of the domain in tables and in run.json", check=plain_name)
+    path: str = option(
+        "a .jsonl file, a text file (one document), a pattern such as books/*.txt, "
+        "or what `datasets` reads: a folder or a hub id",
+        check=not_empty,
     )
-    subset: str | None = field(
-        default=None, metadata=about("configuration of a `datasets` hub id, where it has several")
-    )
-    split: str = field(default="train", metadata=about("split of a `datasets` path to train on"))
-    text_field: str = field(default="text", metadata=about("field of a JSONL line or dataset row that holds the text"))
-    messages_field: str | None = field(
+    subset: str | None = option("configuration of a `datasets` hub id, where it has several", default=None)
+    split: str = option("split of a `datasets` path to train on", default="train")
+    text_field: str = option("field of a JSONL line or dataset row that holds the text", default="text")
+    messages_field: str | None = option(
+        "field that holds a conversation (a list of {role, content}) to be written out with the model's chat "
+        "template; used in place of `text_field`, and every token of it is learned",
         default=None,
-        metadata=about(
-            "field that holds a conversation (a list of {role, content}) to be written out with the model's chat "
-            "template; used in place of `text_field`, and every token of it is learned"
-        ),
     )
-    separator: str | None = field(
-        default=None,
-        metadata=about(
-            'text between the documents of a text file, such as "\\n\\n"; by default a file is one document'
-        ),
+    separator: str | None = option(
+        'text between the documents of a text file, such as "\\n\\n"; by default a file is one document', default=None
     )
-    eval_path: str | None = field(
-        default=None,
-        metadata=about("held-out documents in place of a share of `path`; same forms as `path`", check=not_empty),
+    eval_path: str | None = option(
+        "held-out documents in place of a share of `path`; same forms as `path`", default=None, check=not_empty
     )
-    eval_split: str | None = field(
-        default=None, metadata=about("held-out split of a `datasets` path in place of a share of `split`")
-    )
-    eval_fraction: float = field(
-        default=0.1, metadata=about("share of the documents to hold out", check=between_0_and_1)
-    )
-    weight: float = field(
+    eval_split: str | None = option("held-out split of a `datasets` path in place of a share of `split`", default=None)
+    eval_fraction: float = option("share of the documents to hold out", default=0.1, check=between_0_and_1)
+    weight: float = option(
+        "how often training draws a block from this domain, relative to the other domains' weights",
         default=1.0,
-        metadata=about(
-            "how often training draws a block from this domain, relative to the other domains' weights",
-            check=positive,
-        ),
+        check=positive,
     )
 
 
@@ -97,29 +75,20 @@ class DomainOptions:
 class Recipe:
     """A whole training job. Relative paths are relative to the recipe file."""
 
-    model: ModelOptions = field(metadata=about("the pretrained model (section below)"))
-    data: tuple[DomainOptions, ...] = field(metadata=about("the domains to learn, a list (fields of one domain below)"))
-    block_size: int = field(
-        default=512,
-        metadata=about("longest piece of a document, in tokens, that is learned at once", check=at_least(2)),
+    model: ModelOptions = option("the pretrained model (section below)")
+    data: tuple[DomainOptions, ...] = option("the domains to learn, a list (fields of one domain below)")
+    block_size: int = option(
+        "longest piece of a document, in tokens, that is learned at once", default=512, check=at_least(2)
     )
-    max_eval_blocks: int | None = field(
-        default=None,
-        metadata=about("most held-out blocks per domain to measure the loss on; all by default", check=at_least(1)),
+    max_eval_blocks: int | None = option(
+        "most held-out blocks per domain to measure the loss on; all by default", default=None, check=at_least(1)
     )
-    mixture: dict[str, Any] = field(
-        default_factory=dict, metadata=about("any field of `MoELoraConfig` (section below)")
+    mixture: dict[str, Any] = option("any field of `MoELoraConfig` (section below)", default_factory=dict)
+    training: dict[str, Any] = option(
+        "any field of transformers' `TrainingArguments`; `output_dir` is required and receives the adapter, "
+        "run.json and the checkpoints"
     )
-    training: dict[str, Any] = field(
-        metadata=about(
-            "any field of transformers' `TrainingArguments`; `output_dir` is required and receives the adapter, "
-            "run.json and the checkpoints"
-        )
-    )
-    seed: int = field(
-        default=42,
-        metadata=about("seed of the initial weights, the mixing and the order of the blocks", check=a_seed),
-    )
+    seed: int = option("seed of the initial weights, the mixing and the order of the blocks", default=42, check=a_seed)
 
     @property
     def output_dir(self) -> Path:

@@ -10,8 +10,9 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,23 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        shown = "" if self.value is dataclasses.MISSING else f" = {shorten(repr(self.value))}"
+        shown = "" if self.value is MISSING else f" = {shorten(repr(self.value))}"
         return f"{printable(self.key)}{shown}\n    {printable(self.fix, lines=True)}"
+
+
+def refuse(problems: Sequence[Problem], *heading: str) -> None:
+    """Raise a UserError that lists all problems, where there are any."""
+    if problems:
+        raise UserError("\n".join([*heading, *map(str, problems)]))
+
+
+@contextmanager
+def telling_user(prefix: str = "") -> Iterator[None]:
+    """Within, a ValueError is a mistake the user can fix, told after the prefix."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
 
 
 class RecipeError(UserError, ValueError):
@@ -54,9 +70,16 @@ class RecipeError(UserError, ValueError):
         super().__init__("\n  ".join([f"{printable(source)}: {count}", *map(str, problems)]))
 
 
-def about(help_text: str, *, check: Check | None = None, **more: Any) -> dict[str, Any]:
-    """The metadata of a dataclass field: its help text and, optionally, the rule its value must obey."""
-    return {"help": help_text, "check": check, **more}
+def option(
+    help_text: str, *, default: Any = MISSING, default_factory: Any = MISSING, check: Check | None = None, **more: Any
+) -> Any:
+    """A dataclass field that knows its help text and, optionally, the rule its value must obey.
+
+    Args:
+        more: what else its metadata are to say.
+    """
+    metadata = {"help": help_text, "check": check, **more}
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 def positive(value: float) -> str | None:
@@ -127,7 +150,7 @@ def settable_fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def check_values(
@@ -150,7 +173,7 @@ def check_values(
     fields, hints = settable_fields(cls), type_hints(cls)
     prefix = f"{key}." if key else ""
     problems = [
-        Problem(f"{prefix}{name}", dataclasses.MISSING, f"missing; {field.metadata['help']}")
+        Problem(f"{prefix}{name}", MISSING, f"missing; {field.metadata['help']}")
         for name, field in fields.items()
         if is_required(field) and name not in values
     ]

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from moelora.cli.options import OperationOptions
 from moelora.files.staging import kept_numbers
 from moelora.recipe import DomainOptions, ModelOptions
 from moelora.report.history import read_history
-from moelora.schema import UserError, about, at_least
+from moelora.schema import UserError, at_least, option
 from moelora.storage.finding import find_base
 from moelora.storage.run_record import noted_base, record_of, write_json
 
@@ -29,7 +29,7 @@ from moelora.storage.run_record import noted_base, record_of, write_json
 class HalveOptions(OperationOptions):
     """An operation for tests."""
 
-    keep: int = field(default=1, metadata=about("experts to keep", check=at_least(1)))
+    keep: int = option("experts to keep", default=1, check=at_least(1))
 
 
 PLAN = Plan("Halve", ("expert", "norm"), [("0", "1.5"), ("1", "0.25")], ["Nothing else changes."])
@@ -231,10 +231,10 @@ def test_an_adapter_that_another_process_replaces_while_it_is_read_is_told(adapt
     assert main(["prune", "adapter", "--drop", "0", *DATA, "--out", "smaller"]) == 0
     load = moelora.cli.operation.load_mixture
 
-    def overtaken(base, place, device):
+    def overtaken(base, place):
         (folder / "adapter").rename(folder / "adapter.backup-1")
         (folder / ("smaller" if fits else "model")).rename(folder / "adapter")
-        return load(base, place, device)
+        return load(base, place)
 
     monkeypatch.setattr("moelora.cli.operation.load_mixture", overtaken)
     base = ["--base", str(save_tiny_model(folder / "base"))]

@@ -18,12 +18,11 @@ from ..data.sources import check_domain
 from ..experts.memory import alone
 from ..experts.novelty_score import FEWEST, Novelty, measure, novelty
 from ..recipe import DomainOptions, Recipe
-from ..schema import UserError
+from ..schema import UserError, telling_user
 from ..storage.run_record import learned_domains
 from .grow import Growth
 from .novelty import sample
 from .operation import Plan
-from .options import telling
 
 TEXTS = 32
 """So many of every domain, known or in the recipe, are looked at."""
@@ -64,7 +63,7 @@ class AutoGrowth(Growth):
         new = [text for d in recipe.data for text in _texts(split_documents(d)[0], recipe, tokenizer)]
         known = [text for documents in held_out(self.folder) for text in _texts(documents, recipe, tokenizer)]
         pad = int(tokenizer.pad_token_id or 0)
-        with telling("--grow auto: "):
+        with telling_user("--grow auto: "):
             judged = novelty(model, known, new, pad=pad)
         self.verdict = _verdict(judged)
         if judged.share_new >= FIRES_AT:

@@ -13,13 +13,13 @@ from ..data.sources import load_documents
 from ..experts.importing import MIXTURES, build, check_examples, check_fits, check_names
 from ..experts.migration import Migration, experts_of
 from ..recipe import DomainOptions, ModelOptions
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, refuse, telling_user
 from ..storage.base_model import check_model, empty_model, load_config, load_model, load_tokenizer
 from ..storage.finding import base_options
 from ..storage.lora_file import LoraFile, read_lora
 from ..training.router_training import RouterTraining, train_router
 from .operation import Plan, carry_out, check_only_read, check_output, shown
-from .options import BuildOptions, read_pairs, telling
+from .options import BuildOptions, read_pairs
 from .report import read_domains
 
 
@@ -36,7 +36,7 @@ def build_command(options: BuildOptions) -> Path | None:
     plan = _plan(options, loras, base, taken.lost)
 
     def work(folder: Path) -> dict[str, Any] | None:
-        with telling():
+        with telling_user():
             losses = _build(options, loras, base, texts, data, folder)
         return losses
 
@@ -111,8 +111,7 @@ def _base(options: BuildOptions, loras: Mapping[str, LoraFile]) -> ModelOptions:
         base = ModelOptions(name=next(iter(noted.values())))
         if not base.name:
             raise UserError("the LoRAs note no base model; give the one they were trained on with --base")
-    if problems := check_model(base, None, None):
-        raise UserError("\n".join(["no base model; give one with --base", *map(str, problems)]))
+    refuse(check_model(base, None, None), "no base model; give one with --base")
     return base
 
 

@@ -16,8 +16,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from ..console import OutputClosedError, make_stdout, naming_output, printable
-from ..schema import UserError, is_required, settable_fields, shorten, type_hints
-from .options import COMMANDS, TrainOptions, check_options, refuse
+from ..schema import UserError, is_required, refuse, settable_fields, shorten, type_hints
+from .options import COMMANDS, TrainOptions, check_options
 from .process import (
     drop_output,
     escape_what_cannot_be_encoded,

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.table import Column, Table
+from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
-from ..console import make_stdout
+from ..console import make_stdout, make_table
 from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
 from ..experts.moments import Batch
 from ..recipe import DomainOptions, Recipe
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
@@ -31,7 +31,7 @@ from ..training.arguments import training_arguments
 from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.student import train_student
 from .operation import Plan, Source, carry_out, check_only_read, check_output, check_rank, read_source
-from .options import DistilOptions, telling
+from .options import DistilOptions
 from .report import block_size_of, check_data
 
 DEFAULT_RANK = 16  # of --r; options.py says it in words
@@ -45,7 +45,7 @@ def distil_command(options: DistilOptions) -> Path | None:
     check_output(options, problems)
     source = read_source(options.adapter, options.base)
     check_only_read(options, [options.adapter], source.base, domains)
-    with telling(f"{source.folder}: "):
+    with telling_user(f"{source.folder}: "):
         check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
     highest = source.highest_rank(source.experts)
     rank = min(DEFAULT_RANK, highest) if options.r is None else options.r
@@ -63,7 +63,7 @@ def distil_command(options: DistilOptions) -> Path | None:
 
     def work(folder: Path) -> dict[str, Any]:
         try:
-            with telling():
+            with telling_user():
                 outcome = _Job(options, source, rank, blocks, tokenizer).run(folder)
         except torch.linalg.LinAlgError as error:
             raise UserError(
@@ -201,12 +201,11 @@ class _Job:
         return time.perf_counter() - began
 
     def _table(self) -> Table:
-        heads = (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make")
-        right = (Column(head, justify="right") for head in heads)
-        table = Table("model", *right, title="Held-out loss per token (nats)", title_justify="left")
+        right = (*(domain.name for domain in self.domains), "mean", "above the mixture", "seconds to make")
+        rows = []
         mixture = next(row for row in self.rows if row.name == "mixture")
         for row in self.rows:
             losses = [f"{loss:.4f}" for loss in (*row.losses, row.mean)]
             seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
-            table.add_row(row.name, *losses, f"{row.mean - mixture.mean:+.4f}", seconds)
-        return table
+            rows.append((row.name, *losses, f"{row.mean - mixture.mean:+.4f}", seconds))
+        return make_table("Held-out loss per token (nats)", ("model",), right, rows, title_justify="left")

@@ -10,13 +10,13 @@ import torch
 from ..experts.exporting import is_quantised, merge, save_lora, to_lora, to_lora_mixture
 from ..files.opening import expand_user
 from ..recipe import ModelOptions
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_config, load_model, load_tokenizer
 from ..storage.lora_file import LoraFile
 from ..storage.run_record import noted_base
 from ..storage.stored import StoredAdapter, read_mixture
 from .operation import Plan, carry_out, check_output, read_source, shown
-from .options import ExportOptions, telling
+from .options import ExportOptions
 
 
 def export(options: ExportOptions) -> Path | None:
@@ -24,7 +24,7 @@ def export(options: ExportOptions) -> Path | None:
     weights = _check(options)
     adapter = expand_user(options.adapter)
     stored, base = _read(options, adapter)
-    with telling(f"{adapter}: "):
+    with telling_user(f"{adapter}: "):
         lora = to_lora_mixture(stored, weights) if options.mixture else to_lora(stored, str(options.expert))
     if base is not None:
         lora.config.base_model_name_or_path = base.name
@@ -89,7 +89,7 @@ def _merge(base: ModelOptions, lora: LoraFile, folder: Path) -> None:
     exact = dataclasses.replace(base, dtype="float32")
     model = load_model(exact, torch.device("cpu"))
     dtype = getattr(load_config(base), "dtype", None) or torch.float32
-    with telling("--merge: "):
+    with telling_user("--merge: "):
         merge(model, lora)
     model.to(dtype).save_pretrained(str(folder))
     load_tokenizer(base).save_pretrained(str(folder))

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from ..console import naming_output, printable
 from ..data.chat import apply_template
 from ..files.opening import expand_user
-from ..schema import UserError
+from ..schema import UserError, refuse
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
-from .options import GenerateOptions, check_options, refuse
+from .options import GenerateOptions, check_options
 
 
 def generate(options: GenerateOptions) -> str:
@@ -22,16 +22,15 @@ def generate(options: GenerateOptions) -> str:
     base = find_base(adapter, options.base)
     tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = _encode(tokenizer, options).to(device)
-    model = load_mixture(base, adapter, device)
+    inputs = _encode(tokenizer, options)
+    model = load_mixture(base, adapter)
     if bad := _not_finite(model):
         raise UserError(f"the adapter {adapter}: {bad} is not finite: its training diverged; give another adapter")
     set_seed(options.seed)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     with torch.no_grad():
         output = model.generate(
-            **inputs,
+            **inputs.to(model.device),
             **sampling,
             max_new_tokens=options.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,

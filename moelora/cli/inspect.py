@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Column, Table
+from rich.table import Table
 
-from ..console import make_stdout, print_exactly, printable, track
+from ..console import make_stdout, make_table, print_exactly, printable, track
 from ..files.opening import expand_user
 from ..report.geometry import Geometry, geometry, group_modules, sharpness
 from ..routing import Router
@@ -189,16 +189,7 @@ def tables(found: Inspection) -> RenderableType:
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(
-        *(Column(name, overflow="fold") for name in left),
-        *(Column(name, justify="right") for name in right),
-        title=title,
-        title_justify="left",
-        min_width=len(title),
-    )
-    for row in rows:
-        table.add_row(*map(printable, row))
-    return table
+    return make_table(title, left, right, rows, title_justify="left", min_width=len(title))
 
 
 def _adapters_table(found: Inspection) -> Table:

@@ -12,12 +12,12 @@ from peft import PeftModel
 from ..experts.parts import find_experts
 from ..experts.reading import Reading, Texts
 from ..recipe import DomainOptions
-from ..schema import Problem
+from ..schema import Problem, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
-from .options import JudgedOptions, telling
+from .options import JudgedOptions
 from .report import block_size_of, check_data, read_texts
 
 
@@ -31,7 +31,7 @@ class Opened:
 
     def find(self, wanted: Sequence[str], flag: str) -> list[int]:
         """Numbers of the experts that an option names, by number or adapter, apart or joined by commas."""
-        with telling(f"{flag}: "):
+        with telling_user(f"{flag}: "):
             found = find_experts([name.strip() for item in wanted for name in item.split(",")], self.source.experts)
         return found
 
@@ -40,7 +40,7 @@ class Opened:
         tell_loading(self.source.base, self.source.folder)
         tokenizer = load_tokenizer(self.source.base)
         domains = read_texts(self.domains, learned_domains(self.source.folder), tokenizer, self.options.max_tokens)
-        with telling("--data: "):
+        with telling_user("--data: "):
             texts = Texts(domains, block_size_of(self.source.folder, self.source.base), tokenizer.pad_token_id)
         return self.source.load(), texts
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..experts.merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
 from ..experts.parts import names_of, put_together, take_apart
 from ..experts.reading import Reading
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from .judged import loss_notes, loss_record, open_adapter
 from .operation import Plan, check_rank
-from .options import MergeOptions, telling
+from .options import MergeOptions
 
 
 def merge_command(options: MergeOptions) -> Path | None:
@@ -29,7 +29,7 @@ def merge_command(options: MergeOptions) -> Path | None:
         chosen = [names[number] for number in numbers]
         check_rank("--rank", options.rank, opened.source.highest_rank(chosen, options.method in ("ties", "dare")))
     model, texts = opened.load()
-    with telling():
+    with telling_user():
         adapters = take_apart(model)
         check_mergeable(adapters, numbers, recipe)
         before = texts.read(model)

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.table import Column, Table
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..console import make_stdout
+from ..console import make_stdout, make_table
 from ..data.texts import tokenise
 from ..experts.novelty_score import FEWEST, Novelty, auc, judge, measure
 from ..recipe import DomainOptions
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, refuse, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import read_source
-from .options import NoveltyOptions, check_options, refuse, telling
-from .report import documents_of, read_domains
+from .options import NoveltyOptions, check_options
+from .report import check_data, documents_of
 
 SEED = 0
 
@@ -51,7 +51,7 @@ def novelty_command(options: NoveltyOptions) -> dict[str, Novelty]:
     tell_loading(source.base, source.folder)
     model = source.load()
     pad = int(tokenizer.pad_token_id or 0)
-    with telling("--calibration: "):
+    with telling_user("--calibration: "):
         found = judge_all(model, [read[d.name] for d in known], {d.name: read[d.name] for d in others}, pad)
     make_stdout().print(_table(found))
     return found
@@ -78,29 +78,22 @@ def sample(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, count: 
 
 
 def _check(options: NoveltyOptions) -> tuple[list[DomainOptions], list[DomainOptions]]:
-    problems = check_options(options)
-    found = []
-    for flag, given in (("--calibration", options.calibration), ("--data", options.data)):
-        domains, bad = read_domains(given, flag)
-        problems += bad
-        if not given:
-            problems.append(Problem(flag, given, f"give texts: {flag} NAME=FILE"))
-        found.append(domains)
-    names = [domain.name for domain in found[0]]
-    problems += [
-        Problem("--data", d.name, "calibration texts have this name; rename one") for d in found[1] if d.name in names
+    known, problems = check_data(options.calibration, "--calibration")
+    others, more = check_data(options.data)
+    names = [domain.name for domain in known]
+    same = [
+        Problem("--data", d.name, "calibration texts have this name; rename one") for d in others if d.name in names
     ]
-    refuse(problems)
-    return found[0], found[1]
+    refuse([*check_options(options), *problems, *more, *same])
+    return known, others
 
 
 def _table(found: dict[str, Novelty]) -> Table:
     first = found[KNOWN]
     title = f"Novelty: z-scores of the {first.number} over known texts; new above {first.threshold:.2f}"
-    right = (Column(name, justify="right") for name in ("number", "score", "new", "AUC against known"))
-    table = Table("texts", *right, title=title)
+    rows = []
     for name, novelty in found.items():
         area = "" if name == KNOWN else f"{auc(first.scores, novelty.scores):.3f}"
         score = f"{novelty.scores.mean():.2f}"
-        table.add_row(name, str(len(novelty.scores)), score, f"{novelty.share_new:.0%}", area)
-    return table
+        rows.append((name, str(len(novelty.scores)), score, f"{novelty.share_new:.0%}", area))
+    return make_table(title, ("texts",), ("number", "score", "new", "AUC against known"), rows)

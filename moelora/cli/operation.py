@@ -20,18 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from rich.console import Group, RenderableType
-from rich.table import Column, Table
 
-from ..console import make_stdout, printable
+from ..console import make_stdout, make_table, printable
 from ..data.sources import LIES_IN_TEXTS, folder_read_around, paths_read
 from ..files.generation import flush
 from ..files.opening import expand_user, real_path
 from ..files.staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
 from ..recipe import DomainOptions, ModelOptions
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, refuse
 from ..storage.finding import find_base, load_mixture
 from ..storage.run_record import (
     LEARNED_BEFORE,
@@ -43,7 +41,7 @@ from ..storage.run_record import (
     write_json,
 )
 from ..storage.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
-from .options import OperationOptions, UndoOptions, check_options, refuse, whole_path
+from .options import OperationOptions, UndoOptions, check_options, whole_path
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,7 @@ class Plan:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [printable(self.title)]
         if self.rows:
-            table = Table(*(Column(printable(column), overflow="fold") for column in self.columns))
-            for row in self.rows:
-                table.add_row(*map(printable, row))
-            parts.append(table)
+            parts.append(make_table(None, self.columns, (), self.rows))
         return Group(*parts, *map(printable, self.notes))
 
 
@@ -159,15 +154,14 @@ class Source:
             sizes[linear] = min(pool.lora_B.shape[0], pool.lora_A.shape[1])
         return max(size if by_entry else min(size, ranks[linear]) for linear, size in sizes.items())
 
-    def load(self, device: torch.device | None = None) -> PeftModel:
+    def load(self) -> PeftModel:
         """The base model with the adapter, in evaluation mode; on the GPU if there is one.
 
         Raises:
             UserError: it does not load, or another process has replaced it since it was checked.
         """
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            return load_mixture(self.base, self.folder, device)
+            return load_mixture(self.base, self.folder)
         finally:
             if _files_of(self.folder) != self.files:  # what was checked is not what was loaded
                 fix = "another process has replaced or changed it while it was read; run the command again"

@@ -4,24 +4,22 @@ Nothing is imported here that takes time, so that `--help` and a mistyped option
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..files.opening import expand_user
 from ..schema import (
     Problem,
-    UserError,
     a_seed,
-    about,
     at_least,
     between_0_and_1,
     check_values,
     not_empty,
     not_negative,
     one_of,
+    option,
     positive,
     settable_fields,
 )
@@ -67,21 +65,6 @@ def read_pairs(given: Sequence[str], flag: str, example: str, what: str) -> tupl
     return pairs, problems
 
 
-def refuse(problems: Sequence[Problem]) -> None:
-    """Raise UserError with every problem, if there are any."""
-    if problems:
-        raise UserError("\n".join(map(str, problems)))
-
-
-@contextmanager
-def telling(where: str = "") -> Iterator[None]:
-    """Within, a ValueError is a mistake of the user's; where is what the message begins with."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{where}{error}") from error
-
-
 def whole_path(folder: str | Path) -> Path:
     """A folder by its whole path, without `..`: what is renamed needs a name."""
     return Path(os.path.abspath(expand_user(folder)))
@@ -101,11 +84,11 @@ def _is_file(value: str) -> str | None:
 
 
 def _required(help_text: str, **more: Any) -> Any:
-    return field(metadata=about(help_text, **more))
+    return option(help_text, **more)
 
 
 def _choice(default: Any, help_text: str, **more: Any) -> Any:
-    return field(default=default, metadata=about(help_text, **more))
+    return option(help_text, default=default, **more)
 
 
 def _optional(help_text: str, **more: Any) -> Any:
@@ -117,7 +100,7 @@ def _flag(help_text: str) -> Any:
 
 
 def _many(help_text: str, metavar: str = "DOMAIN=FILE") -> Any:
-    return field(default_factory=list, metadata=about(help_text, metavar=metavar))
+    return option(help_text, default_factory=list, metavar=metavar)
 
 
 def _adapter(help_text: str = ADAPTER_HELP) -> Any:

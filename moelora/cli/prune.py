@@ -9,10 +9,10 @@ from pathlib import Path
 from ..experts.parts import names_of, take_apart
 from ..experts.prune import Pruned, drop, prune
 from ..experts.reading import Texts
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, telling_user
 from .judged import loss_notes, loss_record, open_adapter
 from .operation import Plan
-from .options import PruneOptions, telling
+from .options import PruneOptions
 
 
 def prune_command(options: PruneOptions) -> Path | None:
@@ -25,7 +25,7 @@ def prune_command(options: PruneOptions) -> Path | None:
         key, value = ("--drop", options.drop) if numbers else ("--keep", options.keep)
         raise UserError(str(Problem(key, value, f"must leave 1 to {len(names) - 1} of the {len(names)} experts")))
     model, texts = opened.load()
-    with telling():
+    with telling_user():
         found = drop(model, texts, numbers) if options.keep is None else prune(model, texts, options.by, options.keep)
     removed = [dataclasses.asdict(removal) for removal in found.removals]
     outcome = {"removed": removed, "domains": loss_record(texts, found.before, found.after)}

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..console import console, printable
@@ -21,12 +20,12 @@ from ..recipe import DomainOptions, ModelOptions, plain_name
 from ..report.analysis import longest_block, run
 from ..report.history import read_history
 from ..report.page import About, render
-from ..schema import Problem
+from ..schema import Problem, refuse, telling_user
 from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
 from ..storage.stored import check_fit, read_mixture
-from .options import ReportOptions, check_options, read_pairs, refuse, telling
+from .options import ReportOptions, check_options, read_pairs
 
 PERMUTATIONS = 500
 HEAD_BYTES = 1024  # by which a page is known: space may stand before its first tag
@@ -42,10 +41,10 @@ def report(options: ReportOptions) -> Path:
     check_fit(stored, base, adapter)
     tell_loading(base, adapter)
     tokenizer = load_tokenizer(base)
-    model = load_mixture(base, adapter, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_mixture(base, adapter)
     texts = read_texts(domains, learned_domains(adapter), tokenizer, options.max_tokens)
     size = block_size_of(adapter, base)
-    with telling():
+    with telling_user():
         found = run(model, texts, tokenizer, size, options.worth_tokens, PERMUTATIONS, read_history(adapter))
     config = stored[0].config
     routing = f"{config.router_type}, per {config.router_scope}"
@@ -100,10 +99,10 @@ def _is_page(path: Path) -> bool:
     return not start or start.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
-def check_data(data: list[str]) -> tuple[list[DomainOptions], list[Problem]]:
+def check_data(data: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:
     """[`read_domains`] where there has to be one."""
-    domains, problems = read_domains(data)
-    return domains, problems if data else [Problem("--data", data, "give texts: --data NAME=FILE, once per domain")]
+    domains, problems = read_domains(data, flag)
+    return domains, problems if data else [Problem(flag, data, f"give texts: {flag} NAME=FILE, once per domain")]
 
 
 def read_domains(given: list[str], flag: str = "--data") -> tuple[list[DomainOptions], list[Problem]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,14 +107,10 @@ def cut(domains: Sequence[Domain], block_size: int) -> tuple[list[Block], bool]:
     for index, domain in enumerate(domains):
         for number, document in enumerate(domain.documents):
             unit += by_document
-            for piece in _pieces(document.token_ids, block_size):
+            for at in range(0, len(document.token_ids), block_size):
                 unit += not by_document
-                blocks.append(Block(index, number, unit, piece))
+                blocks.append(Block(index, number, unit, document.token_ids[at : at + block_size]))
     return blocks, by_document
-
-
-def _pieces(ids: list[int], size: int) -> Iterable[list[int]]:
-    return (ids[at : at + size] for at in range(0, len(ids), size))
 
 
 def sample(blocks: Sequence[Block], domain: int, max_tokens: int) -> list[int]:

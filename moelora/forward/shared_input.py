@@ -20,8 +20,10 @@ from .interfaces import SharingLinear
 def readers_of(forward: Callable) -> tuple[tuple[str, ...], ...]:
     """Names of the submodules that a module's forward calls with the same variable, in the order of the calls.
 
-    Read from the source, not learned from a first run: then the first run computes exactly as every later one. It is a
-    guess that decides speed only; who reads what is checked at every call. Empty where there is no source.
+    Read from the source, not learned from a first run: then the first run computes exactly as every later one, and a
+    checkpoint's second run as its first. Names alone do not tell: k_proj reads what q_proj reads in Llama, another
+    tensor in BART's cross-attention and in SAM, where it would be computed for nothing. It is a guess that decides
+    speed only; who reads what is checked at every call. Empty where there is no source.
 
     Example:
         >>> class Attention:
@@ -72,14 +74,11 @@ class _Readers(ast.NodeVisitor):
             elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                 self._open.pop(inner.id, None)
 
-    def visit_If(self, node: ast.If) -> None:
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
         for part in (node.body, node.orelse):
-            self._visit_branch(ast.Module(part, []))
+            self._visit_branch(ast.Module(part, []) if isinstance(part, list) else part)
 
-    def visit_IfExp(self, node: ast.IfExp) -> None:
-        for part in (node.body, node.orelse):
-            self._visit_branch(part)
-
+    visit_IfExp = visit_If
     visit_Try = visit_For = visit_While = _visit_branch
 
     def visit_Name(self, node: ast.Name) -> None:

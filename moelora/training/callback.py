@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from statistics import fmean
+from traceback import walk_stack
 from typing import Any
 
 from transformers import (
@@ -213,12 +214,8 @@ def _take_place(callback: TrainerCallback) -> None:
 
 
 def _calling_handler() -> CallbackHandler | None:
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
-            return handler
-        frame = frame.f_back
-    return None
+    callers = (frame.f_locals.get("self") for frame, _ in walk_stack(sys._getframe()))
+    return next((caller for caller in callers if isinstance(caller, CallbackHandler)), None)
 
 
 class _Hide(TrainerCallback):

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
-from ..data.preparation import DomainBlocks, count_tokens, load_domains, mix
+from ..data.preparation import DomainBlocks, count_tokens, load_domains
 from ..recipe import DomainOptions, ModelOptions, Recipe
 from ..tuner.router import MoELoraRouter
 from .arguments import training_arguments
-from .callback import MoELoraCallback
 from .evaluate import DomainResult, check_converged, evaluate
+from .run import new_trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +106,7 @@ def _prepare(
         seed=training.seed,
     )
     set_seed(training.seed)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=mix(blocks, training.seed),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[MoELoraCallback()],
-    )
-    return trainer, blocks
+    return new_trainer(model, arguments, blocks, tokenizer, training.seed), blocks
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ..console import console, is_main_process, printable
 from ..data.preparation import DomainBlocks, load_domains, mix
 from ..files.staging import holds_something, next_kept_place, only_process_in
 from ..recipe import Recipe
-from ..schema import Problem, UserError
+from ..schema import Problem, UserError, refuse
 from ..storage.base_model import load_model, load_tokenizer
 from ..storage.run_record import RUN_FILE, check_output_dir, environment, now, read_record, write_json
 from ..storage.trainer_checkpoints import has_all_steps, last_checkpoint, last_whole_checkpoint, what_it_lacks
@@ -149,8 +149,7 @@ def _alone_in_output_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> It
     with ExitStack() as stack:
         if is_main_process:
             _hold(recipe.output_dir, stack)
-            if problems := check_output_dir(recipe, resume=resume, overwrite=overwrite):
-                raise UserError("\n".join(map(str, problems)))
+            refuse(check_output_dir(recipe, resume=resume, overwrite=overwrite))
             if overwrite and holds_something(recipe.output_dir):
                 _put_aside(recipe.output_dir)
                 _hold(recipe.output_dir, stack)
@@ -200,16 +199,26 @@ def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]
     console.print(f"Loading {printable(recipe.model.name)}", soft_wrap=True)
     set_seed(recipe.seed)
     model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)
-    trainer = Trainer(
+    return new_trainer(model, arguments, domains, tokenizer, recipe.seed), domains
+
+
+def new_trainer(
+    model: PeftModel,
+    arguments: TrainingArguments,
+    domains: Sequence[DomainBlocks],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> Trainer:
+    """A Trainer that learns the domains, mixed by the seed, and logs what the routers do."""
+    return Trainer(
         model=model,
         args=arguments,
-        train_dataset=mix(domains, recipe.seed),
+        train_dataset=mix(domains, seed),
         eval_dataset={domain.name: domain.held_out for domain in domains},
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         callbacks=[MoELoraCallback()],
     )
-    return trainer, domains
 
 
 class _AtStart(TrainerCallback):

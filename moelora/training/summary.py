@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..console import make_table
+
 Loads = Mapping[str, Sequence[float]]
 """Expert load by domain."""
 
@@ -47,14 +49,12 @@ def difference(loads: Loads) -> float:
 
 
 def losses_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="Held-out loss per token (nats), before and after")
-    table.add_column("domain")
-    for column in ("train tokens", "held-out tokens", "loss", "perplexity"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, domain in domains.items():
         changes = (_change(domain, "loss", 3), _change(domain, "perplexity", 1))
-        table.add_row(name, f"{domain['train_tokens']:,}", f"{domain['held_out_tokens']:,}", *changes)
-    return table
+        rows.append((name, f"{domain['train_tokens']:,}", f"{domain['held_out_tokens']:,}", *changes))
+    right = ("train tokens", "held-out tokens", "loss", "perplexity")
+    return make_table("Held-out loss per token (nats), before and after", ("domain",), right, rows)
 
 
 def _change(domain: Mapping[str, Any], what: str, digits: int) -> str:
@@ -64,10 +64,6 @@ def _change(domain: Mapping[str, Any], what: str, digits: int) -> str:
 
 def experts_table(title: str, loads: Loads) -> Table:
     """One row per expert and one column per domain: a mixture may have far more experts than a screen has columns."""
-    table = Table(title=title, min_width=len(title))
-    table.add_column("expert", justify="right")
-    for name in loads:
-        table.add_column(name, justify="right")
-    for expert, row in enumerate(zip(*loads.values(), strict=True)):
-        table.add_row(str(expert), *(f"{load:.1%}" for load in row))
-    return table
+    by_expert = enumerate(zip(*loads.values(), strict=True))
+    rows = [(str(expert), *(f"{load:.1%}" for load in row)) for expert, row in by_expert]
+    return make_table(title, (), ("expert", *loads), rows, min_width=len(title))
