@@ -51,7 +51,7 @@ quickstart: $(EXAMPLE)
 test: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Takes chromium for granted only where MOELORA_NEEDS_BROWSER is set, as on CI.
+# Without chromium its tests are skipped, but on CI, which sets MOELORA_NEEDS_BROWSER, they fail.
 second: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu and not engines"
 

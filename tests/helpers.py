@@ -193,7 +193,7 @@ IN_SCOPES = [
     *((name, scope) for name in ("llama", "t5") for scope in ("model", "module")),
     *(("gpt2", "model"), ("opt", "module"), ("bart", "model"), ("vit", "module")),
 ]
-"""Architectures and scopes: every one of either, and those of the other kinds where scopes have code of their own."""
+"""Some pairs of architecture and scope in place of all: each architecture in "block" scope, other scopes on a few."""
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.is_causal]
 ENCODER_DECODER = [name for name, architecture in ARCHITECTURES.items() if architecture.is_encoder_decoder]
 

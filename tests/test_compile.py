@@ -52,10 +52,10 @@ def compile_model(model, backend):
 @pytest.mark.parametrize(
     ("compiled", "router_type"),
     [
-        (compile_model, "learned_with_maturity"),
-        (compile_blocks, "fixed"),
-        pytest.param(compile_model, "fixed", marks=pytest.mark.slow),
-        pytest.param(compile_blocks, "learned_with_maturity", marks=pytest.mark.slow),
+        (compile_blocks, "learned_with_maturity"),
+        (compile_model, "fixed"),
+        pytest.param(compile_blocks, "fixed", marks=pytest.mark.slow),
+        pytest.param(compile_model, "learned_with_maturity", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(("device", "backend"), RUNS)
@@ -94,7 +94,8 @@ def test_a_forward_that_is_not_finite_is_left_out_in_the_same_graph(device, back
     assert {stats.non_finite for stats in model.routing_stats().values()} == {1}
 
 
-@pytest.mark.parametrize("scope", ["block", pytest.param("module", marks=pytest.mark.slow)])
+@pytest.mark.slow  # generation is evaluation, too
+@pytest.mark.parametrize("scope", ["block", "module"])
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_evaluation_is_one_graph(device, backend, scope):
     plain = mixture_of("llama", router_scope=scope).to(device)

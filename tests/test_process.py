@@ -64,6 +64,7 @@ def test_a_pipe_of_something_else_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "moelora: Broken pipe\n"
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_files_that_are_opened_later(tmp_path):
     program = "\n".join(
         [
@@ -212,6 +213,7 @@ def test_interrupting_the_work_cleans_up_and_again_ends_at_once():
     assert done.returncode == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_an_ignored_interrupt_stays_ignored():
     program = "import signal, os\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + INTERRUPTED
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -29,8 +29,15 @@ def gradients(version, packing):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["padding", "packing"])
-@pytest.mark.parametrize("version", ["installed", pytest.param("1.14", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("version", "packing"),
+    [
+        pytest.param("installed", False, id="installed-padding"),
+        pytest.param("installed", True, id="installed-packing", marks=pytest.mark.slow),
+        pytest.param("1.14", False, id="1.14-padding", marks=pytest.mark.slow),
+        pytest.param("1.14", True, id="1.14-packing", marks=pytest.mark.slow),
+    ],
+)
 def test_the_routers_gradient_contains_the_balancing_term(version, packing):
     result = gradients(version, packing)
     major, minor = (int(part) for part in result["trl"].split(".")[:2])
