@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from . import crossover, decode, growth, layer, model, table
-from .gate import GateError, run_gate
+from .correctness import CorrectnessError, check_correctness
 from .options import add_output_options, make_parser, output_folder
 from .record import CSV_NAME, TABLE_NAME, command_line
 
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse(argv)
     try:
-        run_gate(args.device)
-    except GateError as error:
+        check_correctness(args.device)
+    except CorrectnessError as error:
         raise SystemExit(f"correctness gate failed: {error}") from None
     out = output_folder(args)
     common = ["--device", args.device, "--repeats", str(args.repeats), "--out", str(out)]

@@ -120,7 +120,9 @@ class MoELoraConfig(LoraConfig):
     )
     router_memory: int = field(
         default=0,
-        metadata={"help": "Written by moelora.experts.remember: directions kept of what each router read (0: none)."},
+        metadata={
+            "help": "Written by moelora.experts.learn_domain: directions kept of its domain by each router (0: none)."
+        },
     )
     adapters: list[dict[str, Any]] | None = field(
         default=None,

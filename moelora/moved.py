@@ -10,6 +10,9 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
+    "experts.reading": "experts.evaluation",
+    "experts.moments": "experts.covariance",
+    "experts.memory": "experts.domains",
     "_peft": "tuner._peft",
     "balance": "forward.balance",
     "blocks": "tuner.blocks",
@@ -20,7 +23,7 @@ MOVED = {
     "experts.continual": "cli.grow",
     "experts.distil_command": "cli.distil",
     "experts.export_command": "cli.export",
-    "experts.judged": "cli.judged",
+    "experts.judged": "cli.evaluated",
     "experts.lora_file": "storage.lora_file",
     "experts.merge_command": "cli.merge",
     "experts.novelty_command": "cli.novelty",
@@ -68,6 +71,14 @@ MOVED = {
 }
 
 
+RENAMED = {
+    "gate.Memory": "DomainStatistics",
+    "gate.Said": "ContextDensities",
+    "overflow.Growth": "StepRollback",
+}
+"""Classes that have another name there."""
+
+
 class _Moved(ModuleType):
     """Stands under an old name and hands out what the new module holds."""
 
@@ -79,7 +90,8 @@ class _Moved(ModuleType):
         if name.startswith("__"):  # what is asked of every module there is
             raise AttributeError(name)
         warnings.warn(f"`{self.__name__}` is now `{self._new}`", DeprecationWarning, stacklevel=2)
-        return getattr(import_module(self._new), name)
+        old = f"{self.__name__.removeprefix('moelora.')}.{name}"
+        return getattr(import_module(self._new), RENAMED.get(old, name))
 
 
 def keep_old_names() -> None:

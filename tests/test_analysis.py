@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moelora
 from moelora import MoELoraConfig
-from moelora.data.texts import Block, Domain, cut, read_domain, sample, tokenise
+from moelora.data.texts import Domain, TextBlock, cut, read_domain, sample, tokenise
 from moelora.report.advice import Thresholds, suggest
 from moelora.report.history import history_of
 from moelora.report.measure import mean_and_error
@@ -145,7 +145,7 @@ def test_with_nobody_removed_it_is_the_routers_own_decision():
 
 def test_removing_equals_a_mixture_that_never_had_the_expert():
     model = tiny(experts=True)
-    blocks = [Block(0, i, i, tokenise(text, TOKENIZER).token_ids) for i, text in enumerate(TEXTS["LOUD"])]
+    blocks = [TextBlock(0, i, i, tokenise(text, TOKENIZER).token_ids) for i, text in enumerate(TEXTS["LOUD"])]
     with undisturbed(model):
         without = losses_without(model, blocks, 0, 2)
         with_all = look(model, blocks, 0).losses
@@ -249,11 +249,11 @@ def test_the_limit_on_tokens_cuts_and_counts_what_is_left_out():
 
 
 def test_a_sample_is_spread_over_the_domain():
-    blocks = [Block(i % 2, i, i, [1] * 10) for i in range(40)]
+    blocks = [TextBlock(i % 2, i, i, [1] * 10) for i in range(40)]
     assert sample(blocks, 0, 1000) == list(range(0, 40, 2))
     chosen = sample(blocks, 1, 50)
     assert len(chosen) == 5 and chosen[0] < 8 and chosen[-1] > 30
-    assert sample([Block(0, 0, 0, [1])], 0, 50) == [], "one token predicts nothing"
+    assert sample([TextBlock(0, 0, 0, [1])], 0, 50) == [], "one token predicts nothing"
 
 
 def test_one_token_and_one_document():

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moelora.ops
 from benchmarks import __main__ as everything
-from benchmarks import decode, gate, growth, layer, model, monitor, peers, plot, table
+from benchmarks import correctness, decode, growth, layer, model, monitor, peers, plot, table
 from benchmarks.arms import Mixture, adapt, shared_copy
 from benchmarks.grouped import grouped_linear, make_plan
 from benchmarks.record import Recorder, Row, read
@@ -151,14 +151,16 @@ def test_a_wrong_result_stops_everything_before_it_is_timed(monkeypatch, tmp_pat
 
 
 def test_a_missing_gradient_stops_everything():
-    with pytest.raises(gate.GateError, match="b"):
+    with pytest.raises(correctness.CorrectnessError, match="b"):
         one = {"a": torch.ones(1)}
-        gate._compare("x", one, one | {"b": torch.ones(1)}, "cpu", torch.float32, 1e-3)
+        correctness._compare("x", one, one | {"b": torch.ones(1)}, "cpu", torch.float32, 1e-3)
 
 
 def test_the_gate_sees_nan():
-    with pytest.raises(gate.GateError, match="output"):
-        gate._compare("x", {"output": torch.tensor(math.nan)}, {"output": torch.ones(1)}, "cpu", torch.float32, 1e-3)
+    with pytest.raises(correctness.CorrectnessError, match="output"):
+        correctness._compare(
+            "x", {"output": torch.tensor(math.nan)}, {"output": torch.ones(1)}, "cpu", torch.float32, 1e-3
+        )
 
 
 def test_everything_writes_a_table_with_its_command(tmp_path, capsys):

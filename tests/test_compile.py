@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import VOCAB, assert_same_grads, mixture_of, train_step
-from test_gate import gated_mixture
+from test_domain_classifier import gated_mixture
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # Tracing is the same for every backend; "aot_eager" skips only inductor's code generation, which takes a minute here.

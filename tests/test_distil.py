@@ -14,9 +14,9 @@ from tiny import DATA, save_tiny_adapter, write_jsonl
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from moelora.cli.commands import main
+from moelora.experts.covariance import gather, in_passes, linears_of, readers
 from moelora.experts.distil import base_of, closed_form, fit, fresh_lora, lora_of
 from moelora.experts.low_rank import truncated_product
-from moelora.experts.moments import gather, in_passes, linears_of, readers
 from moelora.training.student import train_student
 
 
@@ -77,13 +77,13 @@ def test_moments_are_those_of_the_tokens(name, options):
     found = gather(model, batches(), readers(model, batches()[0]))
     assert found.keys() == expected.keys() == linears_of(model).keys()
     for linear, (x, y) in expected.items():
-        moments = found[linear]
-        assert moments.tokens == len(x) == sum(int(batch["attention_mask"].sum()) for batch in batches())
-        torch.testing.assert_close(moments.second, x.T @ x, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(moments.left @ moments.cross, y.T @ x, rtol=1e-4, atol=1e-3)
-        lora_A, lora_B = truncated_product(moments.lora_A, moments.left, 2)
+        covariance = found[linear]
+        assert covariance.tokens == len(x) == sum(int(batch["attention_mask"].sum()) for batch in batches())
+        torch.testing.assert_close(covariance.second, x.T @ x, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(covariance.left @ covariance.cross, y.T @ x, rtol=1e-4, atol=1e-3)
+        lora_A, lora_B = truncated_product(covariance.lora_A, covariance.left, 2)
         error = (y - x @ (lora_B @ lora_A).T).square().sum() / y.square().sum()
-        assert moments.error(lora_A, lora_B) == pytest.approx(float(error), rel=1e-4, abs=1e-6)
+        assert covariance.error(lora_A, lora_B) == pytest.approx(float(error), rel=1e-4, abs=1e-6)
 
 
 def test_linears_that_read_one_tensor_share_its_moment():
@@ -91,7 +91,7 @@ def test_linears_that_read_one_tensor_share_its_moment():
     groups = readers(model, batches()[0])
     assert sorted(map(len, groups)) == [1, 1, 1, 1, 2, 2, 3, 3]
     found = gather(model, batches(), groups)
-    assert len({id(moments.second) for moments in found.values()}) == 8
+    assert len({id(covariance.second) for covariance in found.values()}) == 8
 
 
 def test_passes_keep_to_the_memory():
@@ -126,16 +126,16 @@ def test_no_map_of_its_rank_does_better(rank):
     """Against the truncated mean delta, and against small steps in any direction."""
     model = mixture_of("llama")
     ridge = 1e-6
-    for moments in gather(model, batches(8), readers(model, batches()[0])).values():
-        mean = (moments.lora_A, moments.left * (moments.weight / moments.tokens))
-        strength = ridge * float(moments.second.diagonal().mean())
-        energy = ((moments.left.T @ moments.left) * moments.energy).sum()
+    for covariance in gather(model, batches(8), readers(model, batches()[0])).values():
+        mean = (covariance.lora_A, covariance.left * (covariance.weight / covariance.tokens))
+        strength = ridge * float(covariance.second.diagonal().mean())
+        energy = ((covariance.left.T @ covariance.left) * covariance.energy).sum()
 
-        def objective(lora_A, lora_B, moments=moments, mean=mean, strength=strength, energy=energy):
+        def objective(lora_A, lora_B, covariance=covariance, mean=mean, strength=strength, energy=energy):
             away = (lora_B @ lora_A - mean[1] @ mean[0]).square().sum()
-            return float(moments.error(lora_A, lora_B) * energy + strength * away)
+            return float(covariance.error(lora_A, lora_B) * energy + strength * away)
 
-        best = fit(moments, rank, ridge)
+        best = fit(covariance, rank, ridge)
         value = objective(*best)
         assert value < objective(*truncated_product(*mean, rank)) * (1 - 1e-6)
         generator = torch.Generator().manual_seed(rank)

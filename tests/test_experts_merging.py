@@ -5,11 +5,11 @@ import torch
 from helpers import ARCHITECTURES, mixture_of, routers_of
 from peft import PeftModel
 from peft.utils.merge_utils import dare_linear, ties
-from test_gate import gated_mixture
+from test_domain_classifier import gated_mixture
 
 from moelora.cli.options import METHODS
+from moelora.experts.domains import forget_domain, knows_domain
 from moelora.experts.low_rank import truncated
-from moelora.experts.memory import forget, remembers
 from moelora.experts.merging import MergeRecipe, memory_notes, merge_experts
 from moelora.experts.parts import names_of, put_together, take_apart
 from moelora.routing.domain_classifier import combined, discriminants
@@ -200,7 +200,7 @@ def test_what_cannot_be_merged_is_refused():
 
 
 def memories(model, adapter):
-    return {name: router[adapter].memory for name, router in routers_of(model).items()}
+    return {name: router[adapter].domain for name, router in routers_of(model).items()}
 
 
 @pytest.mark.parametrize(("recipe", "holder"), [(MergeRecipe("svd"), "default"), (MergeRecipe("average"), "expert_0")])
@@ -217,7 +217,7 @@ def test_an_expert_merged_across_adapters_remembers_both_domains(recipe, holder)
             assert all(memory.equals(before[name]) for name, memory in memories(merged, adapter).items())
     for router in routers_of(merged).values():
         own = router.active_routers()
-        weights, _ = discriminants([one.memory for one in own])
+        weights, _ = discriminants([one.domain for one in own])
         torch.testing.assert_close(torch.cat([one.gate_weight for one in own]), weights, rtol=1e-5, atol=1e-6)
     assert "domains of default, grown_1" in memory_notes(take_apart(gated_mixture()), [1, 5])[0]
 
@@ -229,16 +229,16 @@ def test_an_expert_merged_within_an_adapter_remembers_what_that_does(recipe):
     merged = put_together(model, merge_experts(take_apart(model), [1, 2], SHARES, recipe).adapters)
     for adapter in set(merged.active_adapters) - {"grown_1"}:
         assert all(memory.equals(before[name]) for name, memory in memories(merged, adapter).items())
-    assert all(router.is_gated for router in routers_of(merged).values())
+    assert all(router.routes_by_domain for router in routers_of(merged).values())
     assert memory_notes(take_apart(merged), [0, 1]) == []
 
 
 def test_an_expert_merged_with_one_that_remembers_nothing_says_what_is_lost():
     model = gated_mixture()
-    forget(model, "grown_1")
+    forget_domain(model, "grown_1")
     notes = memory_notes(take_apart(model), [1, 5])
     assert "grown_1 does not remember its domain" in notes[0]
     numbers = [0, 4, 5, 6]  # all of grown_1: only adapters that remember would be left
     merged = put_together(model, merge_experts(take_apart(model), numbers, [1.0] * 4, MergeRecipe()).adapters)
-    assert merged.active_adapters == ["default"] and not remembers(merged, "default")
+    assert merged.active_adapters == ["default"] and not knows_domain(merged, "default")
     assert not [key for key in merged.state_dict() if "memory" in key or "gate_weight" in key]

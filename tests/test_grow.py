@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, mixture_of, train_step
 from loras import save_kinds
-from test_gate import LOW, texts
+from test_domain_classifier import LOW, texts
 from transformers import Trainer, TrainingArguments
 
 from moelora.experts import GrowthCallback, build, grow

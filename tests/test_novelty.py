@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import mixture_of
-from test_gate import HIGH, LOW, gated_mixture, texts
+from test_domain_classifier import HIGH, LOW, gated_mixture, texts
 from tiny import counting, save_tiny_adapter, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora.cli.commands import main
 from moelora.experts import novelty
 from moelora.experts.novelty_score import _Domain, auc, judge, measure
-from moelora.routing.domain_classifier import Memory
+from moelora.routing.domain_classifier import DomainStatistics
 
 MIDDLE = (24, 34)
 RECIPE = str(Path(__file__).parent.parent / "examples" / "quickstart.yaml")
@@ -24,7 +24,7 @@ def rows(span, count=24, length=16, seed=3):
 
 
 def test_distances_are_mahalanobis_distances():
-    memory = Memory(torch.randn(6), torch.randn(3, 6), torch.rand(6) + 0.1)
+    memory = DomainStatistics(torch.randn(6), torch.randn(3, 6), torch.rand(6) + 0.1)
     x = torch.randn(5, 6)
     covariance = memory.covariance() + 1e-3 * memory.covariance().diagonal().mean() * torch.eye(6)
     moved = x - memory.mean

@@ -11,9 +11,9 @@ from tiny import DATA, counting, shouting, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from moelora.cli.commands import main
+from moelora.experts.evaluation import Texts
 from moelora.experts.parts import put_together, select, take_apart
 from moelora.experts.prune import drop, prune
-from moelora.experts.reading import Texts
 from moelora.tuner.layer import MoELoraLayer
 
 

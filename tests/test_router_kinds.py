@@ -237,7 +237,7 @@ def test_an_adapter_that_is_sure_of_its_domain_routes_as_if_alone(router_type):
     train_step(model, BATCH)
     texts = {"default": torch.tensor([[3, 4, 5, 6] * 6]), "other": torch.tensor([[40, 41, 42, 43] * 6])}
     for name, ids in texts.items():
-        moelora.experts.remember(model, name, [{"input_ids": ids}], rank=2)
+        moelora.experts.learn_domain(model, name, [{"input_ids": ids}], rank=2)
     hidden = torch.randn(1, 5, HIDDEN)
     router = next(iter(routers_of(model).values()))
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_an_adapter_that_is_sure_of_its_domain_routes_as_if_alone(router_type):
     model.set_adapter("default")
     alone = router.decide(hidden)
     model.set_adapter(["default", "other"])
-    assert router.is_gated
+    assert router.routes_by_domain
     with torch.no_grad():
         router["default"].gate_bias.fill_(1e4)  # sure of every token
     torch.testing.assert_close(router.decide(hidden)[..., :4], alone)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moelora import MoELoraConfig
-from moelora.experts import grow, remember
+from moelora.experts import grow, learn_domain
 
 from ..arms import shared_copy
 from ..peers import SCALING
@@ -168,7 +168,7 @@ class Grown:
         run = Training(self.model, batches, plan.device, capture=plan.capture).run(batches, self.setting.rate)
         if self.gated:
             with autocast(plan.device):
-                remember(self.model, name, ({"input_ids": batches.batch(step)[0]} for step in range(len(batches))))
+                learn_domain(self.model, name, ({"input_ids": batches.batch(step)[0]} for step in range(len(batches))))
         self.model.set_adapter(self.names)
         return run.seconds
 

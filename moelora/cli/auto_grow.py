@@ -15,7 +15,7 @@ from ..config import count_experts
 from ..console import console
 from ..data.preparation import DomainBlocks, split_documents
 from ..data.sources import check_domain
-from ..experts.memory import alone
+from ..experts.domains import alone
 from ..experts.novelty_score import FEWEST, Novelty, measure, novelty
 from ..recipe import DomainOptions, Recipe
 from ..schema import UserError, telling_user

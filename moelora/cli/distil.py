@@ -18,9 +18,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_se
 
 from ..console import make_stdout, make_table
 from ..data.preparation import DomainBlocks, load_domains, mix
+from ..experts.covariance import Batch
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
-from ..experts.moments import Batch
 from ..recipe import DomainOptions, Recipe
 from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_tokenizer

@@ -21,8 +21,8 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..console import console, printable
 from ..data.preparation import DomainBlocks, load_domains, mix
+from ..experts.domains import learn_domain
 from ..experts.growth import free_name, grow
-from ..experts.memory import remember
 from ..files.opening import expand_user, real_path
 from ..recipe import DomainOptions, ModelOptions, Recipe
 from ..schema import UserError
@@ -33,7 +33,7 @@ from ..training.run import Start
 from .operation import Plan, shown
 
 BATCH = 8
-_REMEMBER = "call `moelora.experts.remember` with texts of it, and save the mixture"
+_REMEMBER = "call `moelora.experts.learn_domain` with texts of it, and save the mixture"
 
 
 def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
@@ -157,12 +157,12 @@ class Growth(Start):
                 f"{self.folder}: adapter {name!r} does not remember its domain, and the texts that run.json names "
                 f"cannot be read ({error}); {_REMEMBER}"
             ) from error
-        self.tokens[name] = remember(model, name, texts(domains, recipe.seed, tokenizer))
+        self.tokens[name] = learn_domain(model, name, texts(domains, recipe.seed, tokenizer))
 
     def finish(self, model: PeftModel) -> None:
         """Let the new adapter remember its domain, and all of them form the mixture."""
         assert self._texts is not None
-        self.tokens[self.name] = remember(model, self.name, self._texts)
+        self.tokens[self.name] = learn_domain(model, self.name, self._texts)
         model.set_adapter([*self.old, self.name])
 
     def describe(self) -> dict[str, Any]:

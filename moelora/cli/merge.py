@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..experts.evaluation import Evaluation
 from ..experts.merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
 from ..experts.parts import names_of, put_together, take_apart
-from ..experts.reading import Reading
 from ..schema import Problem, UserError, telling_user
-from .judged import loss_notes, loss_record, open_adapter
+from .evaluated import loss_notes, loss_record, open_adapter
 from .operation import Plan, check_rank
 from .options import MergeOptions
 
@@ -49,7 +49,7 @@ def _plan(
     numbers: Sequence[int],
     merged: Merged,
     notes: Sequence[str],
-    before: Reading,
+    before: Evaluation,
 ) -> Plan:
     after = names_of(merged.adapters)
     common = sum(before.share[number] for number in numbers)

@@ -276,7 +276,7 @@ class NoveltyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedOptions(OperationOptions):
+class EvaluatedOptions(OperationOptions):
     """What an operation that measures the loss before and after lets one choose."""
 
     adapter: str = _adapter()
@@ -294,7 +294,7 @@ class JudgedOptions(OperationOptions):
     "--out runs/quickstart/pruned",
 )
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(JudgedOptions):
+class PruneOptions(EvaluatedOptions):
     """Remove experts from a mixture, and say what that costs."""
 
     adapter: str = _adapter(
@@ -322,7 +322,7 @@ class PruneOptions(JudgedOptions):
     "--out runs/quickstart/merged",
 )
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(JudgedOptions):
+class MergeOptions(EvaluatedOptions):
     """Make one expert of several, and say what that costs."""
 
     experts: list[str] = _many(

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..experts.evaluation import Texts
 from ..experts.parts import names_of, take_apart
 from ..experts.prune import Pruned, drop, prune
-from ..experts.reading import Texts
 from ..schema import Problem, UserError, telling_user
-from .judged import loss_notes, loss_record, open_adapter
+from .evaluated import loss_notes, loss_record, open_adapter
 from .operation import Plan
 from .options import PruneOptions
 

@@ -43,7 +43,7 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class Block:
+class TextBlock:
     """A run of tokens that the model reads at once; never of two documents.
 
     unit is what permutations move and errors are counted over: the document, or the block where documents are few.
@@ -99,21 +99,21 @@ def tokenise(document: Any, tokenizer: PreTrainedTokenizerBase) -> Document:
     return Document(ids, pieces)
 
 
-def cut(domains: Sequence[Domain], block_size: int) -> tuple[list[Block], bool]:
+def cut(domains: Sequence[Domain], block_size: int) -> tuple[list[TextBlock], bool]:
     """Blocks of at most block_size tokens, and whether units are documents (False: too few of them somewhere)."""
     by_document = all(len(domain.documents) >= FEWEST_UNITS for domain in domains)
-    blocks: list[Block] = []
+    blocks: list[TextBlock] = []
     unit = -1
     for index, domain in enumerate(domains):
         for number, document in enumerate(domain.documents):
             unit += by_document
             for at in range(0, len(document.token_ids), block_size):
                 unit += not by_document
-                blocks.append(Block(index, number, unit, document.token_ids[at : at + block_size]))
+                blocks.append(TextBlock(index, number, unit, document.token_ids[at : at + block_size]))
     return blocks, by_document
 
 
-def sample(blocks: Sequence[Block], domain: int, max_tokens: int) -> list[int]:
+def sample(blocks: Sequence[TextBlock], domain: int, max_tokens: int) -> list[int]:
     """Positions of blocks of one domain, evenly spread over it, that together hold at most about max_tokens."""
     own = [i for i, block in enumerate(blocks) if block.domain == domain and len(block.token_ids) > 1]
     total = sum(len(blocks[i].token_ids) for i in own)

@@ -1,20 +1,21 @@
 """What can be done with experts once they exist: import, export and the operations that reshape a mixture."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
 from ..storage.lora_file import LoraError, LoraFile, read_lora
 from .distil import closed_form, lora_of
+from .domains import forget_domain, knows_domain, learn_domain, refresh_domain_classifier
+from .evaluation import Texts
 from .exporting import merge, save_lora, to_lora, to_lora_mixture
 from .growth import GrowthCallback, grow
 from .importing import build, from_lora
-from .memory import forget, refresh_gate, remember, remembers
 from .merging import MergeRecipe, merge_experts
 from .migration import Migration, experts_of
 from .novelty_score import Novelty, novelty
 from .parts import put_together, select, take_apart
 from .prune import drop, prune
-from .reading import Texts
 from .scoring import score_by_arrow, score_by_prototype
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "closed_form",
     "drop",
     "experts_of",
-    "forget",
+    "forget_domain",
     "from_lora",
     "grow",
+    "knows_domain",
+    "learn_domain",
     "lora_of",
     "merge",
     "merge_experts",
@@ -40,9 +43,7 @@ __all__ = [
     "prune",
     "put_together",
     "read_lora",
-    "refresh_gate",
-    "remember",
-    "remembers",
+    "refresh_domain_classifier",
     "save_lora",
     "score_by_arrow",
     "score_by_prototype",
@@ -56,8 +57,18 @@ __all__ = [
 _TRAINING = ("RouterTraining", "train_router")
 """Names of [`moelora.training.router_training`], imported when somebody asks: it needs the Trainer and `datasets`."""
 
+_RENAMED = {
+    "forget": "forget_domain",
+    "refresh_gate": "refresh_domain_classifier",
+    "remember": "learn_domain",
+    "remembers": "knows_domain",
+}
+
 
 def __getattr__(name: str) -> Any:
     if name in _TRAINING:
         return getattr(import_module("moelora.training.router_training"), name)
+    if name in _RENAMED:
+        warnings.warn(f"`moelora.experts.{name}` is now `{_RENAMED[name]}`", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

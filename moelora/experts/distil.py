@@ -24,8 +24,8 @@ from torch import nn
 
 from ..config import MoELoraConfig
 from ..storage.lora_file import Factor, Factors, peft_tensors
+from .covariance import Batch, InputCovariance, gather, in_passes, linears_of, readers
 from .low_rank import reduced_rank_regression
-from .moments import Batch, Moments, gather, in_passes, linears_of, readers
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ def closed_form(
     groups = readers(model, next(iter(batches())))
     factors, error = {}, {}
     for some in in_passes(model, groups, memory):
-        for name, moments in gather(model, batches(), some).items():
-            factors[name] = fit(moments, rank, ridge)
-            error[name] = moments.error(*factors[name])
+        for name, covariance in gather(model, batches(), some).items():
+            factors[name] = fit(covariance, rank, ridge)
+            error[name] = covariance.error(*factors[name])
     return ClosedForm(factors, error)
 
 
-def fit(moments: Moments, rank: int, ridge: float) -> Factor:
+def fit(covariance: InputCovariance, rank: int, ridge: float) -> Factor:
     """The best factors for one linear."""
-    width = len(moments.second)
-    strength = ridge * max(float(moments.second.diagonal().mean()), torch.finfo(torch.float64).tiny)
-    mean_N1 = (moments.weight / max(moments.tokens, 1))[:, None]
-    beyond_mean = moments.cross - mean_N1 * moments.unweighted
-    second = moments.second + strength * torch.eye(width, dtype=torch.float64, device=beyond_mean.device)
-    return reduced_rank_regression(moments.left, mean_N1 * moments.lora_A, beyond_mean, second, rank)
+    width = len(covariance.second)
+    strength = ridge * max(float(covariance.second.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    mean_N1 = (covariance.weight / max(covariance.tokens, 1))[:, None]
+    beyond_mean = covariance.cross - mean_N1 * covariance.unweighted
+    second = covariance.second + strength * torch.eye(width, dtype=torch.float64, device=beyond_mean.device)
+    return reduced_rank_regression(covariance.left, mean_N1 * covariance.lora_A, beyond_mean, second, rank)
 
 
 # ---- students --------------------------------------------------------------------------------------------------------

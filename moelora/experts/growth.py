@@ -30,7 +30,7 @@ def grow(
 
     The adapters that are there keep their tensors, and stop learning as asked. Until the new experts have learned
     something they contribute nothing, but take their share of the routing weight; where the adapters remember their
-    domains ([`moelora.experts.remember`]), let the new one remember its own and it takes from theirs no more.
+    domains ([`moelora.experts.learn_domain`]), let the new one remember its own and it takes from theirs no more.
 
     Args:
         num_experts: of the new adapter, 1 or more; as many as the first adapter holds by default.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
-from ..routing.domain_classifier import Memory, combined, distinct
+from ..routing.domain_classifier import DomainStatistics, combined, distinct
 from ..storage.lora_file import Factor
 from ..storage.stored import scaling_of
 from .low_rank import truncated, truncated_product
@@ -31,7 +31,7 @@ from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explici
 
 METHODS = ("average", "svd", "ties", "dare")
 HIDDEN = "hidden_weight"
-_FIELDS = tuple(field.name for field in fields(Memory))  # the mean first
+_FIELDS = tuple(field.name for field in fields(DomainStatistics))  # the mean first
 _MEAN = f".memory_{_FIELDS[0]}"
 _MEMORY = re.compile(rf"\.(memory_({'|'.join(_FIELDS)})|gate_(weight|bias))$")
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -184,7 +184,7 @@ def memory_notes(adapters: Sequence[AdapterParts], numbers: Sequence[int]) -> li
     if forgetful:
         return [
             f"{forgetful[0]} does not remember its domain, so the adapter of the merged expert remembers none, and no "
-            "gate decides between adapters; moelora.experts.remember gives it a memory"
+            "domain classifier decides between adapters; moelora.experts.learn_domain gives it domain statistics"
         ]
     names = ", ".join(owner.name for owner in owners)
     return [f"The adapter of the merged expert remembers the domains of {names}, which count alike"]
@@ -207,7 +207,7 @@ def _remembering_all(adapter: AdapterParts, chosen: Sequence[_Chosen]) -> Adapte
     for key in (key for key in adapter.shared if key.endswith(_MEAN)):
         parts = [f"{key.removesuffix(_FIELDS[0])}{name}" for name in _FIELDS]
         memories = distinct(
-            [Memory(*(owner.shared[part] for part in parts)) for owner in owners if key in owner.shared]
+            [DomainStatistics(*(owner.shared[part] for part in parts)) for owner in owners if key in owner.shared]
         )
         if len(memories) > 1:
             memory = combined(memories, len(memories[0].directions))

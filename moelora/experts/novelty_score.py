@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 
-from ..data.texts import Block
+from ..data.texts import TextBlock
 from ..report.observe import before, count_anew, losses_of, padded, undisturbed
 from ..routing import FixedRouter, Router, rms_norm
-from ..routing.domain_classifier import RIDGE, Memory
+from ..routing.domain_classifier import RIDGE, DomainStatistics
 from ..tuner.router import MoELoraRouter
 
 Array = NDArray[np.float64]
@@ -138,7 +138,7 @@ def measure(
     with torch.no_grad(), undisturbed(model):
         count_anew(model.base_model.routing)
         for start in range(0, len(texts), batch_size):
-            blocks = [Block(0, 0, 0, list(text)) for text in texts[start : start + batch_size]]
+            blocks = [TextBlock(0, 0, 0, list(text)) for text in texts[start : start + batch_size]]
             ids, mask = padded(blocks, pad, model.device)
             seen: list[Tensor] = []
             watched = routers if number == "distance" else {}
@@ -182,7 +182,7 @@ class _Domain:
     whitening_KH: Tensor  # (I + U D^-1 U^T)^-1/2 U D^-1
 
     @classmethod
-    def of(cls, memory: Memory, device: torch.device) -> _Domain:
+    def of(cls, memory: DomainStatistics, device: torch.device) -> _Domain:
         directions, variance = memory.directions.double(), memory.variance.double()
         variance = variance + RIDGE * (variance + directions.square().sum(0)).mean()
         scaled = directions / variance
@@ -200,7 +200,7 @@ class _Domain:
 def _domains_of(router: MoELoraRouter, device: torch.device) -> list[_Domain]:
     """Of the adapters that a router serves; none unless all remember theirs."""
     learned = cast("list[Router]", router.active_routers())
-    return [_Domain.of(r.memory, device) for r in learned] if all(r.remembers for r in learned) else []
+    return [_Domain.of(r.domain, device) for r in learned] if all(r.has_domain for r in learned) else []
 
 
 def _look(domains: list[_Domain], mask_BS: Tensor, seen: list[Tensor]) -> Callable[..., None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
 from ..tuner.peft_model import MixturePeftModel
-from .memory import refresh_gate
+from .domains import refresh_domain_classifier
 
 Tensors = dict[str, Tensor]
 
@@ -102,7 +102,7 @@ def take_apart(model: PeftModel) -> list[AdapterParts]:
 def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftModel:
     """A mixture of these adapters on the base of model, which loses its own and is of no use afterwards.
 
-    Where adapters remember their domains, the gate between those that there are now is solved for anew.
+    Where adapters know their domains, the classifier between those that there are now is solved for anew.
     """
     base = model.unload()
     first, *others = adapters
@@ -112,7 +112,7 @@ def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftMode
     for adapter in adapters:
         set_peft_model_state_dict(mixture, adapter.tensors(), adapter_name=adapter.name)
     mixture.set_adapter([each.name for each in adapters if each.is_active], inference_mode=first.config.inference_mode)
-    refresh_gate(cast(PeftModel, mixture))
+    refresh_domain_classifier(cast(PeftModel, mixture))
     return cast(PeftModel, mixture).train(model.training)
 
 

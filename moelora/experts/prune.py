@@ -13,8 +13,8 @@ import numpy as np
 from peft import PeftModel
 
 from ..report.analysis import geometry_of
+from .evaluation import Evaluation, Texts
 from .parts import names_of, put_together, select, take_apart
-from .reading import Reading, Texts
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Pruned:
 
     model: PeftModel
     removals: list[Removal]
-    before: Reading
-    after: Reading
+    before: Evaluation
+    after: Evaluation
 
 
 def prune(model: PeftModel, texts: Texts, by: str, keep: int) -> Pruned:
@@ -52,15 +52,15 @@ def prune(model: PeftModel, texts: Texts, by: str, keep: int) -> Pruned:
             f"`keep` ({keep}) must be between 1 and {len(names) - 1}: the mixture has {len(names)} experts"
         )
     numbers = list(range(len(names)))
-    before = reading = texts.read(model)
+    before = evaluation = texts.read(model)
     removals = []
     while len(numbers) > keep:
-        place, reason = CRITERIA[by](model, texts, reading, numbers)
+        place, reason = CRITERIA[by](model, texts, evaluation, numbers)
         removals.append(Removal(numbers[place], names[numbers[place]], reason))
         model = put_together(model, select(take_apart(model), [i for i in range(len(numbers)) if i != place]))
         del numbers[place]
-        reading = texts.read(model)
-    return Pruned(model, removals, before, reading)
+        evaluation = texts.read(model)
+    return Pruned(model, removals, before, evaluation)
 
 
 def drop(model: PeftModel, texts: Texts, numbers: Sequence[int]) -> Pruned:
@@ -77,28 +77,28 @@ def drop(model: PeftModel, texts: Texts, numbers: Sequence[int]) -> Pruned:
     return Pruned(model, [Removal(i, names[i], "named by --drop") for i in numbers], before, texts.read(model))
 
 
-Criterion = Callable[[PeftModel, Texts, Reading, Sequence[int]], tuple[int, str]]
+Criterion = Callable[[PeftModel, Texts, Evaluation, Sequence[int]], tuple[int, str]]
 """The place of the expert to remove next, and why; numbers [E] are the experts' numbers before pruning."""
 
 
-def _by_load(model: PeftModel, texts: Texts, reading: Reading, numbers: Sequence[int]) -> tuple[int, str]:
-    place = int(np.argmin(reading.share))
-    return place, f"least used: {reading.share[place]:.1%} of the routing weight"
+def _by_load(model: PeftModel, texts: Texts, evaluation: Evaluation, numbers: Sequence[int]) -> tuple[int, str]:
+    place = int(np.argmin(evaluation.share))
+    return place, f"least used: {evaluation.share[place]:.1%} of the routing weight"
 
 
-def _by_worth(model: PeftModel, texts: Texts, reading: Reading, numbers: Sequence[int]) -> tuple[int, str]:
-    worth_E = np.nanmean(texts.worth(model, reading).worth, axis=0)
+def _by_worth(model: PeftModel, texts: Texts, evaluation: Evaluation, numbers: Sequence[int]) -> tuple[int, str]:
+    worth_E = np.nanmean(texts.worth(model, evaluation).worth, axis=0)
     place = int(np.argmin(worth_E))
     return place, f"worth least: without it the loss changes by {worth_E[place]:+.4f} nats per token"
 
 
-def _by_similarity(model: PeftModel, texts: Texts, reading: Reading, numbers: Sequence[int]) -> tuple[int, str]:
+def _by_similarity(model: PeftModel, texts: Texts, evaluation: Evaluation, numbers: Sequence[int]) -> tuple[int, str]:
     similarity_EE = np.tril(geometry_of(model)[0].similarity.numpy(), -1) - 2 * np.triu(np.ones((len(numbers),) * 2))
     pair = np.unravel_index(int(np.argmax(similarity_EE)), similarity_EE.shape)
-    less, more = sorted(map(int, pair), key=lambda place: reading.share[place])
+    less, more = sorted(map(int, pair), key=lambda place: evaluation.share[place])
     return less, (
         f"most like another: cosine {similarity_EE[pair]:+.3f} with expert {numbers[more]}, which is used more "
-        f"({reading.share[more]:.1%} of the routing weight against {reading.share[less]:.1%})"
+        f"({evaluation.share[more]:.1%} of the routing weight against {evaluation.share[less]:.1%})"
     )
 
 

@@ -20,7 +20,7 @@ from ..routing.loss_free import bias_steps
 from ..routing.sums import RoutingSums, RoutingTotals, counting_alone, without_non_finite
 from .delivery import carry, check_can_carry, deliver, has_labels, is_last_micro_batch, num_targets, share_of_targets
 from .interfaces import MixtureRouter
-from .overflow import Growth, may_be_scaled
+from .overflow import StepRollback, may_be_scaled
 from .state import ForwardContext
 
 
@@ -34,7 +34,7 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
         return output
     state = context.state
     all_sums, targets, world_size = _over_ranks([group.stacked() for group in groups], num_targets(context, model))
-    growth = _grow_all(context, model, groups, all_sums)
+    rollback = _advance_all(context, model, groups, all_sums)
     losses_L = _balancing_losses(groups, all_sums, state.config.load_balance_loss_type)
     if state.window is not None:
         names = [router.name for group in groups for router in group.routers]
@@ -42,29 +42,31 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
     state.balancing_loss, token = deliver(context, model, losses_L.mean(), targets)
     share = _own_share(context, targets, world_size)
     output = _add_to_output(output, state.balancing_loss, share, token, context)
-    if growth is not None:
-        growth.watch(output)
+    if rollback is not None:
+        rollback.watch(output)
     return output
 
 
-def _grow_all(
+def _advance_all(
     context: ForwardContext, model: nn.Module, groups: Sequence[_Group], all_sums: Sequence[RoutingSums]
-) -> Growth | None:
-    """Let maturity and counters grow; the growth is returned where a loss scaler may have it taken back."""
-    state, growth = context.state, None
+) -> StepRollback | None:
+    """Let maturity and counters grow; the rollback is returned where a loss scaler may have it taken back."""
+    state, rollback = context.state, None
     is_last = is_last_micro_batch()
     # A compiled graph has no place for hooks on its own backward.
     if is_last and not torch.compiler.is_compiling() and may_be_scaled(model, all_sums[0].packed.device):
-        growing = [router for group in groups for r in group.routers for router in r.active_routers() if _grows(router)]
-        buffers = [b for r in growing for b in (r.maturity, r.tokens_per_expert, r.selection_bias) if b is not None]
-        parameters = [parameter for router in growing for parameter in router.parameters()]
-        growth = state.growth = Growth(model, buffers, parameters, state.growth) if buffers else None
+        learning = [
+            router for group in groups for r in group.routers for router in r.active_routers() if _learns(router)
+        ]
+        buffers = [b for r in learning for b in (r.maturity, r.tokens_per_expert, r.selection_bias) if b is not None]
+        parameters = [parameter for router in learning for parameter in router.parameters()]
+        rollback = state.rollback = StepRollback(model, buffers, parameters, state.rollback) if buffers else None
     for group, sums in zip(groups, all_sums, strict=True):
-        grow(group.routers, sums, state.config, commit=is_last)
-    return growth
+        advance(group.routers, sums, state.config, commit=is_last)
+    return rollback
 
 
-def _grows(router: ExpertRouter) -> bool:
+def _learns(router: ExpertRouter) -> bool:
     return not router.is_frozen
 
 
@@ -109,7 +111,7 @@ def _balancing_losses(groups: Sequence[_Group], all_sums: Sequence[RoutingSums],
     return torch.cat([loss.to(losses[0].device) for loss in losses])
 
 
-def grow(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraConfig, commit: bool) -> None:
+def advance(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraConfig, commit: bool) -> None:
     """Add a training forward's routing mass and assignments; commit adds them to maturity and counters, and moves the
     biases that balance the load.
 
@@ -120,10 +122,10 @@ def grow(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraCon
         sums: of all routers, stacked, and finite.
     """
     with counting_alone():
-        _grow(routers, sums, config, commit)
+        _advance(routers, sums, config, commit)
 
 
-def _grow(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraConfig, commit: bool) -> None:
+def _advance(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraConfig, commit: bool) -> None:
     gained = torch.stack([sums.mass, sums.assignments], dim=1)  # [L, 2, E]
     if any(router.pending is not None for router in routers):
         zero = torch.zeros_like(gained[0])
@@ -136,7 +138,7 @@ def _grow(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraCo
         _move_biases(routers, gained[:, 1], config.bias_update_speed)
     masses, counts = gained[:, 0].unbind(0), gained[:, 1].to(torch.int64).unbind(0)
     parts = [part for router, *rows in zip(routers, masses, counts, strict=True) for part in _by_adapter(router, *rows)]
-    parts = [part for part in parts if _grows(part[0])]
+    parts = [part for part in parts if _learns(part[0])]
     if not parts:
         return
     maturities = [expert_router.maturity for expert_router, _, _ in parts]
@@ -155,9 +157,9 @@ def _move_biases(routers: Sequence[MixtureRouter], counts_LE: Tensor, speed: flo
     biases, moves = [], []
     for router, counts_E in zip(routers, counts_LE, strict=True):
         sizes = [count for _, count in router.pool]
-        steps = bias_steps(counts_E[None], speed, sizes if router.is_gated else None)[0].split(sizes)
+        steps = bias_steps(counts_E[None], speed, sizes if router.routes_by_domain else None)[0].split(sizes)
         for expert_router, step in zip(router.active_routers(), steps, strict=True):
-            if expert_router.selection_bias is not None and _grows(expert_router):
+            if expert_router.selection_bias is not None and _learns(expert_router):
                 biases.append(expert_router.selection_bias)
                 moves.append(step.to(expert_router.selection_bias.device))
     if biases:

@@ -17,7 +17,7 @@ from .balance import finish_forward
 from .checkpointing import make_checkpoint_routed
 from .interfaces import MixtureRouter
 from .shared_input import SharedInput
-from .state import BlockRouting, ForwardContext, Opened, RoutingState, kv_cache
+from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState, kv_cache
 
 
 class ForwardHook:
@@ -42,7 +42,7 @@ class ForwardHook:
             RuntimeError: under nn.DataParallel, whose replicas would share the routers of one GPU.
         """
         state, here = self.state, self.state.in_force
-        mine = here.opened = Opened(self, here.context, here.opened)  # first: whatever is raised, `after` is called
+        mine = here.entry = ForwardEntry(self, here.context, here.entry)  # first: whatever is raised, `after` is called
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "a mixture cannot run under nn.DataParallel, which the Trainer uses where a process sees several GPUs: "
@@ -62,18 +62,18 @@ class ForwardHook:
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook, also called when the forward raised (output is then None)."""
         here = self.state.in_force
-        mine = here.opened
+        mine = here.entry
         while mine is not None and mine.hook is not self:  # others that an interrupt kept from ending
             mine = mine.before
         if mine is None:
             return None  # it raised before it began
-        here.opened, here.context = mine.before, mine.outer
+        here.entry, here.context = mine.before, mine.outer
         context = mine.context
         if context is None:
             return None
         if context.call.copies is not None:
             context.call.prefilled = True
-        context.said.keep_on(kv_cache(output) if context.cache is None else context.cache)
+        context.densities.keep_on(kv_cache(output) if context.cache is None else context.cache)
         return None if output is None else finish_forward(context, module, output)
 
 

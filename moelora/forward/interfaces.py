@@ -32,7 +32,7 @@ class MixtureRouter(Protocol):
         """The active adapters that it scores."""
 
     @property
-    def is_gated(self) -> bool:
+    def routes_by_domain(self) -> bool:
         """Whether domains decide between its adapters."""
 
     def __getitem__(self, adapter_name: str) -> Any:

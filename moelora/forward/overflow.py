@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from ..ops.ranks import num_ranks
 
 
-class Growth:
+class StepRollback:
     """What one forward of a model is about to add to maturity and counters.
 
     Args:
         buffers: the maturity and the counters, not yet grown.
         parameters: some that the step changes. Where they hold gradients and have not changed since the earlier forward
             grew, this one is of the same step, whose beginning is what counts.
-        earlier: the growth of the forward before.
+        earlier: the rollback of the forward before.
     """
 
     def __init__(
-        self, model: nn.Module, buffers: list[Tensor], parameters: Sequence[nn.Parameter], earlier: Growth | None
+        self, model: nn.Module, buffers: list[Tensor], parameters: Sequence[nn.Parameter], earlier: StepRollback | None
     ) -> None:
         self.model = model
         self.buffers = buffers
@@ -38,7 +38,7 @@ class Growth:
         self.before: list[Tensor] = earlier.before if earlier and is_same_step else [b.clone() for b in buffers]
         self._task = -1
 
-    def _is_alike(self, other: Growth) -> bool:
+    def _is_alike(self, other: StepRollback) -> bool:
         are_same = [id(buffer) for buffer in self.buffers] == [id(buffer) for buffer in other.buffers]
         return are_same and self.versions == other.versions
 

@@ -101,14 +101,14 @@ class SharedInput:
         return self._outputs.pop(layer, None)
 
     def run(self, x: Tensor, layer: SharingLinear, reader: Reader, weights: Tensor) -> Tensor:
-        """The layer's output [..., O] for x [..., D] under weights [..., E]; those of its followers are kept."""
+        """The layer's output [..., O] for x [..., D] under weights [..., E]; those of its fused_with are kept."""
         self.close()
         if not can_fuse(reader.pools):
             return mixture_linear(x, reader, weights)
-        followers = _followers(layer, reader, x, weights)
-        first, *others = mixture_fused(x, [reader, *followers.values()], weights)
-        if followers:
-            self._key, self._x, self._outputs = _key(x), x, dict(zip(followers, others, strict=True))
+        fused_with = _fused_with(layer, reader, x, weights)
+        first, *others = mixture_fused(x, [reader, *fused_with.values()], weights)
+        if fused_with:
+            self._key, self._x, self._outputs = _key(x), x, dict(zip(fused_with, others, strict=True))
         return first
 
     def close(self) -> None:
@@ -121,12 +121,12 @@ def _key(x: Tensor) -> tuple[Any, ...]:
     return (None if x.is_inference() else x._version), torch.is_grad_enabled(), compute_dtype(x)
 
 
-def _followers(layer: SharingLinear, reader: Reader, x: Tensor, weights: Tensor) -> dict[SharingLinear, Reader]:
+def _fused_with(layer: SharingLinear, reader: Reader, x: Tensor, weights: Tensor) -> dict[SharingLinear, Reader]:
     """The linears that are about to read x, as their module's source says, and that one product serves as well."""
-    if not layer.link.followers or x.is_inference():  # without a version counter, a change of x goes unseen
+    if not layer.link.fused_with or x.is_inference():  # without a version counter, a change of x goes unseen
         return {}
     found, dtype = {}, compute_dtype(x)
-    for other in layer.link.followers:
+    for other in layer.link.fused_with:
         theirs = Reader(other.base_layer, other.expert_pools())
         is_near = bool(theirs.pools) and theirs.pools[0].lora_A.device == x.device
         is_bare = is_plain(theirs.base_layer, dtype)  # others may count how often, or when, they are called

@@ -19,24 +19,24 @@ from torch import Tensor, nn
 from ..config import MoELoraConfig, count_experts
 from ..ops.ranks import num_ranks
 from ..routing.decision import sole_expert
-from ..routing.domain_classifier import Said
+from ..routing.domain_classifier import ContextDensities
 from ..routing.sums import RoutingSums
 from ..routing.window import TrainingWindow
 from .call import Call
 from .interfaces import MixtureRouter, Pool
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
-from .overflow import Growth
+from .overflow import StepRollback
 from .shared_input import SharedInput
 from .training_loop import TrainingLoop
 
 
 @dataclass
-class Opened:
+class ForwardEntry:
     """A forward that has begun and not ended, as the hook that began it finds it again."""
 
     hook: object
     outer: ForwardContext | None  # in force again when it ends
-    before: Opened | None  # what had been opened before it
+    before: ForwardEntry | None  # what had been opened before it
     context: ForwardContext | None = None  # None where the module runs within another's forward, or nothing is routed
 
 
@@ -48,7 +48,7 @@ class InForce(threading.local):
 
     def __init__(self) -> None:
         self.context: ForwardContext | None = None  # the forward in progress
-        self.opened: Opened | None = None  # the innermost one
+        self.entry: ForwardEntry | None = None  # the innermost one
         self.call = Call()
         self.copies: int | None = None  # what `generate` is about to call with; see [`Call`]
 
@@ -64,7 +64,7 @@ class RoutingState:
     in_force: InForce = field(default_factory=InForce)
     attached: nn.Module | None = None  # the user's own router
     balancing_loss: Tensor | None = None  # of the latest training forward
-    growth: Growth | None = None  # of the latest training forward, where a loss scaler may skip its step
+    rollback: StepRollback | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
     loop: TrainingLoop | None = None  # the one that trains it, where MoELoraCallback tells
     delivered_at: int | None = None  # a router's version when the balancing loss last came by itself; see delivery
@@ -131,10 +131,11 @@ class RoutingState:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no forward in progress, no autograd graph and no training loop."""
         kept = {name: value for name, value in self.__dict__.items() if name != "in_force"}
-        return kept | {"balancing_loss": None, "growth": None, "loop": None, "delivered_at": None}
+        return kept | {"balancing_loss": None, "rollback": None, "loop": None, "delivered_at": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"warned": set()} | state, in_force=InForce())
+        state.pop("growth", None)  # the name that pickles of November 2026 have for what is None in them
+        self.__dict__.update({"warned": set(), "rollback": None} | state, in_force=InForce())
 
 
 class ForwardContext:
@@ -164,7 +165,7 @@ class ForwardContext:
         self.grad_enabled = torch.is_grad_enabled()
         self.cache = kv_cache(inputs)
         self.past_length = _past_length(self.cache)  # now: the blocks' attention lets it grow
-        self.said = Said.on(self.cache)
+        self.densities = ContextDensities.on(self.cache)
         says_nothing = inputs.get("attention_mask") is None
         self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}

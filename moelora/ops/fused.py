@@ -45,7 +45,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Saved:
     """What is constant in one call, and in what order its tensors come."""
 
     num_readers: int
@@ -69,7 +69,7 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, x: Tensor, weights: Tensor, *tensors: Any):
+    def forward(ctx: Any, plan: _Saved, x: Tensor, weights: Tensor, *tensors: Any):
         frozen, As, Bs = plan.split(tensors)
         ys, h, kept = _outputs(plan, x, weights, frozen, As, Bs)
         ctx.save_for_backward(x, h, weights, kept, *(weight for _, weight, _ in frozen), *As, *_joined(Bs))
@@ -85,7 +85,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
+        plan: _Saved = ctx.plan
         x, h, weights, kept, *saved = ctx.saved_tensors
         Ws, As, Bs = saved[: plan.num_readers], *_halves(saved[plan.num_readers :])
         _, needs_x, needs_weights, *needs = ctx.needs_input_grad
@@ -119,7 +119,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def _outputs(
-    plan: _Plan,
+    plan: _Saved,
     x: Tensor,
     weights: Tensor,
     frozen: Sequence[Sequence[Any]],
@@ -151,7 +151,7 @@ def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, we
 
 
 def _expand_few(
-    x: Tensor, h: Tensor, weights: Tensor, factors_B: Sequence[Tensor], plan: _Plan, frozen: Sequence[Any]
+    x: Tensor, h: Tensor, weights: Tensor, factors_B: Sequence[Tensor], plan: _Saved, frozen: Sequence[Any]
 ) -> Tensor:
     """What _expand makes of weighted(h), in one launch after the frozen product."""
     from .triton.expand import add_expanded
@@ -219,7 +219,7 @@ def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> list
     if any(pool.scaling != scale for pool in pools):
         shares = weights.split([pool.num_experts for pool in pools], dim=-1)
         scale, weights = 1.0, torch.cat([share * p.scaling for share, p in zip(shares, pools, strict=True)], dim=-1)
-    plan = _Plan(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
+    plan = _Saved(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
     frozen = [_frozen_part(reader.base_layer, x, dtype) for reader in readers]
     As = [pool.lora_A for reader in readers for pool in reader.pools]
     Bs = [[pool.lora_B for pool in reader.pools] for reader in readers]

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ..console import printable
-from ..data.texts import Block, Domain, sample
+from ..data.texts import Domain, TextBlock, sample
 from ..routing.decision import top_k_mask
 from .observe import count_anew, look, losses_without, reading_routers, stats_by_name
 
@@ -73,7 +73,7 @@ class Routed:
         np.add.at(totals, self.domain_of_unit, sums_URE)
         return totals / np.maximum(totals.sum(-1, keepdims=True), 1e-300)
 
-    def loss_by_domain(self, blocks: Sequence[Block]) -> Array:
+    def loss_by_domain(self, blocks: Sequence[TextBlock]) -> Array:
         """[D] nats per predicted token; NaN where no token is predicted."""
         domain_B = np.array([block.domain for block in blocks])
         summed = (np.bincount(domain_B, values, len(self.entropy)) for values in (self.losses, self.predicted))
@@ -81,7 +81,9 @@ class Routed:
         return np.where(predicted > 0, losses / np.maximum(predicted, 1), np.nan)
 
 
-def watch(model: PeftModel, domains: Sequence[Domain], blocks: Sequence[Block], pad: int, progress: Progress) -> Routed:
+def watch(
+    model: PeftModel, domains: Sequence[Domain], blocks: Sequence[TextBlock], pad: int, progress: Progress
+) -> Routed:
     """Read every block once. The model must be [`undisturbed`]."""
     state = model.base_model.routing
     names = reading_routers(model, blocks[0])
@@ -123,7 +125,7 @@ def assigned(weights: Tensor, top_k: int) -> Tensor:
     return top_k_mask(weights, min(top_k, weights.shape[-1])) & (weights > 0)
 
 
-def batches(blocks: Sequence[Block], chosen: Sequence[int], device: torch.device) -> Iterator[list[int]]:
+def batches(blocks: Sequence[TextBlock], chosen: Sequence[int], device: torch.device) -> Iterator[list[int]]:
     """Positions of blocks to read together: as many as fit once padded to the longest."""
     limit = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE_ELSEWHERE)
     batch: list[int] = []
@@ -146,7 +148,7 @@ class _Pages:
     weights: list[NDArray[np.uint8]] = field(default_factory=list)
     losses: list[NDArray[np.float32]] = field(default_factory=list)
 
-    def add(self, block: Block, weights_RTE: Tensor, loss: Tensor) -> None:
+    def add(self, block: TextBlock, weights_RTE: Tensor, loss: Tensor) -> None:
         total = weights_RTE.sum(-1, keepdim=True).clamp(min=1e-9)
         self.weights.append((weights_RTE / total * LEVELS).round().clamp(0, LEVELS).to(torch.uint8).numpy())
         self.documents.append(np.full(len(block.token_ids), block.document, dtype=np.int32))
@@ -181,7 +183,7 @@ class Worth:
 def measure_worth(
     model: PeftModel,
     domains: Sequence[Domain],
-    blocks: Sequence[Block],
+    blocks: Sequence[TextBlock],
     routed: Routed,
     max_tokens: int,
     pad: int,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data.texts import Block
+from ..data.texts import TextBlock
 from ..forward.state import RoutingState
 from ..routing import FixedRouter
 from ..routing.sums import RouterStats, RoutingTotals
@@ -57,7 +57,7 @@ def columns_of(router: nn.Module, state: RoutingState) -> list[int]:
     return columns
 
 
-def reading_routers(model: PeftModel, block: Block) -> list[str]:
+def reading_routers(model: PeftModel, block: TextBlock) -> list[str]:
     """The routers that run when the model reads text, by name: those of an image tower do not.
     The model must be [`undisturbed`].
 
@@ -79,7 +79,7 @@ def reading_routers(model: PeftModel, block: Block) -> list[str]:
     return [name for name in names if name in seen]
 
 
-def look(model: PeftModel, blocks: Sequence[Block], pad: int, routers: Sequence[str] | None = None) -> Batch:
+def look(model: PeftModel, blocks: Sequence[TextBlock], pad: int, routers: Sequence[str] | None = None) -> Batch:
     """Run blocks through the model in one padded batch; padding is in nothing that comes back.
 
     Args:
@@ -106,7 +106,7 @@ def look(model: PeftModel, blocks: Sequence[Block], pad: int, routers: Sequence[
     )
 
 
-def losses_without(model: PeftModel, blocks: Sequence[Block], pad: int, expert: int) -> list[Tensor]:
+def losses_without(model: PeftModel, blocks: Sequence[TextBlock], pad: int, expert: int) -> list[Tensor]:
     """For each block [T - 1] losses with one expert removed from every router."""
     state = model.base_model.routing
     lengths = [len(block.token_ids) for block in blocks]
@@ -116,7 +116,7 @@ def losses_without(model: PeftModel, blocks: Sequence[Block], pad: int, expert: 
     return losses_of(logits, ids, lengths)
 
 
-def padded(blocks: Sequence[Block], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(blocks: Sequence[TextBlock], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask [B, S], padded on the right."""
     width = max(len(block.token_ids) for block in blocks)
     ids = torch.tensor([block.token_ids + [pad] * (width - len(block.token_ids)) for block in blocks])

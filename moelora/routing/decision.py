@@ -79,8 +79,8 @@ def within_capacity(
         return selected_TE & (within_TE if mask_T is None else within_TE | ~mask_T[:, None])
     order = priority.argsort(dim=0, descending=True, stable=True)
     positions = torch.arange(num_tokens, device=order.device)[:, None].expand_as(order)
-    rank = torch.empty_like(order).scatter_(0, order, positions)
-    within_TE = rank < capacity
+    place = torch.empty_like(order).scatter_(0, order, positions)
+    within_TE = place < capacity
     return selected_TE & (within_TE if mask_T is None else within_TE | ~mask_T[:, None])
 
 

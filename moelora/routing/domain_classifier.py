@@ -1,4 +1,4 @@
-"""Which adapter a text is for: what an adapter remembers of its domain, and the gate that follows from it.
+"""Which adapter a text is for: statistics of each adapter's domain, and the classifier that follows from them.
 
 An adapter that was grown for a domain remembers that domain's router inputs by their mean and covariance, no texts. Of
 several such adapters follows a linear discriminant with one covariance for all (Fisher 1936; Rao 1948): the log density
@@ -26,7 +26,7 @@ _ATTRIBUTE = "_moelora_densities"  # on a KV cache: what the tokens in it said
 
 
 @dataclass(frozen=True)
-class Memory:
+class DomainStatistics:
     """What an adapter remembers of its domain at one router; the covariance is directions^T directions + variance."""
 
     mean: Tensor  # [H]
@@ -34,7 +34,7 @@ class Memory:
     variance: Tensor  # [H], what the directions leave out
 
     @classmethod
-    def of(cls, mean: Tensor, rows_NH: Tensor, diagonal_H: Tensor, rank: int) -> Memory:
+    def of(cls, mean: Tensor, rows_NH: Tensor, diagonal_H: Tensor, rank: int) -> DomainStatistics:
         """With the `rank` largest directions of rows^T rows, and the covariance's diagonal [H] as given; float64."""
         _, singular, right = torch.linalg.svd(rows_NH, full_matrices=False)
         directions = rows_NH.new_zeros(rank, len(diagonal_H))
@@ -47,22 +47,22 @@ class Memory:
         """[H, H]."""
         return self.directions.t() @ self.directions + self.variance.diag()
 
-    def equals(self, other: Memory) -> bool:
+    def equals(self, other: DomainStatistics) -> bool:
         """Whether both are of one domain, to the last bit."""
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in vars(self))
 
 
-def distinct(memories: Sequence[Memory]) -> list[Memory]:
+def distinct(domains: Sequence[DomainStatistics]) -> list[DomainStatistics]:
     """Without those that equal an earlier one."""
-    found: list[Memory] = []
-    for memory in memories:
-        if not any(memory.equals(other) for other in found):
-            found.append(memory)
+    found: list[DomainStatistics] = []
+    for domain in domains:
+        if not any(domain.equals(other) for other in found):
+            found.append(domain)
     return found
 
 
 class InputSketch:
-    """Streams a router's normalised inputs into a [`Memory`], keeping [H, L] numbers and no input.
+    """Streams a router's normalised inputs into a [`DomainStatistics`], keeping [H, L] numbers and no input.
 
     Nystrom approximation of the covariance from one pass over it, with a random orthonormal test matrix (Tropp et al.,
     arXiv:1706.05736); exact where K >= H.
@@ -96,7 +96,7 @@ class InputSketch:
         self.squares_H += moved_TH.square().sum(0)
         self.sketch_HL += moved_TH.t() @ (moved_TH @ self.test_HL)
 
-    def finish(self) -> Memory:
+    def finish(self) -> DomainStatistics:
         """What was seen, float32 on the CPU.
 
         Raises:
@@ -114,29 +114,29 @@ class InputSketch:
         values, vectors = torch.linalg.eigh((core + core.t()) / 2)
         kept = values > 1e-6 * values[-1]  # below lies rounding
         basis = product @ (vectors[:, kept] * values[kept].rsqrt())
-        return Memory.of(self.origin_H.cpu() + moved, basis.t(), diagonal, self.rank)
+        return DomainStatistics.of(self.origin_H.cpu() + moved, basis.t(), diagonal, self.rank)
 
 
-def combined(memories: Sequence[Memory], rank: int) -> Memory:
-    """One memory of several domains, which count alike: mean and covariance are those of the mixture of Gaussians.
+def combined(domains: Sequence[DomainStatistics], rank: int) -> DomainStatistics:
+    """One domain of several, which count alike: mean and covariance are those of the mixture of Gaussians.
 
     ``mu = mean_a mu_a`` and ``S = mean_a (S_a + (mu_a - mu)(mu_a - mu)^T)``, of which `rank` directions are kept, and
     of the others the diagonal.
 
     Example:
-        >>> near, far = (Memory(torch.full((1,), mean), torch.zeros(1, 1), torch.ones(1)) for mean in (0.0, 2.0))
+        >>> near, far = (DomainStatistics(torch.tensor([m]), torch.zeros(1, 1), torch.ones(1)) for m in (0.0, 2.0))
         >>> both = combined([near, far], 1)
         >>> both.mean.item(), round(both.covariance().item(), 4)
         (1.0, 2.0)
     """
-    means = torch.stack([memory.mean for memory in memories]).double()
-    rows = torch.cat([*(memory.directions.double() for memory in memories), means - means.mean(0)])
-    rows = rows * len(memories) ** -0.5
-    left_out = torch.stack([memory.variance for memory in memories]).double().mean(0)
-    return Memory.of(means.mean(0), rows, left_out + rows.square().sum(0), rank)
+    means = torch.stack([domain.mean for domain in domains]).double()
+    rows = torch.cat([*(domain.directions.double() for domain in domains), means - means.mean(0)])
+    rows = rows * len(domains) ** -0.5
+    left_out = torch.stack([domain.variance for domain in domains]).double().mean(0)
+    return DomainStatistics.of(means.mean(0), rows, left_out + rows.square().sum(0), rank)
 
 
-def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
+def discriminants(domains: Sequence[DomainStatistics]) -> tuple[Tensor, Tensor]:
     """Weights [A, H] and biases [A] of every domain's log density: ``weight @ n + bias`` for a normalised input n.
 
     With the domains' mean covariance S (plus a ridge) and their mean m: ``(mu_a - m)^T S^-1 (n - (mu_a + m) / 2)``,
@@ -144,14 +144,14 @@ def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
     identity solves for it without forming it.
 
     Example:
-        >>> near, far = (Memory(torch.full((1,), mean), torch.zeros(1, 1), torch.ones(1)) for mean in (0.0, 2.0))
+        >>> near, far = (DomainStatistics(torch.tensor([m]), torch.zeros(1, 1), torch.ones(1)) for m in (0.0, 2.0))
         >>> weights, biases = discriminants([near, far])
         >>> [round(float(d), 2) for d in weights @ torch.tensor([2.0]) + biases]  # two apart: half a square of two
         [-1.5, 0.5]
     """
-    means = torch.stack([memory.mean for memory in memories]).double()
-    rows = torch.cat([memory.directions for memory in memories]).double() * len(memories) ** -0.5
-    diagonal = torch.stack([memory.variance for memory in memories]).double().mean(0)
+    means = torch.stack([domain.mean for domain in domains]).double()
+    rows = torch.cat([domain.directions for domain in domains]).double() * len(domains) ** -0.5
+    diagonal = torch.stack([domain.variance for domain in domains]).double().mean(0)
     diagonal += RIDGE * (diagonal + rows.square().sum(0)).mean()
     middle = means.mean(0)
     scaled, apart = rows / diagonal, (means - middle) / diagonal
@@ -161,8 +161,8 @@ def discriminants(memories: Sequence[Memory]) -> tuple[Tensor, Tensor]:
     return weights.float(), biases.float()
 
 
-class Said:
-    """What the tokens in a KV cache said to each router, so that text read piece by piece is gated as in one forward.
+class ContextDensities:
+    """The densities of the tokens in a KV cache, by router, so that text read piece by piece is told as in one forward.
 
     It follows its sequences where the cache reorders, repeats or selects them, as beam search does. Tokens that are
     taken back (assisted generation crops the cache) are forgotten, up to WINDOW of them.
@@ -172,12 +172,12 @@ class Said:
         self.densities: dict[str, tuple[Tensor, Any]] = {}  # by router: [B, S, A], and the position after the last
 
     @classmethod
-    def on(cls, cache: Any) -> Said:
+    def on(cls, cache: Any) -> ContextDensities:
         """What a KV cache keeps; nothing yet where it keeps none, or there is no cache."""
         return getattr(cache, _ATTRIBUTE, None) or cls()
 
     def keep_on(self, cache: Any) -> None:
-        """Keep it on a KV cache, if there is one and anything was said."""
+        """Keep it on a KV cache, if there is one and there is any."""
         if self.densities and hasattr(cache, "get_seq_length"):
             setattr(cache, _ATTRIBUTE, self)
             if not torch.compiler.is_compiling() and not isinstance(cache, _FollowedCache):
@@ -210,7 +210,7 @@ _CacheBase: Any = object  # of which classes `_followed` makes a mixture with tr
 
 
 class _FollowedCache(_CacheBase):
-    """Mixed into the class of a KV cache: what is done to its sequences is done to what they said.
+    """Mixed into the class of a KV cache: what is done to its sequences is done to their densities.
 
     A class, and no function set on the cache, which would refer back to it and keep its memory until the next garbage
     collection.
@@ -248,7 +248,7 @@ def _followed(cls: type) -> type:
 def over_context(
     densities_BSA: Tensor,
     mask_BS: Tensor | None = None,
-    said: Said | None = None,
+    earlier: ContextDensities | None = None,
     key: str = "",
     past_length: int | Tensor = 0,
 ) -> Tensor:
@@ -256,7 +256,7 @@ def over_context(
 
     Args:
         mask_BS: bool, False on padding.
-        said: what the tokens in the forward's KV cache said to the router `key`; these tokens join them.
+        earlier: the densities of the tokens in the KV cache; those of these tokens, by the router `key`, join them.
         past_length: number of tokens in the cache.
 
     Example:
@@ -266,11 +266,11 @@ def over_context(
     if mask_BS is not None:
         densities_BSA = torch.where(mask_BS[..., None], densities_BSA, 0)  # padding may be NaN, which times 0 stays
     length = densities_BSA.shape[1]
-    total = (densities_BSA if said is None else said.continued(key, densities_BSA, past_length)).cumsum(1)
+    total = (densities_BSA if earlier is None else earlier.continued(key, densities_BSA, past_length)).cumsum(1)
     return (total - F.pad(total, (0, 0, WINDOW, 0))[:, : total.shape[1]])[:, -length:]
 
 
-def gated_logits(
+def logits_by_domain(
     logits: Sequence[Tensor], densities_TA: Tensor, temperature: float, same_AA: Tensor | None = None
 ) -> Tensor:
     """[T, E] logits under which the experts of a domain together get its share of the probability.

@@ -15,8 +15,8 @@ class RouterKind:
     Attributes:
         help: what it does, as the configuration's help has it.
         weights: how weights come from logits, as docs/maths.md has it.
-        make: makes an adapter's router; called with hidden_size and num_experts, and router_hidden_size, memory and
-            has_bias by name.
+        make: makes an adapter's router; called with hidden_size and num_experts, and by name with
+            router_hidden_size, domain_rank and has_bias.
         is_constant: weights are the same for every token: nothing is learned, and the mixture can be merged.
         matures: a new expert is heard by every token until it is mature.
         scores_each_alone: an expert's score does not depend on the others', as a softmax's does.

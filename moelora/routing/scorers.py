@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.norm_linear import EPS
-from .domain_classifier import Memory
+from .domain_classifier import DomainStatistics
 
 
 def rms_norm(hidden: Tensor) -> Tensor:
@@ -71,10 +71,10 @@ class Router(ExpertRouter):
         hidden_size: H, width of the hidden states.
         num_experts: E, experts of this adapter.
         router_hidden_size: hidden units of a two-layer router (SiLU between); None for a linear one.
-        memory: directions to remember of the adapter's domain; 0 for none.
+        domain_rank: directions to keep of the adapter's domain; 0 for none.
 
-    Buffers, where there is a memory: memory_mean [H], memory_directions [K, H] and memory_variance [H], see
-    [`moelora.routing.domain_classifier.Memory`]; gate_weight [1, H] and gate_bias [1], the domain's discriminant.
+    Buffers, where a domain is kept: memory_mean [H], memory_directions [K, H] and memory_variance [H], see
+    [`DomainStatistics`]; gate_weight [1, H] and gate_bias [1], the domain's discriminant.
     """
 
     memory_mean: Tensor
@@ -88,12 +88,12 @@ class Router(ExpertRouter):
         hidden_size: int,
         num_experts: int,
         router_hidden_size: int | None = None,
-        memory: int = 0,
+        domain_rank: int = 0,
         has_bias: bool = False,
     ) -> None:
         super().__init__(num_experts, has_bias)
         self.hidden_size = hidden_size
-        self.make_memory(memory)
+        self.make_domain(domain_rank)
         # Raw parameters, not nn.Linear: PEFT's "all-linear" and quantisers must not take a router for a target.
         self.hidden_weight: nn.Parameter | None = None
         if router_hidden_size is not None:
@@ -107,7 +107,7 @@ class Router(ExpertRouter):
             if weight is not None:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
-    def make_memory(self, rank: int) -> None:
+    def make_domain(self, rank: int) -> None:
         """Make room for a memory of `rank` directions; 0 forgets."""
         H, K = self.hidden_size, min(rank, self.hidden_size)
         shapes = {"memory_mean": (H,), "memory_directions": (K, H), "memory_variance": (H,), "gate_weight": (1, H)}
@@ -116,14 +116,14 @@ class Router(ExpertRouter):
             self.register_buffer(name, torch.zeros(shape, device=device) if rank else None)
 
     @property
-    def remembers(self) -> bool:
+    def has_domain(self) -> bool:
         """Whether it has a memory of its domain."""
         return self.memory_mean is not None
 
     @property
-    def memory(self) -> Memory:
+    def domain(self) -> DomainStatistics:
         """Its memory of its domain, on the CPU."""
-        return Memory(self.memory_mean.cpu(), self.memory_directions.cpu(), self.memory_variance.cpu())
+        return DomainStatistics(self.memory_mean.cpu(), self.memory_directions.cpu(), self.memory_variance.cpu())
 
     @property
     def first_weight(self) -> Tensor:

@@ -102,7 +102,7 @@ def _check_router(
             0 if first is None else first.shape[1],
             num_experts,
             router_hidden_size=config.router_hidden_size,
-            memory=config.router_memory,
+            domain_rank=config.router_memory,
             has_bias=config.balancing.moves_bias,
         )
     prefix = f"{router}.moe_router.lora_router."

@@ -249,9 +249,9 @@ class RoutingControls:
 @contextmanager
 def _in_force(state: RoutingState, routing_weights: Tensor | None) -> Iterator[None]:
     here = state.in_force
-    before = here.context, here.call, here.opened  # a forward may run inside generate
+    before = here.context, here.call, here.entry  # a forward may run inside generate
     here.call, here.copies = Call(routing_weights, here.copies), None
     try:
         yield
     finally:  # the forward too: after an interrupt, which is no Exception, torch calls no closing hook of ours
-        here.context, here.call, here.opened = before
+        here.context, here.call, here.entry = before

@@ -31,7 +31,11 @@ class LayerLink:
     name: str
     state: RoutingState
     hook: BlockHook | None  # of the block around it; None outside every block
-    followers: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
+    fused_with: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickles of November 2026 call `fused_with` otherwise."""
+        self.__dict__.update({"fused_with": state.pop("followers", ())} | state)
 
     @property
     def routing(self) -> BlockRouting | None:

@@ -159,7 +159,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             for names in readers_of(type(parent).forward):
                 children = [child for name in names if isinstance(child := getattr(parent, name, None), MoELoraLayer)]
                 for i, child in enumerate(children):
-                    child.link.followers = tuple(children[i + 1 :])
+                    child.link.fused_with = tuple(children[i + 1 :])
 
     def _open_state(self) -> RoutingState:
         state = self.routing_or_none

@@ -18,11 +18,11 @@ from ..forward.state import ForwardContext, RoutingState
 from ..ops.norm_linear import norm_linear
 from ..ops.triton import kernels_for
 from ..routing import ExpertRouter, Router, Routing, route
-from ..routing.domain_classifier import gated_logits, over_context
+from ..routing.domain_classifier import logits_by_domain, over_context
 from ..routing.sums import RoutingSums, RoutingTotals
 from ._peft import RouterTunerLayer
 
-_Gating = Callable[[Tensor], Tensor]
+_AddUp = Callable[[Tensor], Tensor]
 
 
 class _Scored(NamedTuple):
@@ -67,7 +67,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             self.hidden_size,
             num_experts,
             router_hidden_size=config.router_hidden_size,
-            memory=config.router_memory,
+            domain_rank=config.router_memory,
             has_bias=config.balancing.moves_bias,
         )
         if not any(p.is_meta for p in router.parameters()):
@@ -117,7 +117,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         if config.router_kind.is_constant:
             return self._fixed_weights().expand(*hidden.shape[:-1], -1)
         with torch.autocast(hidden.device.type, enabled=False):
-            scored = self._score(self._checked(hidden), self._first_weights(), self._gating(hidden), without)
+            scored = self._score(self._checked(hidden), self._first_weights(), self._in_context(hidden), without)
             weights_TE = self._route(scored, config, *self._kept(config, context)).weights
             return weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1])
 
@@ -129,10 +129,10 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         return maturity_E, source.selection_bias(*arguments) if config.balancing.moves_bias else None
 
     @property
-    def is_gated(self) -> bool:
+    def routes_by_domain(self) -> bool:
         """Whether the active adapters, several, all remember their domains, which then decide between adapters."""
         routers = self.active_routers()
-        return len(routers) > 1 and all(isinstance(router, Router) and router.remembers for router in routers)
+        return len(routers) > 1 and all(isinstance(router, Router) and router.has_domain for router in routers)
 
     def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
         """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
@@ -149,14 +149,14 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             hidden_TH = self._checked(hidden).to(weight_NH.device)
             mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
             kept = self._kept(config, context)
-            # Under a gate a batch of one domain goes to one adapter: a share of the whole pool would drop most of it.
-            is_limited = context.training and not self.is_gated
+            # Where domains decide, a batch of one goes to one adapter: a share of the whole pool would drop most of it.
+            is_limited = context.training and not self.routes_by_domain
             limit = (self._capacity_factor(config) if is_limited else None, context.over_ranks)
             if config.router_kind.has_kernel and kept[1] is None and self._can_fuse(hidden_TH, weight_NH, limit[0]):
                 routed = self._fused(hidden_TH, weight_NH, config, kept[0], mask_T, *limit)
                 weights_TE, sums, scale = *routed, 1.0
             else:
-                scored = self._score(hidden_TH, weight_NH, self._gating(hidden, mask, context))
+                scored = self._score(hidden_TH, weight_NH, self._in_context(hidden, mask, context))
                 routing = self._route(scored, config, *kept, mask_T, *limit)
                 sums = RoutingSums.of(routing, scored.logits, mask_T, config.load_balance_loss_type)
                 weights_TE, scale = routing.weights, config.routing_scale
@@ -186,15 +186,15 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """[N, H]: what the normalised hidden states meet first, of all active adapters."""
         routers = cast("list[Router]", self.active_routers())
         firsts = [router.first_weight for router in routers]
-        if self.is_gated:
+        if self.routes_by_domain:
             firsts += [router.gate_weight.to(firsts[0].device) for router in routers]
         return firsts[0] if len(firsts) == 1 else torch.cat(firsts)
 
     def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
         """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
-        return self._score(self._checked(hidden), self._first_weights(), self._gating(hidden), without).logits
+        return self._score(self._checked(hidden), self._first_weights(), self._in_context(hidden), without).logits
 
-    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, gating: _Gating, without: int | None = None) -> _Scored:
+    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, add_up: _AddUp, without: int | None = None) -> _Scored:
         routers = cast("list[Router]", self.active_routers())
         sizes = [router.first_weight.shape[0] for router in routers]
         product_TN = norm_linear(hidden_TH.to(weight_NH.device), weight_NH)
@@ -206,27 +206,27 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             )
             logits = list(together.split([router.num_experts for router in routers], dim=-1))
         kind, temperature = self.state.config.router_kind, self.state.config.router_temperature
-        if not self.is_gated:
+        if not self.routes_by_domain:
             whole = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
             return _Scored(whole, routers[0].log_scores(whole, temperature) if kind.scores_each_alone else None)
         biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
         gates_AH = weight_NH[sum(sizes) :]
-        same_AA = (gates_AH[:, None] == gates_AH).all(-1)  # memories are, to the last bit
+        same_AA = (gates_AH[:, None] == gates_AH).all(-1)  # their statistics are, to the last bit
         own = [router.log_scores(piece, temperature) for router, piece in zip(routers, logits, strict=True)]
-        whole = gated_logits(logits, gating(densities_TA + biases_A), temperature, same_AA)
+        whole = logits_by_domain(logits, add_up(densities_TA + biases_A), temperature, same_AA)
         return _Scored(whole, torch.cat(own, dim=-1))
 
-    def _gating(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _Gating:
+    def _in_context(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _AddUp:
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
         if hidden.dim() != 3:
             return lambda densities_TA: densities_TA  # no sequence to read on in
-        said = None if context is None else context.said
+        earlier = None if context is None else context.densities
         past = 0 if context is None else context.past_length
 
         def add_up(densities_TA: Tensor) -> Tensor:
             densities_BSA = densities_TA.view(*hidden.shape[:-1], -1)
             mask_BS = None if mask is None else mask.to(densities_TA.device)
-            return over_context(densities_BSA, mask_BS, said, self.name, past).flatten(0, 1)
+            return over_context(densities_BSA, mask_BS, earlier, self.name, past).flatten(0, 1)
 
         return add_up
 
@@ -236,7 +236,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return False
         from ..ops.triton.router import serves
 
-        is_linear = not self.is_gated and all(
+        is_linear = not self.routes_by_domain and all(
             router.hidden_weight is None for router in cast("list[Router]", self.active_routers())
         )
         return is_linear and serves(hidden_TH, weight_NH, capacity_factor)

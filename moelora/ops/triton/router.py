@@ -33,7 +33,7 @@ DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Tiling:
     """How a kernel is cut up. splits: programs that share one block of tokens, each with its span of columns."""
 
     tokens: int
@@ -57,24 +57,24 @@ def _padded(E: int) -> int:
     return max(16, triton.next_power_of_2(E))  # what tl.dot takes
 
 
-def forward_blocks(T: int, E: int, dtype: torch.dtype) -> Blocks:
+def forward_blocks(T: int, E: int, dtype: torch.dtype) -> Tiling:
     """Few tokens: small blocks of tokens, so that no program waits for many; else blocks that reuse W."""
     if dtype != torch.bfloat16:
-        return Blocks(16, 32, 4, 2)
+        return Tiling(16, 32, 4, 2)
     widest, warps = max(32, 4096 // _padded(E)), 4 if E <= 32 else 8
     if T <= MAX_SINGLE_TOKENS:
-        return Blocks(1, 16384 // _padded(E), 8, 2)
+        return Tiling(1, 16384 // _padded(E), 8, 2)
     if T <= 256:
-        return Blocks(16, min(256, widest), warps, 3)
-    return Blocks(64, min(128, widest), warps, 4)
+        return Tiling(16, min(256, widest), warps, 3)
+    return Tiling(64, min(128, widest), warps, 4)
 
 
-def backward_blocks(T: int, E: int, dtype: torch.dtype) -> Blocks:
+def backward_blocks(T: int, E: int, dtype: torch.dtype) -> Tiling:
     """Larger blocks of tokens than forward: there is one partial dW for each."""
     if dtype != torch.bfloat16:
-        return Blocks(32, 32, 4 if E <= 32 else 8, 2, splits=8)
+        return Tiling(32, 32, 4 if E <= 32 else 8, 2, splits=8)
     widest, warps = max(32, 1024 // _padded(E)), 4 if E <= 32 else 8
-    return Blocks(16 if T <= 256 else 128, min(64, widest), warps, 3, splits=4)
+    return Tiling(16 if T <= 256 else 128, min(64, widest), warps, 3, splits=4)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..console import progress_bar
-from ..data.texts import Block, Domain, cut, read_domain
+from ..data.texts import Domain, TextBlock, cut, read_domain
 from ..report.measure import Routed, Worth, measure_worth, watch
 from ..report.observe import undisturbed
 
 
 @dataclass(frozen=True)
-class Reading:
+class Evaluation:
     """What a mixture does with the texts: loss [D] in nats per token, share [E] of the routing weight."""
 
     loss: NDArray[np.float64]
@@ -47,7 +47,7 @@ class Texts:
         if silent := [d.name for d in domains if all(len(text.token_ids) < 2 for text in d.documents)]:
             raise ValueError(f"{silent[0]!r} holds no text of two tokens, so there is no loss; give longer texts")
         self.domains, self.pad = domains, pad
-        self.blocks: list[Block] = cut(domains, block_size)[0]
+        self.blocks: list[TextBlock] = cut(domains, block_size)[0]
 
     @classmethod
     def of(
@@ -62,15 +62,15 @@ class Texts:
         """[D]."""
         return [domain.name for domain in self.domains]
 
-    def read(self, model: PeftModel) -> Reading:
+    def read(self, model: PeftModel) -> Evaluation:
         """Run the mixture over every block once; domains and routers count alike, however many tokens they have."""
         with undisturbed(model), progress_bar() as progress:
             routed = watch(model, self.domains, self.blocks, self.pad, progress)
         share = routed.by_domain(routed.weight).mean(axis=(0, 1))
-        return Reading(routed.loss_by_domain(self.blocks), share / share.sum(), routed)
+        return Evaluation(routed.loss_by_domain(self.blocks), share / share.sum(), routed)
 
-    def worth(self, model: PeftModel, reading: Reading) -> Worth:
+    def worth(self, model: PeftModel, evaluation: Evaluation) -> Worth:
         """What removing each expert by itself adds to the loss, over every block once per expert."""
         tokens = max(domain.num_tokens for domain in self.domains)
         with undisturbed(model), progress_bar() as progress:
-            return measure_worth(model, self.domains, self.blocks, reading.routed, tokens, self.pad, progress)
+            return measure_worth(model, self.domains, self.blocks, evaluation.routed, tokens, self.pad, progress)

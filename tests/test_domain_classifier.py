@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from helpers import VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
 
-from moelora.experts import forget, grow, put_together, remember, remembers, select, take_apart
+from moelora.experts import forget_domain, grow, knows_domain, learn_domain, put_together, select, take_apart
 from moelora.ops.norm_linear import norm_linear
 from moelora.routing import rms_norm
 from moelora.routing.domain_classifier import (
     WINDOW,
+    DomainStatistics,
     InputSketch,
-    Memory,
     combined,
     discriminants,
-    gated_logits,
+    logits_by_domain,
     over_context,
 )
 
@@ -31,12 +31,12 @@ def texts(span, rows=8, length=24, seed=0):
 def gated_mixture(**overrides):
     """Two adapters of 4 and 3 experts: "default" knows tokens of the lower half, "grown_1" of the upper half."""
     model = mixture_of("llama", **overrides)
-    remember(model, "default", [texts(LOW, rows=64)])
+    learn_domain(model, "default", [texts(LOW, rows=64)])
     grow(model, 3)
     old = {key: value.clone() for key, value in model.state_dict().items() if "default" in key}
     awaken(model)
     model.load_state_dict(old, strict=False)
-    remember(model, "grown_1", [texts(HIGH, rows=64)])
+    learn_domain(model, "grown_1", [texts(HIGH, rows=64)])
     return model.eval()
 
 
@@ -77,7 +77,7 @@ def test_too_few_tokens_are_refused():
 
 
 def test_discriminants_are_log_densities_up_to_a_term_they_share():
-    memories = [Memory(torch.randn(5), torch.randn(5, 5), torch.rand(5)) for _ in range(3)]
+    memories = [DomainStatistics(torch.randn(5), torch.randn(5, 5), torch.rand(5)) for _ in range(3)]
     weights, biases = discriminants(memories)
     shared = torch.stack([m.covariance() for m in memories]).mean(0)
     shared += 1e-3 * shared.diagonal().mean() * torch.eye(5)
@@ -102,7 +102,8 @@ def test_single_precision_decides_as_double_does():
     hidden = {d: domains[d] + normal(1024, 64) @ loud + 0.3 * normal(1024, H) for d in range(3)}
     scale = common.square().mean().sqrt()
     memories = [
-        Memory(rms_norm(hidden[d]).mean(0), loud / scale, torch.full((H,), 0.09) / scale.square()) for d in range(3)
+        DomainStatistics(rms_norm(hidden[d]).mean(0), loud / scale, torch.full((H,), 0.09) / scale.square())
+        for d in range(3)
     ]
     weights, biases = discriminants(memories)
     text = torch.cat([hidden[0], hidden[1], hidden[2], hidden[0]])
@@ -139,7 +140,7 @@ def test_what_stands_in_padding_reaches_no_token(broken):
 def test_a_gate_gives_each_adapter_its_domains_share_whatever_the_scores():
     logits = [torch.randn(5, 2), torch.randn(5, 3) + 100]
     densities = torch.randn(5, 2)
-    probs = F.softmax(gated_logits(logits, densities, 2.0) / 2.0, dim=-1)
+    probs = F.softmax(logits_by_domain(logits, densities, 2.0) / 2.0, dim=-1)
     torch.testing.assert_close(probs[:, :2].sum(-1), densities.softmax(-1)[:, 0])
     torch.testing.assert_close(probs[:, 2:] / probs[:, 2:].sum(-1, keepdim=True), (logits[1] / 2.0).softmax(-1))
 
@@ -164,7 +165,7 @@ def test_other_experts_change_a_domain_no_more():
         model.set_adapter("default")
         alone = model(**inputs).logits
         model.set_adapter(["default", "grown_1"])
-        forget(model, "default")
+        forget_domain(model, "default")
         ungated = model(**inputs).logits
     late = slice(8, None)  # the first tokens of a text say too little
     change, change_ungated = ((logits - alone)[:, late].norm() / alone[:, late].norm() for logits in (both, ungated))
@@ -178,7 +179,7 @@ def test_saved_and_loaded_it_gates_alike(tmp_path):
     inputs = texts(HIGH, seed=6)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    assert all(router.is_gated for router in routers_of(loaded).values())
+    assert all(router.routes_by_domain for router in routers_of(loaded).values())
 
 
 def test_generating_token_by_token_gates_as_one_forward_does():
@@ -223,8 +224,8 @@ def test_padding_changes_nothing():
 
 def test_an_adapter_that_forgot_ends_the_gate():
     model = gated_mixture()
-    forget(model, "grown_1")
-    assert not any(router.is_gated for router in routers_of(model).values())
+    forget_domain(model, "grown_1")
+    assert not any(router.routes_by_domain for router in routers_of(model).values())
     assert not [key for key in model.state_dict() if "grown_1.memory" in key]
 
 
@@ -233,7 +234,7 @@ def test_only_a_gated_mixture_of_several_is_gated():
     inputs = texts(LOW)
     with torch.no_grad():
         before = model(**inputs).logits
-        remember(model, "default", [inputs])
+        learn_domain(model, "default", [inputs])
         assert torch.equal(model(**inputs).logits, before)
 
 
@@ -247,31 +248,31 @@ def test_only_a_gated_mixture_of_several_is_gated():
 )
 def test_what_cannot_be_remembered_is_refused(name, options, batches, message):
     with pytest.raises(ValueError, match=message):
-        remember(mixture_of("llama", **options), name, batches)
+        learn_domain(mixture_of("llama", **options), name, batches)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5])
 def test_a_memory_without_directions_is_refused(rank):
     model = mixture_of("llama")
     with pytest.raises(ValueError, match=rf"`rank` \({rank}\) is not valid; pass an integer of 1 or more"):
-        remember(model, "default", [texts(LOW)], rank=rank)
-    assert not remembers(model, "default")
+        learn_domain(model, "default", [texts(LOW)], rank=rank)
+    assert not knows_domain(model, "default")
 
 
 def test_padding_is_not_remembered():
     model, inputs = mixture_of("llama"), texts(LOW)
-    assert remember(model, "default", [inputs]) == 8 * 24
-    expected = {name: router["default"].memory for name, router in routers_of(model).items()}
-    assert remember(model, "default", [{name: F.pad(ids, (0, 6)) for name, ids in inputs.items()}]) == 8 * 24
+    assert learn_domain(model, "default", [inputs]) == 8 * 24
+    expected = {name: router["default"].domain for name, router in routers_of(model).items()}
+    assert learn_domain(model, "default", [{name: F.pad(ids, (0, 6)) for name, ids in inputs.items()}]) == 8 * 24
     for name, router in routers_of(model).items():
-        memory = router["default"].memory
+        memory = router["default"].domain
         torch.testing.assert_close(memory.mean, expected[name].mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(memory.covariance(), expected[name].covariance(), rtol=1e-3, atol=1e-4)
 
 
 def test_no_more_is_read_than_was_asked_for():
     model, batches = mixture_of("llama"), iter([texts(LOW, seed=seed) for seed in range(9)])
-    assert remember(model, "default", batches, max_tokens=500) == 3 * 8 * 24
+    assert learn_domain(model, "default", batches, max_tokens=500) == 3 * 8 * 24
     assert len(list(batches)) == 6
 
 
@@ -290,7 +291,7 @@ def test_adapters_of_one_domain_share_its_probability_by_their_scores():
     logits = [torch.randn(5, 2), torch.randn(5, 3), torch.randn(5, 1)]
     densities = torch.randn(5, 2)[:, [0, 1, 0]]
     same = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
-    probs = F.softmax(gated_logits(logits, densities, 2.0, same) / 2.0, dim=-1)
+    probs = F.softmax(logits_by_domain(logits, densities, 2.0, same) / 2.0, dim=-1)
     first = torch.cat([probs[:, :2], probs[:, 5:]], dim=-1)
     torch.testing.assert_close(first.sum(-1), densities[:, :2].softmax(-1)[:, 0])
     torch.testing.assert_close(
@@ -314,17 +315,17 @@ def test_an_adapter_that_is_split_is_one_domain_still():
     model = gated_mixture(top_k_experts=3)
     hidden = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(3))
     expected = {
-        name: gated_logits([known[:, :2], grown], densities, 2.0).softmax(-1)
+        name: logits_by_domain([known[:, :2], grown], densities, 2.0).softmax(-1)
         for name, ((known, grown), densities) in scored(model, hidden).items()
     }
     split = put_together(model, select(take_apart(model), [0, 1, 4, 5, 6]))
     assert split.active_adapters == ["expert_0", "expert_1", "grown_1"]
     split.set_adapter(["expert_1", "grown_1", "expert_0"])  # parts of one domain need not be neighbours
     for name, router in routers_of(split).items():
-        assert router.is_gated
+        assert router.routes_by_domain
         found = router.logits(hidden).softmax(-1)[:, [4, 0, 1, 2, 3]]
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
-    remember(split, "grown_1", [texts(HIGH, rows=64)])  # solves anew, with each domain once
+    learn_domain(split, "grown_1", [texts(HIGH, rows=64)])  # solves anew, with each domain once
     for name, router in routers_of(split).items():
         found = router.logits(hidden).softmax(-1)[:, [4, 0, 1, 2, 3]]
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
@@ -334,12 +335,12 @@ def test_an_adapter_that_is_split_is_one_domain_still():
 def test_without_a_domain_the_gate_is_solved_anew():
     model = gated_mixture()
     grow(model, 2)
-    remember(model, "grown_2", [texts((20, 30), rows=64)])
+    learn_domain(model, "grown_2", [texts((20, 30), rows=64)])
     smaller = put_together(model, select(take_apart(model), [0, 1, 2, 3, 7, 8]))
     assert smaller.active_adapters == ["default", "grown_2"]
     for router in routers_of(smaller).values():
         own = router.active_routers()
-        weights, biases = discriminants([one.memory for one in own])
+        weights, biases = discriminants([one.domain for one in own])
         torch.testing.assert_close(torch.cat([one.gate_weight for one in own]), weights, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.cat([one.gate_bias for one in own]), biases, rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The correctness gate: moelora's fast path against the loop over experts, on the device that is about to be timed."""
+"""The check before any timing: moelora's fast path against the loop over experts, on the device that is about to be timed."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from .grouped import grouped_linear, make_plan
 from .layer import Block, Stack
 from .options import make_parser
 
-MODULE = "benchmarks.gate"
+MODULE = "benchmarks.correctness"
 MIXTURE = Mixture(experts=7, rank=8, top_k=2)
 TOKENS = 63
 # Of the norm of each tensor. Routers work in float32 whatever the model's dtype is.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-class GateError(RuntimeError):
+class CorrectnessError(RuntimeError):
     """The fast path computes something else than the reference."""
 
 
-def run_gate(device: str) -> None:
+def check_correctness(device: str) -> None:
     """Compare outputs and all gradients in every dtype.
 
     Raises:
-        GateError: a tensor differs; the message names it.
+        CorrectnessError: a tensor differs; the message names it.
     """
     for dtype, tolerance in TOLERANCES.items():
         _compare("moelora", *_block_results(device, dtype), device, dtype, tolerance)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # what the grouped product takes there
     _compare("grouped", *_grouped_results(device, dtype), device, dtype, TOLERANCES[dtype])
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
-    print(f"correctness gate passed on {device}: outputs and all gradients equal the loop's in {dtypes}", flush=True)
+    print(f"correctness checked on {device}: outputs and all gradients equal the loop's in {dtypes}", flush=True)
 
 
 def _compare(
     what: str, fast: dict[str, Tensor], loop: dict[str, Tensor], device: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     if fast.keys() != loop.keys():
-        raise GateError(
+        raise CorrectnessError(
             f"{what} on {device} in {dtype}: gradients exist for {sorted(fast.keys() ^ loop.keys())} on one side"
         )
     for name, expected in loop.items():
         error = ((fast[name] - expected).double().norm() / expected.double().norm().clamp(min=1e-12)).item()
         if not error <= tolerance:
-            raise GateError(
+            raise CorrectnessError(
                 f"{what} on {device} in {dtype}: {name} differs from the loop's by {error:.1e} of its norm, more than "
                 f"{tolerance:.0e}; nothing was measured. Run the tests (make test) to see where"
             )
@@ -106,11 +106,11 @@ def _leaf_results(function: Callable[..., Tensor], leaves: dict[str, Tensor]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the gate alone."""
+    """Run the check alone."""
     parser = make_parser(MODULE, __doc__, ("--device cuda", "--device cpu"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     args: argparse.Namespace = parser.parse_args(argv)
-    run_gate(args.device)
+    check_correctness(args.device)
 
 
 if __name__ == "__main__":

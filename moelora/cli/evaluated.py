@@ -9,23 +9,23 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..experts.evaluation import Evaluation, Texts
 from ..experts.parts import find_experts
-from ..experts.reading import Reading, Texts
 from ..recipe import DomainOptions
 from ..schema import Problem, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
-from .options import JudgedOptions
+from .options import EvaluatedOptions
 from .report import block_size_of, check_data, read_texts
 
 
 @dataclass(frozen=True)
-class Opened:
+class EvaluatedJob:
     """An adapter on disk whose options are in order, and the texts it is to be judged by; nothing is loaded yet."""
 
-    options: JudgedOptions
+    options: EvaluatedOptions
     source: Source
     domains: list[DomainOptions]
 
@@ -54,7 +54,7 @@ class Opened:
         return carry_out(self.options, plan, save, inputs=[self.options.adapter], base=self.source.base)
 
 
-def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
+def open_adapter(options: EvaluatedOptions, problems: Sequence[Problem]) -> EvaluatedJob:
     """Check the options and the adapter's files.
 
     Args:
@@ -64,10 +64,10 @@ def open_adapter(options: JudgedOptions, problems: Sequence[Problem]) -> Opened:
     check_output(options, [*problems, *more])
     source = read_source(options.adapter, options.base)
     check_only_read(options, [options.adapter], source.base, domains)
-    return Opened(options, source, domains)
+    return EvaluatedJob(options, source, domains)
 
 
-def loss_notes(texts: Texts, before: Reading, after: Reading) -> list[str]:
+def loss_notes(texts: Texts, before: Evaluation, after: Evaluation) -> list[str]:
     """The loss of every domain before and after, for a plan."""
     rows = zip(texts.domains, before.loss, after.loss, strict=True)
     return [
@@ -80,7 +80,7 @@ def loss_notes(texts: Texts, before: Reading, after: Reading) -> list[str]:
     ]
 
 
-def loss_record(texts: Texts, before: Reading, after: Reading) -> dict[str, dict[str, float]]:
+def loss_record(texts: Texts, before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
     """The same for operation.json."""
     pairs = zip(texts.names, before.loss, after.loss, strict=True)
     return {name: {"loss_before": float(old), "loss_after": float(new)} for name, old, new in pairs}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..report.observe import before, count_anew, undisturbed
 from ..routing import Router, rms_norm
-from ..routing.domain_classifier import InputSketch, Memory, discriminants, distinct
+from ..routing.domain_classifier import DomainStatistics, InputSketch, discriminants, distinct
 from ..tuner.router import MoELoraRouter
 
 RANK = 128
@@ -23,7 +23,7 @@ TOKENS = 8_192
 """So many tokens show a domain: more changes little."""
 
 
-def remember(
+def learn_domain(
     model: PeftModel,
     adapter_name: str,
     batches: Iterable[Mapping[str, Tensor]],
@@ -35,8 +35,8 @@ def remember(
     Call it again after training: hidden states change with the experts.
 
     Each router of the adapter keeps the mean and covariance of its normalised inputs (H numbers times `rank` + 3), in
-    buffers that are saved with the adapter; no text. As soon as every active adapter remembers, a gate decides between
-    adapters (docs/maths.md, "Gate"): scores of one adapter no longer take from another.
+    buffers that are saved with the adapter; no text. As soon as every active adapter has them, a classifier decides
+    between adapters (docs/maths.md, "Domain classifier"): scores of one adapter no longer take from another.
 
     Args:
         batches: arguments of the model's forward (`input_ids`, `attention_mask`), enough for max_tokens or fewer.
@@ -62,40 +62,40 @@ def remember(
     for name, router in routers.items():
         _keep(router, sketches[name].finish(), rank)
     model.peft_config[adapter_name].router_memory = rank
-    refresh_gate(model)
+    refresh_domain_classifier(model)
     return tokens
 
 
-def forget(model: PeftModel, adapter_name: str) -> None:
-    """Drop what an adapter remembers; the mixture is then gated no more while it is active.
+def forget_domain(model: PeftModel, adapter_name: str) -> None:
+    """Drop what an adapter remembers; domains then decide no more while it is active.
 
     Raises:
         ValueError: there is no such adapter, or its routing is fixed.
     """
     for router in _routers_of(model, adapter_name).values():
-        router.make_memory(0)
+        router.make_domain(0)
     model.peft_config[adapter_name].router_memory = 0
-    refresh_gate(model)
+    refresh_domain_classifier(model)
 
 
-def remembers(model: PeftModel, adapter_name: str) -> bool:
+def knows_domain(model: PeftModel, adapter_name: str) -> bool:
     """Whether an adapter remembers its domain."""
     return model.peft_config[adapter_name].router_memory > 0
 
 
-def refresh_gate(model: PeftModel) -> None:
-    """Solve for the gate anew; needed only after loading adapters that remember into a mixture they did not grow in.
+def refresh_domain_classifier(model: PeftModel) -> None:
+    """Solve for the classifier anew; needed only after loading adapters into a mixture that they did not grow in.
 
-    Adapters with equal memories, as the parts of one that was split, stand for one domain.
+    Adapters of equal domains, as the parts of one that was split, stand for one domain.
     """
     for router in model.base_model.routing.routers.values():
-        remembering = [r for r in router.lora_router.values() if isinstance(r, Router) and r.remembers]
-        domains = distinct([expert_router.memory for expert_router in remembering])
+        remembering = [r for r in router.lora_router.values() if isinstance(r, Router) and r.has_domain]
+        domains = distinct([expert_router.domain for expert_router in remembering])
         if len(domains) < 2:
             continue
         solved = list(zip(*discriminants(domains), strict=True))
         for expert_router in remembering:
-            memory = expert_router.memory
+            memory = expert_router.domain
             weight, bias = next(pair for pair, domain in zip(solved, domains, strict=True) if domain.equals(memory))
             expert_router.gate_weight.copy_(weight[None])
             expert_router.gate_bias.copy_(bias[None])
@@ -108,7 +108,7 @@ def _routers_of(model: PeftModel, adapter_name: str) -> dict[str, Router]:
         raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(model.peft_config)}")
     if model.peft_config[adapter_name].router_kind.is_constant:
         raise ValueError(
-            f"adapter {adapter_name!r} is routed by constant weights (router_type='fixed'): nothing to gate"
+            f"adapter {adapter_name!r} is routed by constant weights (router_type='fixed'), whatever its domain"
         )
     if state.attached is not None:
         raise ValueError("an attached router decides, not the adapters' own; call `detach_router()` first")
@@ -132,8 +132,8 @@ def alone(model: PeftModel, adapter_name: str) -> Iterator[None]:
             model.set_adapter(active)
 
 
-def _keep(router: Router, memory: Memory, rank: int) -> None:
-    router.make_memory(rank)
+def _keep(router: Router, memory: DomainStatistics, rank: int) -> None:
+    router.make_domain(rank)
     router.memory_mean.copy_(memory.mean)
     router.memory_directions.copy_(memory.directions)
     router.memory_variance.copy_(memory.variance)

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from helpers import VOCAB, mixture_of
-from test_gate import HIGH, LOW, gated_mixture, texts
+from test_domain_classifier import HIGH, LOW, gated_mixture, texts
 from transformers import DynamicCache
 
 

@@ -19,7 +19,7 @@ Batch = Mapping[str, Tensor]  # input_ids and attention_mask
 
 
 @dataclass
-class Moments:
+class InputCovariance:
     """Of one linear over T tokens, in float64. A token's delta is y = left · c with c = w ∘ (lora_A x), w its weights.
 
     Attributes:
@@ -97,10 +97,10 @@ def in_passes(model: PeftModel, groups: Iterable[list[str]], limit: float) -> li
     return passes
 
 
-def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence[str]]) -> dict[str, Moments]:
+def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence[str]]) -> dict[str, InputCovariance]:
     """Run the mixture over the batches and sum up the linears of these groups; padding is in no sum."""
     layers = linears_of(model)
-    found = {name: moments for group in groups for name, moments in _zeros(layers, group).items()}
+    found = {name: covariance for group in groups for name, covariance in _zeros(layers, group).items()}
     collectors = [
         _Collector(layers[name], found[name], is_first=place == 0)
         for group in groups
@@ -115,7 +115,7 @@ def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence
     return found
 
 
-def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> dict[str, Moments]:
+def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> dict[str, InputCovariance]:
     second: Tensor | None = None
     found = {}
     for name in group:
@@ -126,7 +126,7 @@ def _zeros(layers: Mapping[str, MoELoraLayer], group: Sequence[str]) -> dict[str
         second = left.new_zeros(width, width) if second is None else second
         cross, unweighted = left.new_zeros(2, rank, width)
         energy, weight = left.new_zeros(rank, rank), left.new_zeros(rank)
-        found[name] = Moments(lora_A, left, cross, unweighted, energy, weight, second)
+        found[name] = InputCovariance(lora_A, left, cross, unweighted, energy, weight, second)
     return found
 
 
@@ -135,7 +135,7 @@ class _Collector:
     """A hook before one linear."""
 
     layer: MoELoraLayer
-    moments: Moments
+    covariance: InputCovariance
     is_first: bool
     mask_T: Tensor = field(default_factory=lambda: torch.empty(0))  # of the batch at hand
 
@@ -144,4 +144,4 @@ class _Collector:
         x, weights = args[0].flatten(0, -2), layer.weights_for(args[0]).flatten(0, -2)
         keep_T = self.mask_T.to(x.device)
         ranks = [pool.rank for pool in layer.expert_pools() for _ in range(pool.num_experts)]
-        self.moments.add(x[keep_T], weights[keep_T], ranks, self.is_first)
+        self.covariance.add(x[keep_T], weights[keep_T], ranks, self.is_first)
