@@ -1,4 +1,4 @@
-"""The correctness gate, then the benchmarks, into one CSV and one file of Markdown tables."""
+"""The check of correctness, then the benchmarks, into one CSV and one file of Markdown tables."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_correctness(args.device)
     except CorrectnessError as error:
-        raise SystemExit(f"correctness gate failed: {error}") from None
+        raise SystemExit(f"the check of correctness failed: {error}") from None
     out = output_folder(args)
     common = ["--device", args.device, "--repeats", str(args.repeats), "--out", str(out)]
     common += ["--commit", args.commit] if args.commit else []

@@ -1,4 +1,4 @@
-"""The check before any timing: moelora's fast path against the loop over experts, on the device that is about to be timed."""
+"""Before any timing: the fast path against the loop over experts, on the device that is about to be timed."""
 
 from __future__ import annotations
 

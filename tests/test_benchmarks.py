@@ -145,7 +145,9 @@ def test_grouped_equals_the_reference(ids):
 def test_a_wrong_result_stops_everything_before_it_is_timed(monkeypatch, tmp_path):
     right = moelora.ops.BACKENDS["reference"]
     monkeypatch.setitem(moelora.ops.BACKENDS, "reference", lambda *args: right(*args) * 1.1)
-    with pytest.raises(SystemExit, match=r"correctness gate failed: moelora on cpu in torch.float64: .* differs"):
+    with pytest.raises(
+        SystemExit, match=r"the check of correctness failed: moelora on cpu in torch.float64: .* differs"
+    ):
         everything.main(["--device", "cpu", "--quick", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
