@@ -60,9 +60,9 @@ def _is_integers(value: Any) -> bool:
 
 
 def _is_tokens(value: Any) -> bool:
-    """Whether a value lists tokens, or does so by the names of embeddings."""
+    """Whether a value lists tokens, or does so by the names of embeddings; PEFT's forward fails on an empty list."""
     lists = list(value.values()) if isinstance(value, dict) else [value]
-    return all(_is_integers(tokens) and min(tokens, default=0) >= 0 for tokens in lists)
+    return all(_is_integers(tokens) and min(tokens, default=-1) >= 0 for tokens in lists)
 
 
 def _is_patterns(value: Any) -> bool:
@@ -114,7 +114,7 @@ LORA_RULES = (
     Rule("layers_to_transform", lambda v: v is None or is_int(v) or _is_integers(v),
          "pass an integer or a list of integers"),
     Rule("trainable_token_indices", lambda v: v is None or _is_tokens(v),
-         "pass a list of tokens, or a mapping of embeddings' names to such lists"),
+         "pass None, a list of tokens, or a mapping of embeddings' names to such lists"),
     Rule("use_rslora", _is_one_of(bool), "pass True or False"),
     Rule("fan_in_fan_out", _is_one_of(bool), "pass True or False"),
     Rule("bias", lambda v: v in ("none", "all", "lora_only"), "choose one of none, all, lora_only"),
