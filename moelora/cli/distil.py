@@ -25,8 +25,8 @@ from ..recipe import DomainOptions, Recipe
 from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
+from ..storage.mixture_files import scaling_of
 from ..storage.run_record import learned_domains
-from ..storage.stored import scaling_of
 from ..training.arguments import training_arguments
 from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.student import train_student

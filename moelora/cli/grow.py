@@ -26,8 +26,8 @@ from ..experts.growth import free_name, grow
 from ..files.opening import expand_user, real_path
 from ..recipe import DomainOptions, ModelOptions, Recipe
 from ..schema import UserError
+from ..storage.mixture_files import StoredAdapter, check_fit, read_mixture
 from ..storage.run_record import LEARNED_BEFORE, learned_domains, read_record
-from ..storage.stored import StoredAdapter, check_fit, read_mixture
 from ..training.load import NOT_IN_MIXTURE, load_recipe
 from ..training.run import Start
 from .operation import Plan, shown

@@ -9,7 +9,7 @@ from ..experts.evaluation import Evaluation
 from ..experts.merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
 from ..experts.parts import names_of, put_together, take_apart
 from ..schema import Problem, UserError, telling_user
-from .evaluated import loss_notes, loss_record, open_adapter
+from .evaluation import loss_notes, loss_record, open_adapter
 from .operation import Plan, check_rank
 from .options import MergeOptions
 

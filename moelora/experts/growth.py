@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
-from ..ops.ranks import num_ranks
+from ..ops.data_parallel import num_ranks
 
 
 def grow(

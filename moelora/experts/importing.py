@@ -22,7 +22,7 @@ from ..recipe import plain_name
 from ..routing import Router
 from ..schema import settable_fields
 from ..storage.lora_file import LoraError, LoraFile, read_lora
-from ..storage.stored import misfit
+from ..storage.mixture_files import misfit
 from ..tuner._peft import BaseTunerLayer
 from ..tuner.blocks import check_targets
 from ..tuner.layer import MoELoraLayer

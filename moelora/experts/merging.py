@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..routing.domain_classifier import DomainStatistics, combined, distinct
 from ..storage.lora_file import Factor
-from ..storage.stored import scaling_of
+from ..storage.mixture_files import scaling_of
 from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 

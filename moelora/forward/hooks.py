@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balance import finish_forward
 from .checkpointing import make_checkpoint_routed
+from .finish import finish_forward
 from .interfaces import MixtureRouter
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState, kv_cache

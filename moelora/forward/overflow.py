@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops.ranks import num_ranks
+from ..ops.data_parallel import num_ranks
 
 
 class StepRollback:

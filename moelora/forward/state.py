@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
-from ..ops.ranks import num_ranks
+from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
 from ..routing.sums import RoutingSums
-from ..routing.window import TrainingWindow
+from ..routing.training_sums import TrainingWindow
 from .call import Call
 from .interfaces import MixtureRouter, Pool
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
