@@ -57,7 +57,7 @@ class ForwardHook:
                 for name, hook in state.hooks.items():
                     make_checkpoint_routed(module.get_submodule(name), hook)
         else:
-            here.context.forget(self.stacks)
+            here.context.reset(self.stacks)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook, also called when the forward raised (output is then None)."""
