@@ -72,11 +72,22 @@ MOVED = {
 
 
 RENAMED = {
-    "gate.Memory": "DomainStatistics",
-    "gate.Said": "ContextDensities",
-    "overflow.Growth": "StepRollback",
+    "experts.judged.Opened": "cli.evaluation.EvaluatedJob",
+    "experts.memory.forget": "experts.domains.forget_domain",
+    "experts.memory.refresh_gate": "experts.domains.refresh_domain_classifier",
+    "experts.memory.remember": "experts.domains.learn_domain",
+    "experts.memory.remembers": "experts.domains.knows_domain",
+    "experts.moments.Moments": "experts.covariance.InputCovariance",
+    "experts.reading.Reading": "experts.evaluation.Evaluation",
+    "gate.Memory": "routing.domain_classifier.DomainStatistics",
+    "gate.Said": "routing.domain_classifier.ContextDensities",
+    "monitor.pop_training_stats": "forward.training_stats.pop_training_stats",
+    "options.JudgedOptions": "cli.options.EvaluatedOptions",
+    "overflow.Growth": "forward.overflow.StepRollback",
+    "report.texts.Block": "data.texts.TextBlock",
+    "state.Opened": "forward.state.ForwardEntry",
 }
-"""Classes that have another name there."""
+"""Names in them that are now others, or elsewhere."""
 
 
 class _Moved(ModuleType):
@@ -89,9 +100,13 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what is asked of every module there is
             raise AttributeError(name)
-        warnings.warn(f"`{self.__name__}` is now `{self._new}`", DeprecationWarning, stacklevel=2)
-        old = f"{self.__name__.removeprefix('moelora.')}.{name}"
-        return getattr(import_module(self._new), RENAMED.get(old, name))
+        old = f"{self.__name__}.{name}"
+        renamed = RENAMED.get(old.removeprefix("moelora."))
+        new = f"{self._new}.{name}" if renamed is None else f"moelora.{renamed}"
+        module, _, attribute = new.rpartition(".")
+        found = getattr(import_module(module), attribute)
+        warnings.warn(f"`{old}` is now `{new}`", DeprecationWarning, stacklevel=2)
+        return found
 
 
 def keep_old_names() -> None:

@@ -211,8 +211,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             whole = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
             return _Scored(whole, routers[0].log_scores(whole, temperature) if kind.scores_each_alone else None)
         biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
-        gates_AH = weight_NH[sum(sizes) :]
-        same_AA = (gates_AH[:, None] == gates_AH).all(-1)  # their statistics are, to the last bit
+        discriminants_AH = weight_NH[sum(sizes) :]
+        same_AA = (discriminants_AH[:, None] == discriminants_AH).all(-1)  # their statistics are, to the last bit
         own = [router.log_scores(piece, temperature) for router, piece in zip(routers, logits, strict=True)]
         whole = logits_by_domain(logits, add_up(densities_TA + biases_A), temperature, same_AA)
         return _Scored(whole, torch.cat(own, dim=-1))
