@@ -26,7 +26,7 @@ def grow(
     optimizer: Any = None,
     **changes: Any,
 ) -> str:
-    """Add an adapter of new experts (maturity 0: every token hears them) to the active mixture.
+    """Add an adapter of new experts (maturity 0: they act on every token) to the active mixture.
 
     The adapters that are there keep their tensors, and stop learning as asked. Until the new experts have learned
     something they contribute nothing, but take their share of the routing weight; where the adapters have statistics of

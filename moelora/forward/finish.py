@@ -50,7 +50,7 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
 def _advance_all(
     context: ForwardContext, model: nn.Module, groups: Sequence[_Group], all_sums: Sequence[RoutingSums]
 ) -> StepRollback | None:
-    """Let maturity and counters grow; the rollback is returned where a loss scaler may have it taken back."""
+    """Advance maturity and counters; returns what undoes that where a loss scaler may skip the step."""
     state, rollback = context.state, None
     is_last = is_last_micro_batch()
     # A compiled graph has no place for hooks on its own backward.
