@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Gate, measure, write.
 
     Raises:
-        SystemExit: the gate failed.
+        SystemExit: the check failed.
     """
     args = parse(argv)
     try:

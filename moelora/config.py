@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from .config_rules import LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
 from .files.adapter_files import parse_config
-from .files.generation import part, read_at_once
+from .files.atomic_save import part, read_at_once
 from .peft_type import MOELORA
 from .presets import PRESETS
 from .routing import BALANCING_LOSSES, ROUTER_KINDS, BalancingLoss, RouterKind

@@ -14,7 +14,7 @@ MOVED = {
     "experts.moments": "experts.covariance",
     "experts.memory": "experts.domains",
     "_peft": "tuner._peft",
-    "balance": "forward.balance",
+    "balance": "forward.finish",
     "blocks": "tuner.blocks",
     "call": "forward.call",
     "controls": "tuner.controls",
@@ -23,7 +23,7 @@ MOVED = {
     "experts.continual": "cli.grow",
     "experts.distil_command": "cli.distil",
     "experts.export_command": "cli.export",
-    "experts.judged": "cli.evaluated",
+    "experts.judged": "cli.evaluation",
     "experts.lora_file": "storage.lora_file",
     "experts.merge_command": "cli.merge",
     "experts.novelty_command": "cli.novelty",
@@ -35,20 +35,20 @@ MOVED = {
     "losses": "routing.losses",
     "masks": "forward.masks",
     "model": "tuner.model",
-    "monitor": "routing.window",
+    "monitor": "routing.training_sums",
     "names": "tuner.names",
     "options": "cli.options",
     "overflow": "forward.overflow",
     "patterns": "storage.patterns",
     "peft_model": "tuner.peft_model",
     "process": "cli.process",
-    "ranks": "ops.ranks",
+    "ranks": "ops.data_parallel",
     "recomputation": "forward.checkpointing",
-    "reference": "cli.reference",
+    "reference": "cli.docs_tables",
     "registration": "tuner.registration",
     "report.command": "cli.report",
     "report.inspection": "cli.inspect",
-    "report.stored": "storage.stored",
+    "report.stored": "storage.mixture_files",
     "report.texts": "data.texts",
     "router": "tuner.router",
     "shared_input": "forward.shared_input",
@@ -56,7 +56,7 @@ MOVED = {
     "state": "forward.state",
     "stats": "routing.sums",
     "storage.adapter_files": "files.adapter_files",
-    "storage.generation": "files.generation",
+    "storage.generation": "files.atomic_save",
     "training.base": "storage.base_model",
     "training.chat": "data.chat",
     "training.checkpoints": "storage.trainer_checkpoints",
@@ -72,11 +72,22 @@ MOVED = {
 
 
 RENAMED = {
-    "gate.Memory": "DomainStatistics",
-    "gate.Said": "ContextDensities",
-    "overflow.Growth": "StepRollback",
+    "experts.judged.Opened": "cli.evaluation.EvaluatedJob",
+    "experts.memory.forget": "experts.domains.forget_domain",
+    "experts.memory.refresh_gate": "experts.domains.refresh_domain_classifier",
+    "experts.memory.remember": "experts.domains.learn_domain",
+    "experts.memory.remembers": "experts.domains.knows_domain",
+    "experts.moments.Moments": "experts.covariance.InputCovariance",
+    "experts.reading.Reading": "experts.evaluation.Evaluation",
+    "gate.Memory": "routing.domain_classifier.DomainStatistics",
+    "gate.Said": "routing.domain_classifier.ContextDensities",
+    "monitor.pop_training_stats": "forward.training_stats.pop_training_stats",
+    "options.JudgedOptions": "cli.options.EvaluatedOptions",
+    "overflow.Growth": "forward.overflow.StepRollback",
+    "report.texts.Block": "data.texts.TextBlock",
+    "state.Opened": "forward.state.ForwardEntry",
 }
-"""Classes that have another name there."""
+"""Names in them that are now others, or elsewhere."""
 
 
 class _Moved(ModuleType):
@@ -89,9 +100,13 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what is asked of every module there is
             raise AttributeError(name)
-        warnings.warn(f"`{self.__name__}` is now `{self._new}`", DeprecationWarning, stacklevel=2)
-        old = f"{self.__name__.removeprefix('moelora.')}.{name}"
-        return getattr(import_module(self._new), RENAMED.get(old, name))
+        old = f"{self.__name__}.{name}"
+        renamed = RENAMED.get(old.removeprefix("moelora."))
+        new = f"{self._new}.{name}" if renamed is None else f"moelora.{renamed}"
+        module, _, attribute = new.rpartition(".")
+        found = getattr(import_module(module), attribute)
+        warnings.warn(f"`{old}` is now `{new}`", DeprecationWarning, stacklevel=2)
+        return found
 
 
 def keep_old_names() -> None:

@@ -158,7 +158,7 @@ def test_a_missing_gradient_stops_everything():
         correctness._compare("x", one, one | {"b": torch.ones(1)}, "cpu", torch.float32, 1e-3)
 
 
-def test_the_gate_sees_nan():
+def test_the_check_sees_nan():
     with pytest.raises(correctness.CorrectnessError, match="output"):
         correctness._compare(
             "x", {"output": torch.tensor(math.nan)}, {"output": torch.ones(1)}, "cpu", torch.float32, 1e-3
@@ -325,7 +325,7 @@ def test_ratios_are_taken_repeat_by_repeat():
             "growth",
             "crossover",
             "monitor",
-            "gate",
+            "correctness",
             "parallel",
             "table",
             "plot",

@@ -9,7 +9,7 @@ from tiny import tiny_recipe, write_recipe
 from moelora import MoELoraCallback
 from moelora.cli import options
 from moelora.cli.commands import COMMANDS, build_parser, main
-from moelora.cli.reference import render
+from moelora.cli.docs_tables import render
 from moelora.experts.importing import MIXTURES
 from moelora.experts.merging import METHODS
 from moelora.experts.prune import CRITERIA
@@ -193,5 +193,5 @@ def test_places_and_numbers_that_the_system_has_not_are_told(adapter_folder, cap
 )
 def test_the_reference_is_up_to_date(name, tables):
     text = (Path(__file__).parent.parent / "docs" / name).read_text(encoding="utf-8")
-    assert render(text) == text, f"run: python -m moelora.cli.reference docs/{name}"
+    assert render(text) == text, f"run: python -m moelora.cli.docs_tables docs/{name}"
     assert text.count("<!-- end -->") == tables

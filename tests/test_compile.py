@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import VOCAB, assert_same_grads, mixture_of, train_step
-from test_domain_classifier import gated_mixture
+from test_domain_classifier import mixture_of_domains
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # Tracing is the same for every backend; "aot_eager" skips only inductor's code generation, which takes a minute here.
@@ -113,7 +113,7 @@ def test_evaluation_is_one_graph(device, backend, scope):
     [
         pytest.param(lambda: mixture_of("llama"), 1, id="mixture"),
         pytest.param(lambda: mixture_of("llama"), 3, id="beams", marks=pytest.mark.slow),
-        pytest.param(gated_mixture, 3, id="gated beams", marks=pytest.mark.slow),
+        pytest.param(mixture_of_domains, 3, id="beams by domain", marks=pytest.mark.slow),
     ],
 )
 def test_generation_with_a_static_cache(device, backend, build, num_beams):

@@ -143,7 +143,7 @@ def test_lost_texts_are_named(folder, capsys):
     try:
         arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out")]
         assert main([*arguments, "--set", "training.output_dir=lost"]) == 2
-        assert "does not remember its domain" in capsys.readouterr().err
+        assert "has no domain statistics" in capsys.readouterr().err
     finally:
         write_jsonl(lost, counting(40))
 

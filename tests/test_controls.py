@@ -238,7 +238,7 @@ def test_mature_is_top_k_and_new_is_dense():
     for expert in range(3):
         model.set_expert_maturity(expert, 1.0)
     weights = model.get_routing_weights(hidden)
-    assert (weights[..., 3] > 0).all(), "a new expert hears every token"
+    assert (weights[..., 3] > 0).all(), "a new expert acts on every token"
     assert (weights[..., :3] > 0).sum(-1).max() <= 2
     model.set_expert_maturity("default", 1.0)
     learned = mixture_of("llama", router_scope="model").get_routing_weights(hidden)

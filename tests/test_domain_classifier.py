@@ -1,4 +1,4 @@
-"""What adapters remember of their domains, and the gate between adapters that follows."""
+"""Statistics of adapters' domains, and the classifier between adapters that follows."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def texts(span, rows=8, length=24, seed=0):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def gated_mixture(**overrides):
+def mixture_of_domains(**overrides):
     """Two adapters of 4 and 3 experts: "default" knows tokens of the lower half, "grown_1" of the upper half."""
     model = mixture_of("llama", **overrides)
     learn_domain(model, "default", [texts(LOW, rows=64)])
@@ -56,19 +56,19 @@ def test_a_sketch_of_full_width_is_the_covariance():
     sketch = InputSketch(6, rank=6)
     for part in x.split(130):
         sketch.add(part)
-    memory = sketch.finish()
-    torch.testing.assert_close(memory.mean, x.mean(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(memory.covariance(), x.t().cov(correction=0), rtol=1e-4, atol=1e-5)
+    statistics = sketch.finish()
+    torch.testing.assert_close(statistics.mean, x.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.covariance(), x.t().cov(correction=0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_narrow_sketch_finds_the_largest_directions_and_keeps_the_variance_of_all():
     scale = torch.tensor([9.0, 7.0, *[0.1] * 30])
     x = inputs_like(torch.zeros(32), scale, 4000)
-    memory = sketched(x, 4)
+    statistics = sketched(x, 4)
     exact = x.t().cov(correction=0)
-    assert memory.directions.shape == (4, 32)
-    torch.testing.assert_close(memory.covariance().diagonal(), exact.diagonal(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(memory.covariance()[:2, :2], exact[:2, :2], rtol=1e-3, atol=0.05)  # the tail's 0.3
+    assert statistics.directions.shape == (4, 32)
+    torch.testing.assert_close(statistics.covariance().diagonal(), exact.diagonal(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(statistics.covariance()[:2, :2], exact[:2, :2], rtol=1e-3, atol=0.05)  # the tail's 0.3
 
 
 def test_too_few_tokens_are_refused():
@@ -137,7 +137,7 @@ def test_what_stands_in_padding_reaches_no_token(broken):
     torch.testing.assert_close(over_context(densities, mask), expected, rtol=0, atol=0)
 
 
-def test_a_gate_gives_each_adapter_its_domains_share_whatever_the_scores():
+def test_the_classifier_gives_each_adapter_its_domains_share_whatever_the_scores():
     logits = [torch.randn(5, 2), torch.randn(5, 3) + 100]
     densities = torch.randn(5, 2)
     probs = F.softmax(logits_by_domain(logits, densities, 2.0) / 2.0, dim=-1)
@@ -147,7 +147,7 @@ def test_a_gate_gives_each_adapter_its_domains_share_whatever_the_scores():
 
 @pytest.mark.parametrize("scope", ["block", "model", "module"])
 def test_texts_go_to_the_adapter_whose_domain_they_are_of(scope):
-    model = gated_mixture(router_scope=scope)
+    model = mixture_of_domains(router_scope=scope)
     for span, experts in ((LOW, slice(0, 4)), (HIGH, slice(4, 7))):
         model.routing_stats(reset=True)
         with torch.no_grad():
@@ -157,8 +157,8 @@ def test_texts_go_to_the_adapter_whose_domain_they_are_of(scope):
 
 
 def test_other_experts_change_a_domain_no_more():
-    """The point of the gate: with the new adapter's experts and scores far away, old texts get the old output."""
-    model = gated_mixture()
+    """The point of the classifier: with the new adapter's experts and scores far away, old texts get the old output."""
+    model = mixture_of_domains()
     inputs = texts(LOW, seed=5)
     with torch.no_grad():
         both = model(**inputs).logits
@@ -166,14 +166,16 @@ def test_other_experts_change_a_domain_no_more():
         alone = model(**inputs).logits
         model.set_adapter(["default", "grown_1"])
         forget_domain(model, "default")
-        ungated = model(**inputs).logits
+        without_domains = model(**inputs).logits
     late = slice(8, None)  # the first tokens of a text say too little
-    change, change_ungated = ((logits - alone)[:, late].norm() / alone[:, late].norm() for logits in (both, ungated))
-    assert change < 0.03 and change_ungated > 0.5
+    change, change_without = (
+        (logits - alone)[:, late].norm() / alone[:, late].norm() for logits in (both, without_domains)
+    )
+    assert change < 0.03 and change_without > 0.5
 
 
-def test_saved_and_loaded_it_gates_alike(tmp_path):
-    model = gated_mixture()
+def test_saved_and_loaded_it_routes_alike(tmp_path):
+    model = mixture_of_domains()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     inputs = texts(HIGH, seed=6)
@@ -182,8 +184,8 @@ def test_saved_and_loaded_it_gates_alike(tmp_path):
     assert all(router.routes_by_domain for router in routers_of(loaded).values())
 
 
-def test_generating_token_by_token_gates_as_one_forward_does():
-    model = gated_mixture()
+def test_generating_token_by_token_routes_as_one_forward_does():
+    model = mixture_of_domains()
     ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]], dim=1)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
@@ -199,7 +201,7 @@ def test_generating_token_by_token_gates_as_one_forward_does():
 
 def test_tokens_that_are_taken_back_have_said_nothing():
     """As in assisted generation, which crops the cache to what it accepts."""
-    model = gated_mixture()
+    model = mixture_of_domains()
     ids = torch.cat([texts(LOW, rows=2, length=70)["input_ids"], texts(HIGH, rows=2, length=8)["input_ids"]], dim=1)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
@@ -210,7 +212,7 @@ def test_tokens_that_are_taken_back_have_said_nothing():
 
 
 def test_padding_changes_nothing():
-    model = gated_mixture()
+    model = mixture_of_domains()
     inputs = texts(LOW, rows=2)
     pad = torch.zeros(2, 5, dtype=torch.long)
     padded = {
@@ -222,14 +224,14 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(model(**padded).logits[:, 5:], model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_that_forgot_ends_the_gate():
-    model = gated_mixture()
+def test_an_adapter_that_forgot_ends_the_classifier():
+    model = mixture_of_domains()
     forget_domain(model, "grown_1")
     assert not any(router.routes_by_domain for router in routers_of(model).values())
     assert not [key for key in model.state_dict() if "grown_1.memory" in key]
 
 
-def test_only_a_gated_mixture_of_several_is_gated():
+def test_only_several_adapters_with_domains_are_routed_by_domain():
     model = mixture_of("llama")
     inputs = texts(LOW)
     with torch.no_grad():
@@ -246,28 +248,28 @@ def test_only_a_gated_mixture_of_several_is_gated():
         ("default", {}, [], "hold 0 tokens"),
     ],
 )
-def test_what_cannot_be_remembered_is_refused(name, options, batches, message):
+def test_what_has_no_domain_is_refused(name, options, batches, message):
     with pytest.raises(ValueError, match=message):
         learn_domain(mixture_of("llama", **options), name, batches)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5])
-def test_a_memory_without_directions_is_refused(rank):
+def test_statistics_without_directions_are_refused(rank):
     model = mixture_of("llama")
     with pytest.raises(ValueError, match=rf"`rank` \({rank}\) is not valid; pass an integer of 1 or more"):
         learn_domain(model, "default", [texts(LOW)], rank=rank)
     assert not knows_domain(model, "default")
 
 
-def test_padding_is_not_remembered():
+def test_padding_is_in_no_statistics():
     model, inputs = mixture_of("llama"), texts(LOW)
     assert learn_domain(model, "default", [inputs]) == 8 * 24
     expected = {name: router["default"].domain for name, router in routers_of(model).items()}
     assert learn_domain(model, "default", [{name: F.pad(ids, (0, 6)) for name, ids in inputs.items()}]) == 8 * 24
     for name, router in routers_of(model).items():
-        memory = router["default"].domain
-        torch.testing.assert_close(memory.mean, expected[name].mean, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(memory.covariance(), expected[name].covariance(), rtol=1e-3, atol=1e-4)
+        statistics = router["default"].domain
+        torch.testing.assert_close(statistics.mean, expected[name].mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.covariance(), expected[name].covariance(), rtol=1e-3, atol=1e-4)
 
 
 def test_no_more_is_read_than_was_asked_for():
@@ -276,8 +278,8 @@ def test_no_more_is_read_than_was_asked_for():
     assert len(list(batches)) == 6
 
 
-def test_taken_apart_and_put_together_it_gates_alike():
-    model, inputs = gated_mixture(), texts(HIGH, seed=7)
+def test_taken_apart_and_put_together_it_routes_alike():
+    model, inputs = mixture_of_domains(), texts(HIGH, seed=7)
     with torch.no_grad():
         before = model(**inputs).logits
         again = put_together(model, take_apart(model)).eval()
@@ -312,7 +314,7 @@ def scored(model, hidden):
 @torch.no_grad()
 def test_an_adapter_that_is_split_is_one_domain_still():
     """Pruned to fewer experts than top-k, it becomes single adapters."""
-    model = gated_mixture(top_k_experts=3)
+    model = mixture_of_domains(top_k_experts=3)
     hidden = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(3))
     expected = {
         name: logits_by_domain([known[:, :2], grown], densities, 2.0).softmax(-1)
@@ -332,8 +334,8 @@ def test_an_adapter_that_is_split_is_one_domain_still():
 
 
 @torch.no_grad()
-def test_without_a_domain_the_gate_is_solved_anew():
-    model = gated_mixture()
+def test_without_a_domain_the_classifier_is_solved_anew():
+    model = mixture_of_domains()
     grow(model, 2)
     learn_domain(model, "grown_2", [texts((20, 30), rows=64)])
     smaller = put_together(model, select(take_apart(model), [0, 1, 2, 3, 7, 8]))

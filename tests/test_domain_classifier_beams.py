@@ -1,4 +1,4 @@
-"""What was said under a gate follows its sequence when generation reorders, repeats or copies a cache."""
+"""The densities of a text's tokens follow its sequence when generation reorders, repeats or copies a cache."""
 
 import copy
 import gc
@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 from helpers import VOCAB, mixture_of
-from test_domain_classifier import HIGH, LOW, gated_mixture, texts
+from test_domain_classifier import HIGH, LOW, mixture_of_domains, texts
 from transformers import DynamicCache
 
 
 @pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices"])
 def test_what_was_said_follows_its_sequence_when_a_cache_is_reordered(how):
-    model, rows = gated_mixture(), torch.tensor([2, 0, 0, 3])
+    model, rows = mixture_of_domains(), torch.tensor([2, 0, 0, 3])
     ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]])
     more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
     with torch.no_grad():
@@ -29,7 +29,7 @@ def test_what_was_said_follows_its_sequence_when_a_cache_is_reordered(how):
 
 
 def test_what_was_said_follows_its_sequence_when_a_cache_is_repeated():
-    model = gated_mixture()
+    model = mixture_of_domains()
     ids = torch.cat([texts(LOW, rows=1)["input_ids"], texts(HIGH, rows=1)["input_ids"]])
     more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_what_was_said_follows_its_sequence_when_a_cache_is_repeated():
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_beam_search_with_a_cache_finds_what_it_finds_without(cache):
     """The prompt is of both domains, so that beams turn to one or the other and change places."""
-    model = gated_mixture()
+    model = mixture_of_domains()
     prompts = torch.cat([texts(LOW, rows=6, length=3)["input_ids"], texts(HIGH, rows=6, length=3)["input_ids"]], dim=1)
     options = {"num_beams": 4, "max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True}
     inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
@@ -54,8 +54,8 @@ def test_beam_search_with_a_cache_finds_what_it_finds_without(cache):
     assert any(len(set(rows.tolist())) > 1 for rows in found.beam_indices), "no beam changed its place"
 
 
-def test_a_cache_that_was_gated_is_copied_pickled_and_freed_at_once():
-    model = gated_mixture()
+def test_a_cache_with_densities_is_copied_pickled_and_freed_at_once():
+    model = mixture_of_domains()
     with torch.no_grad():
         cache = model(**texts(LOW), use_cache=True).past_key_values
     for again in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
@@ -69,7 +69,7 @@ def test_a_cache_that_was_gated_is_copied_pickled_and_freed_at_once():
         gc.enable()
 
 
-def test_the_cache_of_a_mixture_without_a_gate_is_left_alone():
+def test_the_cache_of_a_mixture_without_domains_is_left_alone():
     with torch.no_grad():
         cache = mixture_of("llama")(**texts(LOW), use_cache=True).past_key_values
     assert type(cache) is DynamicCache

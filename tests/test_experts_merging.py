@@ -5,12 +5,12 @@ import torch
 from helpers import ARCHITECTURES, mixture_of, routers_of
 from peft import PeftModel
 from peft.utils.merge_utils import dare_linear, ties
-from test_domain_classifier import gated_mixture
+from test_domain_classifier import mixture_of_domains
 
 from moelora.cli.options import METHODS
 from moelora.experts.domains import forget_domain, knows_domain
 from moelora.experts.low_rank import truncated
-from moelora.experts.merging import MergeRecipe, memory_notes, merge_experts
+from moelora.experts.merging import MergeRecipe, domain_notes, merge_experts
 from moelora.experts.parts import names_of, put_together, take_apart
 from moelora.routing.domain_classifier import combined, discriminants
 from moelora.tuner.layer import MoELoraLayer
@@ -199,46 +199,46 @@ def test_what_cannot_be_merged_is_refused():
 # ---- memories --------------------------------------------------------------------------------------------------------
 
 
-def memories(model, adapter):
+def statistics_of(model, adapter):
     return {name: router[adapter].domain for name, router in routers_of(model).items()}
 
 
 @pytest.mark.parametrize(("recipe", "holder"), [(MergeRecipe("svd"), "default"), (MergeRecipe("average"), "expert_0")])
-def test_an_expert_merged_across_adapters_remembers_both_domains(recipe, holder):
-    model = gated_mixture()
-    low, high = memories(model, "default"), memories(model, "grown_1")
+def test_an_expert_merged_across_adapters_has_both_domains(recipe, holder):
+    model = mixture_of_domains()
+    low, high = statistics_of(model, "default"), statistics_of(model, "grown_1")
     merged = put_together(model, merge_experts(take_apart(model), [1, 5], SHARES, recipe).adapters)
     assert set(merged.active_adapters) == {"default", "grown_1", holder}
-    found = memories(merged, holder)
-    for name, memory in found.items():
-        assert memory.equals(combined([low[name], high[name]], 32)), name
+    found = statistics_of(merged, holder)
+    for name, statistics in found.items():
+        assert statistics.equals(combined([low[name], high[name]], 32)), name
     for adapter, before in (("default", low), ("grown_1", high)):
         if adapter != holder:  # which keeps experts of its own domain
-            assert all(memory.equals(before[name]) for name, memory in memories(merged, adapter).items())
+            assert all(statistics.equals(before[name]) for name, statistics in statistics_of(merged, adapter).items())
     for router in routers_of(merged).values():
         own = router.active_routers()
         weights, _ = discriminants([one.domain for one in own])
         torch.testing.assert_close(torch.cat([one.gate_weight for one in own]), weights, rtol=1e-5, atol=1e-6)
-    assert "domains of default, grown_1" in memory_notes(take_apart(gated_mixture()), [1, 5])[0]
+    assert "domain statistics of default, grown_1" in domain_notes(take_apart(mixture_of_domains()), [1, 5])[0]
 
 
 @pytest.mark.parametrize("recipe", [MergeRecipe("svd"), MergeRecipe("average")], ids=["stays", "apart"])
-def test_an_expert_merged_within_an_adapter_remembers_what_that_does(recipe):
-    model = gated_mixture()
-    before = memories(model, "default")
+def test_an_expert_merged_within_an_adapter_has_the_domain_of_that(recipe):
+    model = mixture_of_domains()
+    before = statistics_of(model, "default")
     merged = put_together(model, merge_experts(take_apart(model), [1, 2], SHARES, recipe).adapters)
     for adapter in set(merged.active_adapters) - {"grown_1"}:
-        assert all(memory.equals(before[name]) for name, memory in memories(merged, adapter).items())
+        assert all(statistics.equals(before[name]) for name, statistics in statistics_of(merged, adapter).items())
     assert all(router.routes_by_domain for router in routers_of(merged).values())
-    assert memory_notes(take_apart(merged), [0, 1]) == []
+    assert domain_notes(take_apart(merged), [0, 1]) == []
 
 
-def test_an_expert_merged_with_one_that_remembers_nothing_says_what_is_lost():
-    model = gated_mixture()
+def test_an_expert_merged_with_one_without_a_domain_says_what_is_lost():
+    model = mixture_of_domains()
     forget_domain(model, "grown_1")
-    notes = memory_notes(take_apart(model), [1, 5])
-    assert "grown_1 does not remember its domain" in notes[0]
-    numbers = [0, 4, 5, 6]  # all of grown_1: only adapters that remember would be left
+    notes = domain_notes(take_apart(model), [1, 5])
+    assert "grown_1 has no domain statistics" in notes[0]
+    numbers = [0, 4, 5, 6]  # all of grown_1: only adapters with statistics would be left
     merged = put_together(model, merge_experts(take_apart(model), numbers, [1.0] * 4, MergeRecipe()).adapters)
     assert merged.active_adapters == ["default"] and not knows_domain(merged, "default")
     assert not [key for key in merged.state_dict() if "memory" in key or "gate_weight" in key]

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from moelora import MoELoraCallback, MoELoraConfig
-from moelora.forward.window import pop_training_stats
+from moelora.forward.training_stats import pop_training_stats
 from moelora.routing.sums import RouterStats
-from moelora.routing.window import TrainingWindow
+from moelora.routing.training_sums import TrainingWindow
 from moelora.training.guards import RoutingGuard, RoutingWarning, narrowness
 
 ROUTERS = ["model.layers.0", "model.layers.1"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import mixture_of
-from test_domain_classifier import HIGH, LOW, gated_mixture, texts
+from test_domain_classifier import HIGH, LOW, mixture_of_domains, texts
 from tiny import counting, save_tiny_adapter, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora.cli.commands import main
@@ -24,16 +24,16 @@ def rows(span, count=24, length=16, seed=3):
 
 
 def test_distances_are_mahalanobis_distances():
-    memory = DomainStatistics(torch.randn(6), torch.randn(3, 6), torch.rand(6) + 0.1)
+    statistics = DomainStatistics(torch.randn(6), torch.randn(3, 6), torch.rand(6) + 0.1)
     x = torch.randn(5, 6)
-    covariance = memory.covariance() + 1e-3 * memory.covariance().diagonal().mean() * torch.eye(6)
-    moved = x - memory.mean
+    covariance = statistics.covariance() + 1e-3 * statistics.covariance().diagonal().mean() * torch.eye(6)
+    moved = x - statistics.mean
     exact = (moved @ torch.linalg.inv(covariance) * moved).sum(-1) / 6
-    torch.testing.assert_close(_Domain.of(memory, x.device).distance(x), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_Domain.of(statistics, x.device).distance(x), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_a_domain_that_nobody_learned_scores_high_and_known_ones_do_not():
-    model = gated_mixture()
+    model = mixture_of_domains()
     calibration = rows(LOW) + rows(HIGH)
     new = novelty(model, calibration, rows(MIDDLE, seed=4))
     known = novelty(model, calibration, rows(LOW, seed=5) + rows(HIGH, seed=5))
@@ -45,7 +45,7 @@ def test_a_domain_that_nobody_learned_scores_high_and_known_ones_do_not():
 
 @pytest.mark.parametrize("number", ["distance", "loss"])
 def test_the_number_of_a_text_does_not_depend_on_its_neighbours(number):
-    model = gated_mixture()
+    model = mixture_of_domains()
     short, long = rows(LOW, count=1, length=5)[0], rows(HIGH, count=1, length=20)[0]
     _, together = measure(model, [short, long], batch_size=2, number=number)
     _, apart = measure(model, [short, long], batch_size=1, number=number)

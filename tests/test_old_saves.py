@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_persistence import base_model, logits
 
-from moelora.storage.stored import read_mixture
+from moelora.storage.mixture_files import read_mixture
 
 SAVED = Path(__file__).parent / "saved_in_november_2026"
 

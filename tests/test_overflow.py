@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moelora import MoELoraCallback
-from moelora.forward.window import pop_training_stats
-from moelora.routing.window import TrainingWindow
+from moelora.forward.training_stats import pop_training_stats
+from moelora.routing.training_sums import TrainingWindow
 from moelora.training.guards import RoutingWarning
 
 BATCH = ARCHITECTURES["llama"].batch(2, 5)

@@ -86,7 +86,7 @@ def test_same_loss_gradients_and_counts_as_padded(form, scope, router):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_tokens_without_a_label_are_routed_and_counted(scope):
-    """A prompt's labels are -100; the experts hear it all the same."""
+    """A prompt's labels are -100; the experts act on it all the same."""
     model = mixture(scope)
     batch = flattened()
     batch["labels"] = torch.full_like(batch["labels"], -100)

@@ -17,7 +17,7 @@ from tiny import save_tiny_model, shouting, tiny_recipe, write_jsonl, write_reci
 import moelora.cli.report
 from moelora.cli.commands import main
 from moelora.report.history import History
-from moelora.report.measured import short_names
+from moelora.report.measurements import short_names
 from moelora.report.page import payload
 from moelora.training import load_recipe, train
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_persistence import EXPERTS, adapter_state, assert_same_state, base_model, trained
 
 from moelora.cli import main
-from moelora.files.generation import PENDING
+from moelora.files.atomic_save import PENDING
 from moelora.storage.lora_file import LoraError, read_lora
 
 CONFIG = "adapter_config.json"

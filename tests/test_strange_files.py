@@ -13,7 +13,7 @@ from torch import nn
 
 from moelora.cli.commands import main
 from moelora.files import adapter_files
-from moelora.files.generation import checksum
+from moelora.files.atomic_save import checksum
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from test_persistence import EXPERTS, base_model, logits, trained
 
 from moelora.cli import main
-from moelora.files.generation import checksum
+from moelora.files.atomic_save import checksum
 from moelora.schema import UserError
-from moelora.storage.stored import read_mixture
+from moelora.storage.mixture_files import read_mixture
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAR = "base_model.model.model.layers.0.self_attn.q_proj"

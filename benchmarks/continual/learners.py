@@ -140,19 +140,19 @@ class Grown:
     """A mixture that grows by experts for every domain, as `moelora train --grow` does.
 
     Args:
-        gated: whether adapters remember their domains; without, their scores compete.
+        by_domain: whether adapters have domain statistics; without, their scores compete.
         scale: the mixture's routing_scale.
     """
 
     setting: Setting
-    gated: bool = True
+    by_domain: bool = True
     scale: float = 4.0
     stages: bool = field(default=True, init=False)
     names: list[str] = field(default_factory=list, init=False)
     parameters: int = field(default=0, init=False)
 
     def learn(self, stage: int) -> float:
-        """Add experts, train them alone, remember the domain, join them with the others; seconds of training."""
+        """Add experts, train them alone, learn the domain, join them with the others; seconds of training."""
         plan = self.setting.plan
         if stage == 0:
             self.names = ["default"]
@@ -166,7 +166,7 @@ class Grown:
         self.parameters += num_trainable(self.model)
         batches = self.setting.batches([plan.domains[stage]], plan.steps, plan.rows, stage)
         run = Training(self.model, batches, plan.device, capture=plan.capture).run(batches, self.setting.rate)
-        if self.gated:
+        if self.by_domain:
             with autocast(plan.device):
                 learn_domain(self.model, name, ({"input_ids": batches.batch(step)[0]} for step in range(len(batches))))
         self.model.set_adapter(self.names)
@@ -188,7 +188,7 @@ LEARNERS = {
     "grown": ("a mixture that grows by experts for every domain: moelora train --grow", lambda setting: Grown(setting)),
     "grown-ungated": (
         "the same without memories: the routers' scores of all adapters compete",
-        lambda setting: Grown(setting, gated=False),
+        lambda setting: Grown(setting, by_domain=False),
     ),
     "grown-unscaled": ("as grown, with routing_scale 1", lambda setting: Grown(setting, scale=1.0)),
 }

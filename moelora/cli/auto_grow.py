@@ -64,23 +64,23 @@ class AutoGrowth(Growth):
         known = [text for documents in held_out(self.folder) for text in _texts(documents, recipe, tokenizer)]
         pad = int(tokenizer.pad_token_id or 0)
         with telling_user("--grow auto: "):
-            judged = novelty(model, known, new, pad=pad)
-        self.verdict = _verdict(judged)
-        if judged.share_new >= FIRES_AT:
+            found = novelty(model, known, new, pad=pad)
+        self.verdict = _verdict(found)
+        if found.share_new >= FIRES_AT:
             self.learns = self.name
             self.add(model, recipe, tokenizer, domains)
             experts = count_experts(self.name, model.peft_config[self.name])
-            said = f"{self.name} is added for them, with {experts} experts"
+            outcome = f"{self.name} is added for them, with {experts} experts"
         else:
             self.learns = min(self.old, key=lambda name: _loss_under(model, name, new, pad))
             model.set_adapter([self.learns])
-            said = f"nothing is added; the experts of {self.learns}, which knows them best, learn on"
-        new_texts = f"{int(judged.is_new.sum())} of {len(new)} texts are new to the mixture"
-        console.print(f"Novelty: {new_texts} (score above {judged.threshold:.2f}): {said}", soft_wrap=True)
+            outcome = f"nothing is added; the experts of {self.learns}, which knows them best, learn on"
+        new_texts = f"{int(found.is_new.sum())} of {len(new)} texts are new to the mixture"
+        console.print(f"Novelty: {new_texts} (score above {found.threshold:.2f}): {outcome}", soft_wrap=True)
         return model
 
     def finish(self, model: PeftModel) -> None:
-        """As when growing; an adapter that learned on keeps what it remembers."""
+        """As when growing; an adapter that learned on keeps its domain statistics."""
         if self.learns == self.name:
             super().finish(model)
         else:
@@ -121,9 +121,9 @@ def _texts(documents: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
     return sample(documents["document"][:], tokenizer, TEXTS, recipe.block_size)
 
 
-def _verdict(judged: Novelty) -> dict[str, Any]:
-    mean = {judged.number: float(judged.scores.mean())}
-    return {"share_new": judged.share_new, "threshold": judged.threshold, "mean_z_scores": mean}
+def _verdict(found: Novelty) -> dict[str, Any]:
+    mean = {found.number: float(found.scores.mean())}
+    return {"share_new": found.share_new, "threshold": found.threshold, "mean_z_scores": mean}
 
 
 def _loss_under(model: PeftModel, name: str, texts: list[list[int]], pad: int) -> float:

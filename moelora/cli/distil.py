@@ -18,15 +18,15 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_se
 
 from ..console import make_stdout, make_table
 from ..data.preparation import DomainBlocks, load_domains, mix
-from ..experts.covariance import Batch
+from ..experts.covariance import ModelInputs
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
 from ..recipe import DomainOptions, Recipe
 from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
+from ..storage.mixture_files import scaling_of
 from ..storage.run_record import learned_domains
-from ..storage.stored import scaling_of
 from ..training.arguments import training_arguments
 from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.student import train_student
@@ -164,7 +164,7 @@ class _Job:
         stdout.print(f"On the data it was made on {share}.", soft_wrap=True)
         return {"unexplained": unexplained, "models": [dataclasses.asdict(row) for row in self.rows]}
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[ModelInputs]:
         """The blocks that the fit reads, on the model's device."""
         tokens, count = 0, 0
         for block in self.blocks["input_ids"]:

@@ -13,8 +13,8 @@ from ..recipe import ModelOptions
 from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_config, load_model, load_tokenizer
 from ..storage.lora_file import LoraFile
+from ..storage.mixture_files import StoredAdapter, read_mixture
 from ..storage.run_record import noted_base
-from ..storage.stored import StoredAdapter, read_mixture
 from .operation import Plan, carry_out, check_output, read_source, shown
 from .options import ExportOptions
 

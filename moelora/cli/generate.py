@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained adapter."""
+"""`moelora generate`: continue a prompt with a trained adapter."""
 
 import sys
 

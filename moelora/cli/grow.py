@@ -1,7 +1,7 @@
 """Learn one domain after another: `moelora train --grow ADAPTER recipe.yaml`.
 
 Each domain gets experts of its own. They learn alone, as if the others were not there, so the others cannot suffer;
-then the new adapter remembers what its routers read, and the classifier between adapters is solved anew
+then the new adapter keeps statistics of what its routers read, and the classifier between adapters is solved anew
 (`moelora/routing/domain_classifier.py`).
 """
 
@@ -26,14 +26,14 @@ from ..experts.growth import free_name, grow
 from ..files.opening import expand_user, real_path
 from ..recipe import DomainOptions, ModelOptions, Recipe
 from ..schema import UserError
+from ..storage.mixture_files import StoredAdapter, check_fit, read_mixture
 from ..storage.run_record import LEARNED_BEFORE, learned_domains, read_record
-from ..storage.stored import StoredAdapter, check_fit, read_mixture
 from ..training.load import NOT_IN_MIXTURE, load_recipe
 from ..training.run import Start
 from .operation import Plan, shown
 
 BATCH = 8
-_REMEMBER = "call `moelora.experts.learn_domain` with texts of it, and save the mixture"
+_LEARN_DOMAIN = "call `moelora.experts.learn_domain` with texts of it, and save the mixture"
 
 
 def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
@@ -44,11 +44,11 @@ def read_growing(folder: str | Path) -> tuple[Path, list[StoredAdapter]]:
         raise UserError(
             f"{path}: router_type='fixed' weighs experts alike for every text; a mixture that grows has to route"
         )
-    forgetful = [adapter.name for adapter in adapters if not adapter.config.router_memory]
-    if forgetful and (len(adapters) > 1 or read_record(path) is None):
+    without = [adapter.name for adapter in adapters if not adapter.config.router_memory]
+    if without and (len(adapters) > 1 or read_record(path) is None):
         several = "run.json does not tell its texts from those of the others"
         why = several if len(adapters) > 1 else "without run.json its texts are not known"
-        raise UserError(f"{path}: adapter {forgetful[0]!r} does not remember its domain, and {why}; {_REMEMBER}")
+        raise UserError(f"{path}: adapter {without[0]!r} has no domain statistics, and {why}; {_LEARN_DOMAIN}")
     return path, adapters
 
 
@@ -106,7 +106,7 @@ class Growth(Start):
     folder: Path
     name: str
     stored: list[StoredAdapter]
-    tokens: dict[str, int] = field(default_factory=dict)  # that adapters have just learned to remember by
+    tokens: dict[str, int] = field(default_factory=dict)  # that domain statistics were just computed from, by adapter
     _texts: DataLoader | None = None
 
     def check(self) -> None:
@@ -126,12 +126,12 @@ class Growth(Start):
         return model
 
     def load(self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-        """The mixture on its device, its adapters remembering their domains."""
+        """The mixture on its device, its adapters with statistics of their domains."""
         model = PeftModel.from_pretrained(base, str(self.folder))
         model.to(TrainingArguments(**recipe.training).device)
         for name in self.old:
             if not model.peft_config[name].router_memory:
-                self._recall(model, name, tokenizer)
+                self._learn_domain_of(model, name, tokenizer)
         return model
 
     def add(
@@ -144,23 +144,23 @@ class Growth(Start):
         model.set_adapter([self.name])
         self._texts = texts(domains, recipe.seed, tokenizer)
 
-    def _recall(self, model: PeftModel, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Let an adapter remember from the texts that its own run names."""
+    def _learn_domain_of(self, model: PeftModel, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give an adapter the statistics of its domain, from the texts that its own run names."""
         recipe = recorded_recipe(self.folder)
         console.print(
-            f"Reading what {printable(self.folder.name)} was trained on, so that it is remembered", soft_wrap=True
+            f"Reading what {printable(self.folder.name)} was trained on, for its domain statistics", soft_wrap=True
         )
         try:
             domains = load_domains(recipe, tokenizer)
         except (UserError, OSError, ValueError) as error:
             raise UserError(
-                f"{self.folder}: adapter {name!r} does not remember its domain, and the texts that run.json names "
-                f"cannot be read ({error}); {_REMEMBER}"
+                f"{self.folder}: adapter {name!r} has no domain statistics, and the texts that run.json names "
+                f"cannot be read ({error}); {_LEARN_DOMAIN}"
             ) from error
         self.tokens[name] = learn_domain(model, name, texts(domains, recipe.seed, tokenizer))
 
     def finish(self, model: PeftModel) -> None:
-        """Let the new adapter remember its domain, and all of them form the mixture."""
+        """Give the new adapter the statistics of its domain; all adapters together form the mixture."""
         assert self._texts is not None
         self.tokens[self.name] = learn_domain(model, self.name, self._texts)
         model.set_adapter([*self.old, self.name])
@@ -180,7 +180,7 @@ class Growth(Start):
                 adapter.name,
                 str(adapter.num_experts),
                 "unchanged",
-                "yes" if adapter.config.router_memory else "will be read again",
+                "yes" if adapter.config.router_memory else "will be computed",
             )
             for adapter in self.stored
         ]
@@ -188,7 +188,7 @@ class Growth(Start):
         domains = ", ".join(domain.name for domain in recipe.data)
         return Plan(
             f"Grow {shown(self.folder)} by an adapter for {domains}",
-            ("adapter", "experts", "training", "domain remembered"),
+            ("adapter", "experts", "training", "domain statistics"),
             [*rows, (self.name, str(count_experts(self.name, new)), f"learns alone, r={new.r}", "after training")],
             [f"The result goes to {shown(recipe.output_dir)}; {shown(self.folder)} is only read."],
         )

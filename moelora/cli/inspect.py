@@ -19,8 +19,8 @@ from ..console import make_stdout, make_table, print_exactly, printable, track
 from ..files.opening import expand_user
 from ..report.geometry import Geometry, geometry, group_modules, sharpness
 from ..routing import Router
+from ..storage.mixture_files import StoredAdapter, read_mixture, stacked
 from ..storage.run_record import finite
-from ..storage.stored import StoredAdapter, read_mixture, stacked
 from .options import InspectOptions
 
 WIDEST_MATRIX = 16  # experts: more columns than that fit no terminal

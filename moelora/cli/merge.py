@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..experts.evaluation import Evaluation
-from ..experts.merging import Merged, MergeRecipe, check_mergeable, memory_notes, merge_experts
+from ..experts.merging import Merged, MergeRecipe, check_mergeable, domain_notes, merge_experts
 from ..experts.parts import names_of, put_together, take_apart
 from ..schema import Problem, UserError, telling_user
-from .evaluated import loss_notes, loss_record, open_adapter
+from .evaluation import loss_notes, loss_record, open_adapter
 from .operation import Plan, check_rank
 from .options import MergeOptions
 
@@ -38,7 +38,7 @@ def merge_command(options: MergeOptions) -> Path | None:
     model = put_together(model, merged.adapters)
     after = texts.read(model)
     outcome = {"becomes": merged.becomes, "domains": loss_record(texts, before, after)}
-    notes = [*memory_notes(adapters, numbers), *loss_notes(texts, before, after)]
+    notes = [*domain_notes(adapters, numbers), *loss_notes(texts, before, after)]
     plan = _plan(options, names, numbers, merged, notes, before)
     return opened.write(model, plan, outcome)
 

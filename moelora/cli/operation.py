@@ -25,12 +25,13 @@ from rich.console import Group, RenderableType
 
 from ..console import make_stdout, make_table, printable
 from ..data.sources import LIES_IN_TEXTS, folder_read_around, paths_read
-from ..files.generation import flush
+from ..files.atomic_save import flush
 from ..files.opening import expand_user, real_path
 from ..files.staging import holds_something, kept_numbers, kept_place, next_kept_place, only_process_in, staging
 from ..recipe import DomainOptions, ModelOptions
 from ..schema import Problem, UserError, refuse
 from ..storage.finding import find_base, load_mixture
+from ..storage.mixture_files import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from ..storage.run_record import (
     LEARNED_BEFORE,
     OPERATION_FILE,
@@ -40,7 +41,6 @@ from ..storage.run_record import (
     now,
     write_json,
 )
-from ..storage.stored import WEIGHTS_FILE, StoredAdapter, check_fit, read_mixture
 from .options import OperationOptions, UndoOptions, check_options, whole_path
 
 

@@ -10,7 +10,7 @@ from ..experts.evaluation import Texts
 from ..experts.parts import names_of, take_apart
 from ..experts.prune import Pruned, drop, prune
 from ..schema import Problem, UserError, telling_user
-from .evaluated import loss_notes, loss_record, open_adapter
+from .evaluation import loss_notes, loss_record, open_adapter
 from .operation import Plan
 from .options import PruneOptions
 

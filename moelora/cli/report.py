@@ -23,8 +23,8 @@ from ..report.page import About, render
 from ..schema import Problem, refuse, telling_user
 from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
+from ..storage.mixture_files import check_fit, read_mixture
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
-from ..storage.stored import check_fit, read_mixture
 from .options import ReportOptions, check_options, read_pairs
 
 PERMUTATIONS = 500

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..report.observe import before, count_anew, undisturbed
 from ..tuner.layer import MoELoraLayer
 
-Batch = Mapping[str, Tensor]  # input_ids and attention_mask
+ModelInputs = Mapping[str, Tensor]  # input_ids and attention_mask
 
 
 @dataclass
@@ -66,7 +66,7 @@ def linears_of(model: PeftModel) -> dict[str, MoELoraLayer]:
     return {name: module for name, module in modules if isinstance(module, MoELoraLayer) and module.expert_pools()}
 
 
-def readers(model: PeftModel, batch: Batch) -> list[list[str]]:
+def readers(model: PeftModel, batch: ModelInputs) -> list[list[str]]:
     """The linears, those that read one and the same tensor together (q, k, v; gate, up), as one forward shows."""
     inputs: dict[str, Tensor] = {}
 
@@ -97,7 +97,9 @@ def in_passes(model: PeftModel, groups: Iterable[list[str]], limit: float) -> li
     return passes
 
 
-def gather(model: PeftModel, batches: Iterable[Batch], groups: Sequence[Sequence[str]]) -> dict[str, InputCovariance]:
+def gather(
+    model: PeftModel, batches: Iterable[ModelInputs], groups: Sequence[Sequence[str]]
+) -> dict[str, InputCovariance]:
     """Run the mixture over the batches and sum up the linears of these groups; padding is in no sum."""
     layers = linears_of(model)
     found = {name: covariance for group in groups for name, covariance in _zeros(layers, group).items()}

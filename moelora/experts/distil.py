@@ -24,7 +24,7 @@ from torch import nn
 
 from ..config import MoELoraConfig
 from ..storage.lora_file import Factor, Factors, peft_tensors
-from .covariance import Batch, InputCovariance, gather, in_passes, linears_of, readers
+from .covariance import InputCovariance, ModelInputs, gather, in_passes, linears_of, readers
 from .low_rank import reduced_rank_regression
 
 
@@ -39,7 +39,7 @@ class ClosedForm:
 
 def closed_form(
     model: PeftModel,
-    batches: Callable[[], Iterable[Batch]],
+    batches: Callable[[], Iterable[ModelInputs]],
     rank: int,
     ridge: float = 1e-3,
     memory: float = 2**32,

@@ -1,4 +1,4 @@
-"""Let an adapter remember its domain, so that a mixture of several knows which text is whose.
+"""Statistics of an adapter's domain, by which a mixture of several tells whose domain a text is of.
 
 Shapes: T tokens, H router input width.
 """
@@ -31,8 +31,8 @@ def learn_domain(
     max_tokens: int = TOKENS,
     rank: int = RANK,
 ) -> int:
-    """Run texts of an adapter's domain through the model, under that adapter alone; it remembers what its routers read.
-    Call it again after training: hidden states change with the experts.
+    """Run texts of an adapter's domain through the model, under that adapter alone, and keep statistics of what its
+    routers read. Call it again after training: hidden states change with the experts.
 
     Each router of the adapter keeps the mean and covariance of its normalised inputs (H numbers times `rank` + 3), in
     buffers that are saved with the adapter; no text. As soon as every active adapter has them, a classifier decides
@@ -51,7 +51,7 @@ def learn_domain(
             `rank` is no integer of 1 or more.
     """
     if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"`rank` ({rank!r}) is not valid; pass an integer of 1 or more, or call `forget`")
+        raise ValueError(f"`rank` ({rank!r}) is not valid; pass an integer of 1 or more, or call `forget_domain`")
     routers = _routers_of(model, adapter_name)
     device = next(iter(routers.values())).maturity.device
     sketches = {name: InputSketch(router.hidden_size, rank, device) for name, router in routers.items()}
@@ -67,7 +67,7 @@ def learn_domain(
 
 
 def forget_domain(model: PeftModel, adapter_name: str) -> None:
-    """Drop what an adapter remembers; domains then decide no more while it is active.
+    """Drop the statistics of an adapter's domain; domains then decide no more while it is active.
 
     Raises:
         ValueError: there is no such adapter, or its routing is fixed.
@@ -79,7 +79,7 @@ def forget_domain(model: PeftModel, adapter_name: str) -> None:
 
 
 def knows_domain(model: PeftModel, adapter_name: str) -> bool:
-    """Whether an adapter remembers its domain."""
+    """Whether an adapter has statistics of its domain."""
     return model.peft_config[adapter_name].router_memory > 0
 
 
@@ -89,14 +89,14 @@ def refresh_domain_classifier(model: PeftModel) -> None:
     Adapters of equal domains, as the parts of one that was split, stand for one domain.
     """
     for router in model.base_model.routing.routers.values():
-        remembering = [r for r in router.lora_router.values() if isinstance(r, Router) and r.has_domain]
-        domains = distinct([expert_router.domain for expert_router in remembering])
+        learned = [r for r in router.lora_router.values() if isinstance(r, Router) and r.has_domain]
+        domains = distinct([expert_router.domain for expert_router in learned])
         if len(domains) < 2:
             continue
         solved = list(zip(*discriminants(domains), strict=True))
-        for expert_router in remembering:
-            memory = expert_router.domain
-            weight, bias = next(pair for pair, domain in zip(solved, domains, strict=True) if domain.equals(memory))
+        for expert_router in learned:
+            own = expert_router.domain
+            weight, bias = next(pair for pair, domain in zip(solved, domains, strict=True) if domain.equals(own))
             expert_router.gate_weight.copy_(weight[None])
             expert_router.gate_bias.copy_(bias[None])
 
@@ -132,11 +132,11 @@ def alone(model: PeftModel, adapter_name: str) -> Iterator[None]:
             model.set_adapter(active)
 
 
-def _keep(router: Router, memory: DomainStatistics, rank: int) -> None:
+def _keep(router: Router, statistics: DomainStatistics, rank: int) -> None:
     router.make_domain(rank)
-    router.memory_mean.copy_(memory.mean)
-    router.memory_directions.copy_(memory.directions)
-    router.memory_variance.copy_(memory.variance)
+    router.memory_mean.copy_(statistics.mean)
+    router.memory_directions.copy_(statistics.directions)
+    router.memory_variance.copy_(statistics.variance)
 
 
 def _read(

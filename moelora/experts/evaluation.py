@@ -1,4 +1,4 @@
-"""Texts to judge a mixture by: what it loses on them, and how much each expert is used.
+"""A mixture evaluated on texts: its loss on them, and how much each expert is used.
 
 Shapes: D domains, E experts.
 """

@@ -23,7 +23,7 @@ from ..files.staging import holds_something, staging
 from ..ops.pool import ExpertPool
 from ..schema import settable_fields
 from ..storage.lora_file import Factors, LoraFile, peft_tensors
-from ..storage.stored import StoredAdapter
+from ..storage.mixture_files import StoredAdapter
 from ..storage.structure import owner_of
 from ..tuner.layer import MoELoraLayer
 from ..tuner.model import MoELoraModel

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
-from ..ops.ranks import num_ranks
+from ..ops.data_parallel import num_ranks
 
 
 def grow(
@@ -26,11 +26,11 @@ def grow(
     optimizer: Any = None,
     **changes: Any,
 ) -> str:
-    """Add an adapter of new experts (maturity 0: every token hears them) to the active mixture.
+    """Add an adapter of new experts (maturity 0: they act on every token) to the active mixture.
 
     The adapters that are there keep their tensors, and stop learning as asked. Until the new experts have learned
-    something they contribute nothing, but take their share of the routing weight; where the adapters remember their
-    domains ([`moelora.experts.learn_domain`]), let the new one remember its own and it takes from theirs no more.
+    something they contribute nothing, but take their share of the routing weight; where the adapters have statistics of
+    their domains ([`moelora.experts.learn_domain`]), give the new one its own and it takes from theirs no more.
 
     Args:
         num_experts: of the new adapter, 1 or more; as many as the first adapter holds by default.
@@ -38,7 +38,7 @@ def grow(
         freeze_experts: the experts that are there stop learning.
         freeze_scores: their routers stop learning, and their maturity and counters stand still.
         optimizer: the one that training has begun with, bare or from accelerate. New parameters join the groups of
-            their counterparts, so learning rates and schedules stay; nothing that it remembers of others is reset.
+            their counterparts, so learning rates and schedules stay; nothing of its state for others is reset.
         changes: further fields of `MoELoraConfig` in which the new adapter differs from the first, such as `r`.
 
     Returns:
@@ -137,7 +137,7 @@ class GrowthCallback(TrainerCallback):
     """Grows the mixture of a Trainer's model after a step: ``GrowthCallback(trainer, step=500, num_experts=4)``.
 
     Give it to every run alike: one that resumes from a checkpoint before the step grows then, one that resumes from a
-    later checkpoint finds the new experts and the optimizer's memory of them restored.
+    later checkpoint finds the new experts and the optimizer's state for them restored.
 
     Args:
         trainer: before `train` is called; the callback adds itself.

@@ -22,7 +22,7 @@ from ..recipe import plain_name
 from ..routing import Router
 from ..schema import settable_fields
 from ..storage.lora_file import LoraError, LoraFile, read_lora
-from ..storage.stored import misfit
+from ..storage.mixture_files import misfit
 from ..tuner._peft import BaseTunerLayer
 from ..tuner.blocks import check_targets
 from ..tuner.layer import MoELoraLayer
@@ -101,8 +101,8 @@ def from_lora(
 
     Where all tokens are routed to it alone (`model.set_adapter(name)`, a routing weight of 1 by hand, or top-1), it
     makes in evaluation mode what PEFT makes of the LoRA, bit for bit. Rank, alpha, `use_rslora`, patterns and targets
-    may differ from the other experts'. Its maturity is 0: with `router_type="learned_with_maturity"` every token hears
-    it at first.
+    may differ from the other experts'. Its maturity is 0: with `router_type="learned_with_maturity"` it acts on
+    every token at first.
 
     Args:
         model: a mixture, as `get_peft_model` or `PeftModel.from_pretrained` made it.

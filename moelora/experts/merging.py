@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..routing.domain_classifier import DomainStatistics, combined, distinct
 from ..storage.lora_file import Factor
-from ..storage.stored import scaling_of
+from ..storage.mixture_files import scaling_of
 from .low_rank import truncated, truncated_product
 from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
 
@@ -33,7 +33,7 @@ METHODS = ("average", "svd", "ties", "dare")
 HIDDEN = "hidden_weight"
 _FIELDS = tuple(field.name for field in fields(DomainStatistics))  # the mean first
 _MEAN = f".memory_{_FIELDS[0]}"
-_MEMORY = re.compile(rf"\.(memory_({'|'.join(_FIELDS)})|gate_(weight|bias))$")
+_DOMAIN = re.compile(rf"\.(memory_({'|'.join(_FIELDS)})|gate_(weight|bias))$")
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -84,7 +84,7 @@ def merge_experts(
     The merged expert's row of every router is Σ π_e row_e, so its probability is the geometric mean of theirs, not
     their sum, which no row of a router without biases could score; fixed weights add up. Where the merged rank is that
     of the first expert's adapter it stays there; else it becomes an adapter `expert_<i>`. The adapter that takes it
-    remembers the domains of all their adapters, if each remembers its own ([`combined`]).
+    gets the domain statistics of all their adapters, if each has its own ([`combined`]).
 
     Args:
         numbers: two experts or more of the mixture.
@@ -110,10 +110,10 @@ def merge_experts(
     for adapter in adapters:
         stays = [expert for expert in adapter.experts if id(expert) not in gone or (expert is first and rank is None)]
         left = replace(adapter, experts=[merged if expert is first else expert for expert in stays])
-        rest.append(_remembering_all(left, chosen) if adapter is home and rank is None else left)
+        rest.append(_with_domains_of_all(left, chosen) if adapter is home and rank is None else left)
         if adapter is home and rank is not None:
             own = _adapter_of_its_own(home, merged, {each.name for each in adapters})
-            rest.append(_remembering_all(own, chosen))
+            rest.append(_with_domains_of_all(own, chosen))
     settled = settle(rest)
     place = {id(expert): number for number, (_, expert) in enumerate(_owners(settled))}
     becomes = [place[id(merged if id(expert) in gone else expert)] for _, expert in _owners(adapters)]
@@ -175,43 +175,43 @@ def _with_hidden_units(adapter: AdapterParts, hidden: Tensors, chosen: Sequence[
     return replace(adapter, config=config, shared=adapter.shared | hidden)
 
 
-def memory_notes(adapters: Sequence[AdapterParts], numbers: Sequence[int]) -> list[str]:
-    """What merging the experts of these numbers does to what adapters remember of their domains, for a plan."""
+def domain_notes(adapters: Sequence[AdapterParts], numbers: Sequence[int]) -> list[str]:
+    """What merging the experts of these numbers does to the domain statistics of their adapters, for a plan."""
     owners = _adapters_of(_choose(adapters, numbers, [1.0] * len(numbers)))
-    forgetful = [owner.name for owner in owners if not owner.config.router_memory]
-    if len(owners) < 2 or len(forgetful) == len(owners):
+    without = [owner.name for owner in owners if not owner.config.router_memory]
+    if len(owners) < 2 or len(without) == len(owners):
         return []
-    if forgetful:
+    if without:
         return [
-            f"{forgetful[0]} does not remember its domain, so the adapter of the merged expert remembers none, and no "
-            "domain classifier decides between adapters; moelora.experts.learn_domain gives it domain statistics"
+            f"{without[0]} has no domain statistics, so the adapter of the merged expert gets none, and no domain "
+            f"classifier decides between adapters; moelora.experts.learn_domain gives {without[0]} domain statistics"
         ]
     names = ", ".join(owner.name for owner in owners)
-    return [f"The adapter of the merged expert remembers the domains of {names}, which count alike"]
+    return [f"The adapter of the merged expert gets the domain statistics of {names}, which count alike"]
 
 
 def _adapters_of(chosen: Sequence[_Chosen]) -> list[AdapterParts]:
     return list({one.adapter.name: one.adapter for one in chosen}.values())
 
 
-def _remembering_all(adapter: AdapterParts, chosen: Sequence[_Chosen]) -> AdapterParts:
-    """The adapter that takes the merged expert, remembering the domains of all that went into it; no domain where one
-    of them does not remember its own."""
+def _with_domains_of_all(adapter: AdapterParts, chosen: Sequence[_Chosen]) -> AdapterParts:
+    """The adapter that takes the merged expert, with the domain statistics of all that went into it; with none where
+    one of them has none."""
     owners = _adapters_of(chosen)
     if not all(owner.config.router_memory for owner in owners):
         config = deepcopy(adapter.config)
         config.router_memory = 0
-        kept = {key: tensor for key, tensor in adapter.shared.items() if not _MEMORY.search(key)}
+        kept = {key: tensor for key, tensor in adapter.shared.items() if not _DOMAIN.search(key)}
         return replace(adapter, config=config, shared=kept)
     shared = dict(adapter.shared)
     for key in (key for key in adapter.shared if key.endswith(_MEAN)):
         parts = [f"{key.removesuffix(_FIELDS[0])}{name}" for name in _FIELDS]
-        memories = distinct(
+        statistics = distinct(
             [DomainStatistics(*(owner.shared[part] for part in parts)) for owner in owners if key in owner.shared]
         )
-        if len(memories) > 1:
-            memory = combined(memories, len(memories[0].directions))
-            shared |= {part: getattr(memory, name) for part, name in zip(parts, _FIELDS, strict=True)}
+        if len(statistics) > 1:
+            of_all = combined(statistics, len(statistics[0].directions))
+            shared |= {part: getattr(of_all, name) for part, name in zip(parts, _FIELDS, strict=True)}
     return replace(adapter, shared=shared)
 
 

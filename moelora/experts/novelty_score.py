@@ -3,7 +3,7 @@
 Of every text one number is taken, the mean over its tokens:
 
     distance   of a router's inputs from the nearest adapter's domain (squared, Mahalanobis, per dimension), mean over
-               routers, where adapters remember their domains
+               routers, where adapters have statistics of their domains
     loss       nats per predicted token, where they do not
 
 Its z-score over calibration texts, which the mixture knows, is the text's score; docs/experts-novelty.md compares these
@@ -125,7 +125,7 @@ def measure(
     """The name of the number and its value [N] for each text; see [`novelty`].
 
     Args:
-        number: `distance` or `loss`; by default distance where the adapters remember.
+        number: `distance` or `loss`; by default distance where the adapters have domain statistics.
     """
     routers = _learned_routers(model)
     if not texts:
@@ -182,13 +182,13 @@ class _Domain:
     whitening_KH: Tensor  # (I + U D^-1 U^T)^-1/2 U D^-1
 
     @classmethod
-    def of(cls, memory: DomainStatistics, device: torch.device) -> _Domain:
-        directions, variance = memory.directions.double(), memory.variance.double()
+    def of(cls, statistics: DomainStatistics, device: torch.device) -> _Domain:
+        directions, variance = statistics.directions.double(), statistics.variance.double()
         variance = variance + RIDGE * (variance + directions.square().sum(0)).mean()
         scaled = directions / variance
         root = torch.linalg.cholesky(torch.eye(len(directions)).double() + scaled @ directions.t())
         whitening = torch.linalg.solve_triangular(root, scaled, upper=False)
-        return cls(memory.mean.to(device), (1 / variance).float().to(device), whitening.float().to(device))
+        return cls(statistics.mean.to(device), (1 / variance).float().to(device), whitening.float().to(device))
 
     def distance(self, normed: Tensor) -> Tensor:
         """[...] squared Mahalanobis distances of normed [..., H], per dimension."""
@@ -198,7 +198,7 @@ class _Domain:
 
 
 def _domains_of(router: MoELoraRouter, device: torch.device) -> list[_Domain]:
-    """Of the adapters that a router serves; none unless all remember theirs."""
+    """Of the adapters that a router serves; none unless all have statistics of theirs."""
     learned = cast("list[Router]", router.active_routers())
     return [_Domain.of(r.domain, device) for r in learned] if all(r.has_domain for r in learned) else []
 

@@ -1,1 +1,1 @@
-"""How files are opened, staged, and replaced in one moment. Knows no model and no configuration."""
+"""How files are opened, checked, staged, and replaced in one moment. Imports no model and no MoELoraConfig."""

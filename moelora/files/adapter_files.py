@@ -20,13 +20,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
-from .generation import (
+from .atomic_save import (
     ID_KEY,
     PICKLED_ROUTER_NAME,
     ROUTER_NAME,
     SaveError,
-    check_generation,
     check_record,
+    check_save,
     checksum,
     part,
     read_at_once,
@@ -194,7 +194,7 @@ def _read(place: Place) -> AdapterFiles:
     pickled = place.find(PICKLED_ROUTER_NAME) if place.folder is not None or record is None else None
     if pickled is not None and record is not None:
         found[PICKLED_ROUTER_NAME] = None, ""
-    fault = check_generation(place.source, record, found)
+    fault = check_save(place.source, record, found)
     router = None if router_path is None else tensors[router_path]
     return AdapterFiles(place.source, config, tensors[path], router, pickled, fault)
 

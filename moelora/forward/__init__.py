@@ -1,4 +1,4 @@
-"""What happens in one forward pass: its state, hooks, checkpoints, linears that share an input, and the loss."""
+"""One forward pass: its state, hooks, gradient checkpoints, linears that share an input, and the loss."""
 
 from .hooks import BlockHook, ForwardHook
 

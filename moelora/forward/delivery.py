@@ -124,21 +124,21 @@ class _Deliver(torch.autograd.Function):
     """The loss for the output, and a token for what carries it; backward waits for both."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, weight: Tensor, doubts: _Doubts | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, loss: Tensor, weight: Tensor, pending: _PendingWarnings | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
-        ctx.doubts, ctx.has_arrived = doubts, False
+        ctx.pending, ctx.has_arrived = pending, False
         return loss.detach(), weight.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_token: Tensor | None) -> tuple[Tensor | None, None, None]:
         (weight,) = ctx.saved_tensors
-        if not torch.compiler.is_compiling():  # a compiled graph remembers nothing
+        if not torch.compiler.is_compiling():  # a compiled graph keeps nothing between backward passes
             if ctx.has_arrived:
                 grad_token = None
             ctx.has_arrived |= grad_loss is not None or grad_token is not None
-            if grad_loss is None and grad_token is not None and ctx.doubts is not None:
-                ctx.doubts.say()
+            if grad_loss is None and grad_token is not None and ctx.pending is not None:
+                ctx.pending.give()
         if grad_token is None:
             return grad_loss, None, None
         own = torch.where(grad_token != 0, weight, 0.0)  # a compiled graph has zeros in place of None
@@ -175,10 +175,10 @@ def deliver(context: ForwardContext, model: nn.Module, loss: Tensor, targets: Te
     scaler = loop.scaler() if loop is not None and loop.scaler is not None else None
     if scaler is not None:
         weight = scaler.scale(weight)
-    doubts = None
+    pending = None
     if not torch.compiler.is_compiling():
-        doubts = _Doubts(context, scaler is None and may_be_scaled(model, loss.device), is_counted)
-    return _Deliver.apply(loss, weight, doubts)
+        pending = _PendingWarnings(context, scaler is None and may_be_scaled(model, loss.device), is_counted)
+    return _Deliver.apply(loss, weight, pending)
 
 
 def carry(value: Any, token: Tensor | None, without: tuple[str, ...] = ()) -> Any:
@@ -205,8 +205,8 @@ def carry(value: Any, token: Tensor | None, without: tuple[str, ...] = ()) -> An
 # ---- where it may come wrong -----------------------------------------------------------------------------------------
 
 
-class _Doubts:
-    """What has to be said if nobody asks for the loss, which shows in backward; each once for a model.
+class _PendingWarnings:
+    """What to warn of if nobody asks for the loss, which shows in backward; each once for a model.
 
     Args:
         is_unscaled: a loss scaler may be at work that is not known.
@@ -226,7 +226,7 @@ class _Doubts:
                 if parameter.grad is not None and self.version == state.delivered_at:
                     self.texts.append(_REPEATED)
 
-    def say(self) -> None:
+    def give(self) -> None:
         """Warn of them."""
         state = self.state()
         if state is None:

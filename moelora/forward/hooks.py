@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balance import finish_forward
 from .checkpointing import make_checkpoint_routed
+from .finish import finish_forward
 from .interfaces import MixtureRouter
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState, kv_cache
@@ -57,7 +57,7 @@ class ForwardHook:
                 for name, hook in state.hooks.items():
                     make_checkpoint_routed(module.get_submodule(name), hook)
         else:
-            here.context.forget(self.stacks)
+            here.context.reset(self.stacks)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook, also called when the forward raised (output is then None)."""

@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops.ranks import num_ranks
+from ..ops.data_parallel import num_ranks
 
 
 class StepRollback:
-    """What one forward of a model is about to add to maturity and counters.
+    """Maturity and counters as they were before a forward, put back if its step overflows.
 
     Args:
-        buffers: the maturity and the counters, not yet grown.
-        parameters: some that the step changes. Where they hold gradients and have not changed since the earlier forward
-            grew, this one is of the same step, whose beginning is what counts.
+        buffers: the maturity and the counters, before this forward adds to them.
+        parameters: some that the step changes. Where they hold gradients and have not changed since the earlier
+            forward, this one is of the same step, whose beginning is what counts.
         earlier: the rollback of the forward before.
     """
 

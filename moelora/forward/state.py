@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
-from ..ops.ranks import num_ranks
+from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
 from ..routing.sums import RoutingSums
-from ..routing.window import TrainingWindow
+from ..routing.training_sums import TrainingWindow
 from .call import Call
 from .interfaces import MixtureRouter, Pool
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
@@ -68,7 +68,7 @@ class RoutingState:
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
     loop: TrainingLoop | None = None  # the one that trains it, where MoELoraCallback tells
     delivered_at: int | None = None  # a router's version when the balancing loss last came by itself; see delivery
-    warned: set[str] = field(default_factory=set)  # what has been said of this model, and need not be again
+    warned: set[str] = field(default_factory=set)  # warnings that were given of this model, and need not be again
 
     @property
     def active_adapters(self) -> list[str]:
@@ -166,8 +166,8 @@ class ForwardContext:
         self.cache = kv_cache(inputs)
         self.past_length = _past_length(self.cache)  # now: the blocks' attention lets it grow
         self.densities = ContextDensities.on(self.cache)
-        says_nothing = inputs.get("attention_mask") is None
-        self.packed = packed_mask(inputs.get("position_ids")) if says_nothing else None  # [B, S]
+        has_no_mask = inputs.get("attention_mask") is None
+        self.packed = packed_mask(inputs.get("position_ids")) if has_no_mask else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor | None] = {}
         self._masks: dict[tuple[int, bool], Tensor | None] = {}  # by length and is_decoder
@@ -230,7 +230,7 @@ class ForwardContext:
             )
         self.records.append((router, sums))
 
-    def forget(self, stacks: Sequence[str]) -> None:
+    def reset(self, stacks: Sequence[str]) -> None:
         """Make these stacks decide anew: their blocks are about to run (again)."""
         for stack in stacks:
             self.stack_weights.pop(stack, None)

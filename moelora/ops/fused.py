@@ -45,7 +45,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _Layout:
     """What is constant in one call, and in what order its tensors come."""
 
     num_readers: int
@@ -69,11 +69,11 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Saved, x: Tensor, weights: Tensor, *tensors: Any):
-        frozen, As, Bs = plan.split(tensors)
-        ys, h, kept = _outputs(plan, x, weights, frozen, As, Bs)
+    def forward(ctx: Any, layout: _Layout, x: Tensor, weights: Tensor, *tensors: Any):
+        frozen, As, Bs = layout.split(tensors)
+        ys, h, kept = _outputs(layout, x, weights, frozen, As, Bs)
         ctx.save_for_backward(x, h, weights, kept, *(weight for _, weight, _ in frozen), *As, *_joined(Bs))
-        ctx.plan, ctx.device = plan, x.device.type
+        ctx.layout, ctx.device = layout, x.device.type
         ctx.set_materialize_grads(False)
         return ys
 
@@ -85,26 +85,26 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        plan: _Saved = ctx.plan
+        layout: _Layout = ctx.layout
         x, h, weights, kept, *saved = ctx.saved_tensors
-        Ws, As, Bs = saved[: plan.num_readers], *_halves(saved[plan.num_readers :])
+        Ws, As, Bs = saved[: layout.num_readers], *_halves(saved[layout.num_readers :])
         _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        needs_outside, needs_A, needs_B = plan.split(needs)
-        keep_rate = 1 - plan.drop_rate
+        needs_outside, needs_A, needs_B = layout.split(needs)
+        keep_rate = 1 - layout.drop_rate
 
         flat = [None if dy is None else dy.to(h.dtype) for dy in dys]
-        g = _products(flat, _chunks(Bs, plan.num_pools), h)
-        hw, dh, dw = weighted_backward(g, h, weights, plan.rank, plan.scale)
-        hws = hw.chunk(plan.num_readers, dim=1)
+        g = _products(flat, _chunks(Bs, layout.num_pools), h)
+        hw, dh, dw = weighted_backward(g, h, weights, layout.rank, layout.scale)
+        hws = hw.chunk(layout.num_readers, dim=1)
         dBs: list[Any] = [None] * len(Bs)
         for i, (dy, needed) in enumerate(zip(flat, needs_B, strict=True)):
             if dy is not None and any(needed):
-                mine = slice(i * plan.num_pools, (i + 1) * plan.num_pools)
+                mine = slice(i * layout.num_pools, (i + 1) * layout.num_pools)
                 dBs[mine] = _unstacked(dy.t() @ hws[i], Bs[mine], dim=1)
         dAs: list[Any] = [None] * len(As)
         if any(needs_A):
             dAs = _unstacked(dh.t() @ (x if kept is None else (x * kept).div_(keep_rate)), As)
-            is_read = [dy is not None for dy in dys for _ in range(plan.num_pools)]
+            is_read = [dy is not None for dy in dys for _ in range(layout.num_pools)]
             dAs = [dA if read else None for dA, read in zip(dAs, is_read, strict=True)]
         dx = None
         if needs_x:
@@ -119,7 +119,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def _outputs(
-    plan: _Saved,
+    layout: _Layout,
     x: Tensor,
     weights: Tensor,
     frozen: Sequence[Sequence[Any]],
@@ -127,13 +127,13 @@ def _outputs(
     Bs: Sequence[Sequence[Tensor]],
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
     """y [T, O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
-    read, kept = torch.native_dropout(x, plan.drop_rate, True) if plan.drop_rate > 0 else (x, None)
+    read, kept = torch.native_dropout(x, layout.drop_rate, True) if layout.drop_rate > 0 else (x, None)
     h = F.linear(read, _stacked(As, x.dtype))
     if h.shape[0] <= FEW_TOKENS and kernels_for(h):
-        hs = h.chunk(plan.num_readers, dim=1)
-        ys = tuple(_expand_few(x, h_i, weights, B, plan, part) for h_i, B, part in zip(hs, Bs, frozen, strict=True))
+        hs = h.chunk(layout.num_readers, dim=1)
+        ys = tuple(_expand_few(x, h_i, weights, B, layout, part) for h_i, B, part in zip(hs, Bs, frozen, strict=True))
     else:
-        hws = weighted(h, weights, plan.rank, plan.scale).chunk(plan.num_readers, dim=1)
+        hws = weighted(h, weights, layout.rank, layout.scale).chunk(layout.num_readers, dim=1)
         ys = tuple(_expand(x, hw, B, *parts) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
     return ys, h, kept
 
@@ -151,14 +151,14 @@ def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, we
 
 
 def _expand_few(
-    x: Tensor, h: Tensor, weights: Tensor, factors_B: Sequence[Tensor], plan: _Saved, frozen: Sequence[Any]
+    x: Tensor, h: Tensor, weights: Tensor, factors_B: Sequence[Tensor], layout: _Layout, frozen: Sequence[Any]
 ) -> Tensor:
     """What _expand makes of weighted(h), in one launch after the frozen product."""
     from .triton.expand import add_expanded
 
     outside, weight, bias = frozen
     y = F.linear(x, weight, bias) if outside is None else outside.clone(memory_format=torch.contiguous_format)
-    add_expanded(y, h, weights, _stacked(factors_B, h.dtype, dim=1), plan.rank, plan.scale)
+    add_expanded(y, h, weights, _stacked(factors_B, h.dtype, dim=1), layout.rank, layout.scale)
     return y
 
 
@@ -219,16 +219,16 @@ def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> list
     if any(pool.scaling != scale for pool in pools):
         shares = weights.split([pool.num_experts for pool in pools], dim=-1)
         scale, weights = 1.0, torch.cat([share * p.scaling for share, p in zip(shares, pools, strict=True)], dim=-1)
-    plan = _Saved(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
+    layout = _Layout(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
     frozen = [_frozen_part(reader.base_layer, x, dtype) for reader in readers]
     As = [pool.lora_A for reader in readers for pool in reader.pools]
     Bs = [[pool.lora_B for pool in reader.pools] for reader in readers]
     x_TD, weights_TE = x.to(dtype).flatten(0, -2), weights.flatten(0, -2)
     with _without_autocast(x.device.type):
         if torch.is_grad_enabled():
-            ys = _Mixture.apply(plan, x_TD, weights_TE, *_joined(frozen), *As, *_joined(Bs))
+            ys = _Mixture.apply(layout, x_TD, weights_TE, *_joined(frozen), *As, *_joined(Bs))
         else:  # to one token the way through autograd costs as much as all the arithmetic
-            ys = _outputs(plan, x_TD, weights_TE, frozen, As, Bs)[0]
+            ys = _outputs(layout, x_TD, weights_TE, frozen, As, Bs)[0]
     lead = x.shape[:-1]
     return [y.view(*lead, y.shape[-1]) for y in ys]
 

@@ -1,1 +1,1 @@
-"""What the experts of a mixture do: measured as data frames, drawn as figures, told in one HTML page."""
+"""What the experts of a mixture do: measured as data frames, drawn as figures, shown in one HTML page."""

@@ -21,15 +21,15 @@ from .advice import suggest
 from .geometry import Geometry, geometry, group_modules, sharpness
 from .history import History, history_of
 from .measure import measure_worth, watch
-from .measured import Measured
+from .measurements import Measurements
 from .observe import is_learned, maturity_of, routers_of, undisturbed
 from .specialisation import specialisation
 
 LONGEST_BLOCK = 512
 
 
-class Analysis(Measured):
-    """What a mixture does with texts; made by [`analyze`]: see [`Measured`]. Tables need pandas, plots matplotlib."""
+class Analysis(Measurements):
+    """What a mixture does with texts ([`Measurements`]), made by [`analyze`]. Tables need pandas, plots matplotlib."""
 
     loads = frames.loads
     router_table = frames.router_table

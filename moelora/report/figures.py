@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .measured import Measured, short_names
+from .measurements import Measurements, short_names
 from .palette import style_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def loads(found: Measured, measure: str = "weight") -> Figure:
+def loads(found: Measurements, measure: str = "weight") -> Figure:
     """Heat maps of routers by experts, one per domain, of `weight` or `load`.
 
     Raises:
@@ -54,7 +54,7 @@ def _number(axis: Any, values: Any, form: str, highest: float) -> None:
         axis.text(column, row, form.format(value), ha="center", va="center", color=colour, fontsize=7)
 
 
-def specialisation(found: Measured) -> Figure:
+def specialisation(found: Measurements) -> Figure:
     """Mutual information of each router beside its chance level.
 
     Raises:
@@ -75,7 +75,7 @@ def specialisation(found: Measured) -> Figure:
     return figure
 
 
-def similarity(found: Measured, router: str | None = None) -> Figure:
+def similarity(found: Measurements, router: str | None = None) -> Figure:
     """Matrix of the experts' similarities, over all linears or those of one router."""
     figure = _figure(1.5 + 0.5 * found.num_experts, 1 + 0.5 * found.num_experts)
     axis = figure.subplots()
@@ -87,7 +87,7 @@ def similarity(found: Measured, router: str | None = None) -> Figure:
     return figure
 
 
-def worth(found: Measured) -> Figure:
+def worth(found: Measurements) -> Figure:
     """What removing each expert adds to each domain's loss.
 
     Raises:
@@ -109,7 +109,7 @@ def worth(found: Measured) -> Figure:
     return figure
 
 
-def training(found: Measured, router: str | None = None) -> Figure:
+def training(found: Measurements, router: str | None = None) -> Figure:
     """Load, entropy and maturity over training, of one router or the mean of all.
 
     Raises:

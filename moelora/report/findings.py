@@ -73,7 +73,7 @@ def _advice(found: Analysis) -> Finding | None:
 def _young(found: Analysis) -> Finding | None:
     if not np.isfinite(found.maturity).any() or (mean := np.nanmean(found.maturity)) >= YOUNG:
         return None
-    text = f"their maturity is {mean:.2f}, so every token still hears nearly all of them and shares lie close to even."
+    text = f"their maturity is {mean:.2f}, so nearly all act on every token still and shares lie close to even."
     return Finding("info", "The experts are young:", text)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .measured import Measured
+from .measurements import Measurements
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,13 +26,13 @@ def _grid(**axes: list[Any]) -> dict[str, Any]:
     return {name: [values[i] for i in grid.ravel()] for (name, values), grid in zip(axes.items(), grids, strict=True)}
 
 
-def loads(found: Measured) -> DataFrame:
+def loads(found: Measurements) -> DataFrame:
     """One row per domain, router and expert: weight, load."""
     columns = _grid(domain=found.domains, router=found.routers, expert=list(range(found.num_experts)))
     return _pandas().DataFrame(columns | {"weight": found.weight.ravel(), "load": found.load.ravel()})
 
 
-def router_table(found: Measured) -> DataFrame:
+def router_table(found: Measurements) -> DataFrame:
     """One row per domain and router: entropy, top1_probability; mutual information with its chance level."""
     columns = _grid(domain=found.domains, router=found.routers)
     columns |= {"entropy": found.entropy.ravel(), "top1_probability": found.top1_probability.ravel()}
@@ -44,7 +44,7 @@ def router_table(found: Measured) -> DataFrame:
     return _pandas().DataFrame(columns)
 
 
-def expert_table(found: Measured) -> DataFrame:
+def expert_table(found: Measurements) -> DataFrame:
     """One row per expert: norm, effective_rank, maturity, and its share, worth and error in each domain."""
     columns: dict[str, Any] = {
         "expert": list(range(found.num_experts)),
@@ -61,7 +61,7 @@ def expert_table(found: Measured) -> DataFrame:
     return _pandas().DataFrame(columns)
 
 
-def similarity(found: Measured, router: str | None = None) -> DataFrame:
+def similarity(found: Measurements, router: str | None = None) -> DataFrame:
     """[E, E] cosine of the experts' products, over all linears or those of one router.
 
     Raises:
@@ -70,7 +70,7 @@ def similarity(found: Measured, router: str | None = None) -> DataFrame:
     return _pandas().DataFrame(found.geometry_of(router).similarity.numpy())
 
 
-def token_table(found: Measured, domain: str) -> DataFrame:
+def token_table(found: Measurements, domain: str) -> DataFrame:
     """One row per token of a domain and router: text, document, loss, expert and its weight.
 
     Raises:
@@ -94,7 +94,7 @@ def token_table(found: Measured, domain: str) -> DataFrame:
     )
 
 
-def training_table(found: Measured) -> DataFrame:
+def training_table(found: Measurements) -> DataFrame:
     """One row per log, router and expert: load, maturity, entropy; empty without a training log."""
     rows = []
     history = found.history

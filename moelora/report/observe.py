@@ -1,4 +1,4 @@
-"""Look over a model's shoulder: every router's weights for every token, and the loss with an expert taken away.
+"""Read every router's weights for every token off a model, and the loss with an expert taken away.
 
 Shapes: B batch, S sequence, T tokens without padding, E experts of the whole mixture, R routers, H router input width.
 """
@@ -25,7 +25,7 @@ ATTACHED = "attached router"
 
 
 @dataclass(frozen=True)
-class Batch:
+class ObservedBatch:
     """What one batch of blocks showed, on the CPU.
 
     Attributes:
@@ -79,7 +79,9 @@ def reading_routers(model: PeftModel, block: TextBlock) -> list[str]:
     return [name for name in names if name in seen]
 
 
-def look(model: PeftModel, blocks: Sequence[TextBlock], pad: int, routers: Sequence[str] | None = None) -> Batch:
+def look(
+    model: PeftModel, blocks: Sequence[TextBlock], pad: int, routers: Sequence[str] | None = None
+) -> ObservedBatch:
     """Run blocks through the model in one padded batch; padding is in nothing that comes back.
 
     Args:
@@ -100,7 +102,7 @@ def look(model: PeftModel, blocks: Sequence[TextBlock], pad: int, routers: Seque
             f"router {silent[0]!r} did not run for some of the texts; leave its linears out with `exclude_modules`"
         )
     weights_RBSE = torch.stack([seen[name].view(*ids.shape, -1) for name in names]).cpu()
-    return Batch(
+    return ObservedBatch(
         weights=[weights_RBSE[:, row, :length] for row, length in enumerate(lengths)],
         losses=losses_of(logits, ids, lengths),
     )

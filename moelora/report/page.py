@@ -24,7 +24,7 @@ from .analysis import Analysis
 from .findings import findings
 from .history import History
 from .measure import TokenView
-from .measured import short_names
+from .measurements import short_names
 from .palette import style_of
 
 SCRIPTS = ("core.js", "tokens.js", "tables.js", "charts.js")

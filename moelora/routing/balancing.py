@@ -1,4 +1,4 @@
-"""The ways of balancing experts there are. A new one is registered here, or in a file of its own beside this.
+"""The balancing losses there are. A new one is registered here, or in a file of its own beside this.
 
 Shapes: E experts.
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.ranks import fits_over_ranks
+from ..ops.data_parallel import fits_over_ranks
 
 _LEAST_LOG = -60.0  # of a score that a bias is added to: e^60 is no infinity in float32
 

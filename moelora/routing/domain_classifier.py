@@ -1,6 +1,6 @@
 """Which adapter a text is for: statistics of each adapter's domain, and the classifier that follows from them.
 
-An adapter that was grown for a domain remembers that domain's router inputs by their mean and covariance, no texts. Of
+An adapter that was grown for a domain keeps the mean and covariance of that domain's router inputs, and no texts. From
 several such adapters follows a linear discriminant with one covariance for all (Fisher 1936; Rao 1948): the log density
 of a token under each adapter's domain, up to a term that all share. A token alone says little, so the densities of the
 WINDOW tokens up to it are added up. Imports torch only; docs/maths.md has the formulas.
@@ -22,12 +22,12 @@ from torch import Tensor
 WINDOW = 64
 RIDGE = 1e-3
 """Share of the mean variance that is added to every direction: few tokens leave some without any."""
-_ATTRIBUTE = "_moelora_densities"  # on a KV cache: what the tokens in it said
+_ATTRIBUTE = "_moelora_densities"  # on a KV cache: the densities of the tokens in it
 
 
 @dataclass(frozen=True)
 class DomainStatistics:
-    """What an adapter remembers of its domain at one router; the covariance is directions^T directions + variance."""
+    """Of an adapter's domain at one router; the covariance is directions^T directions + variance."""
 
     mean: Tensor  # [H]
     directions: Tensor  # [K, H]
@@ -103,7 +103,7 @@ class InputSketch:
             ValueError: fewer than two tokens were added.
         """
         if self.origin_H is None or self.tokens < 2:
-            raise ValueError(f"a domain needs two tokens or more to be remembered, got {self.tokens}; give more texts")
+            raise ValueError(f"statistics of a domain need two tokens or more, got {self.tokens}; give more texts")
         test, sketch, total, squares = (
             tensor.double().cpu() for tensor in (self.test_HL, self.sketch_HL, self.sum_H, self.squares_H)
         )
@@ -165,7 +165,7 @@ class ContextDensities:
     """The densities of the tokens in a KV cache, by router, so that text read piece by piece is told as in one forward.
 
     It follows its sequences where the cache reorders, repeats or selects them, as beam search does. Tokens that are
-    taken back (assisted generation crops the cache) are forgotten, up to WINDOW of them.
+    taken back (assisted generation crops the cache) are dropped, up to WINDOW of them.
     """
 
     def __init__(self) -> None:

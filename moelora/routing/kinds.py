@@ -18,7 +18,7 @@ class RouterKind:
         make: makes an adapter's router; called with hidden_size and num_experts, and by name with
             router_hidden_size, domain_rank and has_bias.
         is_constant: weights are the same for every token: nothing is learned, and the mixture can be merged.
-        matures: a new expert is heard by every token until it is mature.
+        matures: a new expert acts on every token until it is mature.
         scores_each_alone: an expert's score does not depend on the others', as a softmax's does.
         has_kernel: the Triton router computes it.
     """

@@ -108,7 +108,7 @@ class Router(ExpertRouter):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def make_domain(self, rank: int) -> None:
-        """Make room for a memory of `rank` directions; 0 forgets."""
+        """Make room for statistics of its domain with `rank` directions; 0 drops them."""
         H, K = self.hidden_size, min(rank, self.hidden_size)
         shapes = {"memory_mean": (H,), "memory_directions": (K, H), "memory_variance": (H,), "gate_weight": (1, H)}
         device = self.maturity.device
@@ -117,12 +117,12 @@ class Router(ExpertRouter):
 
     @property
     def has_domain(self) -> bool:
-        """Whether it has a memory of its domain."""
+        """Whether it has statistics of its domain."""
         return self.memory_mean is not None
 
     @property
     def domain(self) -> DomainStatistics:
-        """Its memory of its domain, on the CPU."""
+        """The statistics of its domain, on the CPU."""
         return DomainStatistics(self.memory_mean.cpu(), self.memory_directions.cpu(), self.memory_variance.cpu())
 
     @property

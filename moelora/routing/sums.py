@@ -167,7 +167,7 @@ def counting_dtype(device: torch.device) -> torch.dtype:
 
 
 class _RunningSum:
-    """A vector of sums that grows by one forward at a time."""
+    """A vector of sums, to which one forward at a time is added."""
 
     def __init__(self) -> None:
         self.values: Tensor | None = None

@@ -1,1 +1,1 @@
-"""What of a mixture lies on disk: written whole or not at all, and read as what a stranger may have written."""
+"""A mixture on disk: saving, loading, LoRA files, run records. Written whole or not at all; read as a stranger's."""

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files.generation import ID_KEY, PICKLED_ROUTER_NAME, ROUTER_NAME, SaveError
+from ..files.atomic_save import ID_KEY, PICKLED_ROUTER_NAME, ROUTER_NAME, SaveError
 
 LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ("in_features", "out_features", "bias")),

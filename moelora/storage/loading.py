@@ -20,7 +20,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..config import MoELoraConfig
 from ..files.adapter_files import AdapterFiles, check_tensors, read_adapter, refuse
-from ..files.generation import SaveError
+from ..files.atomic_save import SaveError
 from .attached_router import check_loads_into, router_for, unpickle_router
 
 Tensors = dict[str, Tensor]

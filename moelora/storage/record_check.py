@@ -13,7 +13,7 @@ LEARNED_BEFORE = "learned_before"
 
 
 def read_checked_run(path: Path) -> dict[str, Any] | None:
-    """A run.json; None where there is none, where something else wrote it, and, said once, where it is damaged."""
+    """A run.json; None where there is none, where something else wrote it or, with one warning, where it is damaged."""
     try:
         record = read_json(path)
     except OSError:
@@ -32,7 +32,7 @@ def read_checked_run(path: Path) -> dict[str, Any] | None:
 
 
 def read_checked_operation(path: Path) -> dict[str, Any]:
-    """An operation.json; empty where there is none and, said once, where it is damaged."""
+    """An operation.json; empty where there is none and, with one warning, where it is damaged."""
     try:
         operation = read_json(path)
     except OSError:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import MoELoraConfig
-from ..files.generation import CARD_NAME, ID_KEY, ROUTER_NAME, checksum, flush, new_id, put_in_place
+from ..files.atomic_save import CARD_NAME, ID_KEY, ROUTER_NAME, checksum, flush, new_id, put_in_place
 from ..files.staging import staging
 from .attached_router import describe, save_router
 

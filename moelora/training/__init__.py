@@ -1,4 +1,4 @@
-"""The main job: fine-tune a causal language model on named domains of text from a recipe, and measure the result."""
+"""Training: fine-tune a causal language model on named domains of text from a recipe, and measure the result."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

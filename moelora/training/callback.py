@@ -22,9 +22,9 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..forward.state import RoutingState
 from ..forward.training_loop import TrainingLoop
-from ..forward.window import pop_training_stats
+from ..forward.training_stats import pop_training_stats
 from ..routing.sums import RouterStats
-from ..routing.window import TrainingWindow
+from ..routing.training_sums import TrainingWindow
 from .guards import RoutingGuard, RoutingWarning
 
 PER_EXPERT = ("expert_load", "maturity")

@@ -66,7 +66,7 @@ class RoutingGuard:
         return (
             f"no token has chosen {which} for {self.dead_after} steps: it is dead weight. Training goes on. "
             f"To revive it raise `router_aux_loss_coef` ({config.router_aux_loss_coef}) or `router_temperature` "
-            f"({config.router_temperature}), or let it hear every token again with "
+            f"({config.router_temperature}), or let it act on every token again with "
             "`model.set_expert_maturity(expert, 0)` under router_type='learned_with_maturity'; if the loss does not "
             "need it, train with fewer `num_experts`"
         )

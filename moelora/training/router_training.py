@@ -38,8 +38,8 @@ def train_router(
 ) -> dict[str, dict[str, float]]:
     """Train the active adapters' routers with the Trainer; all else is frozen, then and afterwards.
 
-    With `router_type="learned_with_maturity"` every expert is heard at first and becomes sparse half way, by the tokens
-    it has had; at the end all are mature.
+    With `router_type="learned_with_maturity"` every expert acts on every token at first and becomes
+    sparse half way, by the tokens it has had; at the end all are mature.
 
     Returns:
         Held-out loss before and after, by domain.

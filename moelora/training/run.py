@@ -129,11 +129,11 @@ def _train(
 
 
 def _checkpoint_to_go_on_from(folder: Path) -> Path:
-    """The newest whole checkpoint, of which there is one; what is wrong with it and with newer ones is said."""
+    """The newest whole checkpoint, of which there is one; what is wrong with it and with newer ones is printed."""
     checkpoint, damaged = last_whole_checkpoint(folder)
     assert checkpoint is not None  # the recipe's check has seen to that
-    for said in [*(f"{each}; it is passed over" for each in damaged), *what_it_lacks(checkpoint)]:
-        console.print(printable(said), soft_wrap=True)
+    for problem in [*(f"{each}; it is passed over" for each in damaged), *what_it_lacks(checkpoint)]:
+        console.print(printable(problem), soft_wrap=True)
     return checkpoint
 
 

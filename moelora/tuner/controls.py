@@ -183,7 +183,7 @@ class RoutingControls:
 
         Args:
             expert: its index in the mixture, or the name of an adapter, all of whose experts are set.
-            value: in [0, 1]; 0 makes it hear every token, 1 only those that select it.
+            value: in [0, 1]; 0: it acts on every token, 1: only on those that select it.
 
         Raises:
             ValueError: there is no such expert, or value is out of range.

@@ -245,7 +245,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             return
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_agreement(names)
-        self._frozen_by_disabling = frozenset()  # what is trainable is said anew
+        self._frozen_by_disabling = frozenset()  # what is trainable is set anew
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 # Modules to save and trainable tokens can be one adapter's only: the mixture's first that has them.

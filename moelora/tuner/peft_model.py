@@ -72,8 +72,8 @@ class MixturePeftModel(PeftModel):
         configs = [kwargs.get("generation_config"), *positional, getattr(self, "generation_config", None)]
         counts = [1]
         for name in ("num_beams", "num_return_sequences"):
-            said = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-            counts += [count for count in said if count is not None][:1]
+            given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            counts += [count for count in given if count is not None][:1]
         return max(counts)
 
     @property

@@ -36,7 +36,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
     """Holds every adapter's router for one block, model or module, and routes with the active ones.
 
     1. rms_norm the hidden states and score them with each active adapter's router, in float32: logits [T, E]. Where
-       adapters remember their domains, these decide between adapters and scores within: `routing.domain_classifier`.
+       adapters have statistics of their domains, these decide between adapters and scores within
+       (`routing.domain_classifier`).
     2. Softmax, top-k, maturity and (in training) capacity: [`moelora.routing.decision.route`].
     3. Report the sums that losses, maturity and statistics need to the forward's context.
     4. In training, drop contributions by `expert_dropout`; multiply by `routing_scale`.
@@ -130,7 +131,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     @property
     def routes_by_domain(self) -> bool:
-        """Whether the active adapters, several, all remember their domains, which then decide between adapters."""
+        """Whether the active adapters, several, all have statistics of their domains, which then decide."""
         routers = self.active_routers()
         return len(routers) > 1 and all(isinstance(router, Router) and router.has_domain for router in routers)
 
@@ -210,8 +211,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             whole = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
             return _Scored(whole, routers[0].log_scores(whole, temperature) if kind.scores_each_alone else None)
         biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
-        gates_AH = weight_NH[sum(sizes) :]
-        same_AA = (gates_AH[:, None] == gates_AH).all(-1)  # their statistics are, to the last bit
+        discriminants_AH = weight_NH[sum(sizes) :]
+        same_AA = (discriminants_AH[:, None] == discriminants_AH).all(-1)  # their statistics are, to the last bit
         own = [router.log_scores(piece, temperature) for router, piece in zip(routers, logits, strict=True)]
         whole = logits_by_domain(logits, add_up(densities_TA + biases_A), temperature, same_AA)
         return _Scored(whole, torch.cat(own, dim=-1))

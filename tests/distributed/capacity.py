@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from moelora.ops.ranks import fits_over_ranks
+from moelora.ops.data_parallel import fits_over_ranks
 from moelora.routing.decision import top_k_mask, within_capacity
 
 COUNTS = [(5, 8, 3), (1, 63, 0), (7, 7, 7)]  # tokens by rank

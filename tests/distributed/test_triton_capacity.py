@@ -6,7 +6,7 @@ import torch.distributed as dist
 from helpers import every_pair
 from test_triton_router import CLOSE, MASKS, MATURITY, case, fused
 
-from moelora.ops.ranks import ROUNDS
+from moelora.ops.data_parallel import ROUNDS
 
 SHAPE = (70, 3, 20, 2)  # tokens, experts, width, top-k; the interpreter takes a while for each expert
 

@@ -14,7 +14,7 @@ from test_persistence import EXPERTS, adapter_state, base_model, logits, trained
 from torch import nn
 
 from moelora.cli.commands import main
-from moelora.files.generation import checksum
+from moelora.files.atomic_save import checksum
 
 SECONDS = 10
 CONFIG, WEIGHTS, ROUTER = "adapter_config.json", "adapter_model.safetensors", "router.safetensors"

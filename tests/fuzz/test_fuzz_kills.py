@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 from strategies import FUZZ
-from test_generations import variant
+from test_atomic_save import variant
 from test_persistence import base_model, logits
 
-from moelora.storage.stored import read_mixture
+from moelora.storage.mixture_files import read_mixture
 
 LONGEST = 0.2  # seconds until the kill, in which a few saves may end
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import problems, write_jsonl, write_recipe
 
-from moelora.files.generation import checksum, new_id
+from moelora.files.atomic_save import checksum, new_id
 from moelora.storage.run_record import write_json
 from moelora.storage.trainer_checkpoints import last_whole_checkpoint, what_it_lacks
 from moelora.training import load_recipe

@@ -1,6 +1,6 @@
 """The kernels of router.py that keep experts within capacity: of one process, and of what data-parallel ranks share.
 
-Over ranks, moelora/ops/ranks.py is the readable reference and says how it goes. Here each digit is one launch, which
+Over ranks, ops/data_parallel.py is the readable reference and says how it goes. Here each digit is one launch, which
 works out the digits before it from their counts, summed over ranks, and counts; the last launch does what
 capacity_kernel does, knowing the least that fits. Counts are added by atomics: integers have the same sum in any order.
 Shapes: T tokens, E experts, N ranks, BT a block of tokens.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ranks import ROUNDS
+from ..data_parallel import ROUNDS
 from .router_kernels import counted_tokens
 
 FIRST, SECOND, THIRD = (tl.constexpr(1 << bits) for _, bits in ROUNDS)  # values of each digit

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import sums_layout
+from ..data_parallel import ROUNDS, count_rows, num_ranks, sum_over_ranks
 from ..norm_linear import EPS, _exact_product
-from ..ranks import ROUNDS, count_rows, num_ranks, sum_over_ranks
 from .capacity_kernels import capacity_kernel, capacity_over_ranks_kernel, count_kernel
 from .router_kernels import backward_kernel, forward_kernel
 

@@ -1,4 +1,4 @@
-"""One save is one generation: killed, mixed up or read meanwhile, a folder is never two saves in one."""
+"""A save takes effect at once: killed, mixed up or read meanwhile, a folder is never two saves in one."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from test_persistence import EXPERTS, base_model, logits, trained
 
 from moelora import MoELoraConfig
-from moelora.files import generation
-from moelora.files.generation import PENDING
+from moelora.files import atomic_save
+from moelora.files.atomic_save import PENDING
 from moelora.schema import UserError
-from moelora.storage.stored import read_mixture
+from moelora.storage.mixture_files import read_mixture
 
 WAYS = pytest.mark.parametrize("names", [("default",), EXPERTS[:2]], ids=["default", "experts"])
 
@@ -44,7 +44,7 @@ def test_all_parts_carry_one_id_and_their_checksums(tmp_path):
     record = json.loads((tmp_path / "adapter_config.json").read_text())["checkpoint"]
     assert record["files"].keys() == {"adapter_model.safetensors", "router.safetensors"}
     for name, expected in record["files"].items():
-        assert generation.checksum(load_file(tmp_path / name)) == expected
+        assert atomic_save.checksum(load_file(tmp_path / name)) == expected
         with safe_open(tmp_path / name, "pt") as stream:
             assert stream.metadata()["moelora_save"] == record["id"]
     model.save_pretrained(tmp_path)

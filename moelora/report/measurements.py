@@ -16,7 +16,7 @@ from .specialisation import Specialisation
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """What was measured of a mixture on texts. Padding is in none of it.
 
     Attributes:

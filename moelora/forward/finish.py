@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig
-from ..ops.ranks import num_ranks
+from ..ops.data_parallel import num_ranks
 from ..routing import ExpertRouter
 from ..routing.loss_free import bias_steps
 from ..routing.sums import RoutingSums, RoutingTotals, counting_alone, without_non_finite
@@ -50,7 +50,7 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
 def _advance_all(
     context: ForwardContext, model: nn.Module, groups: Sequence[_Group], all_sums: Sequence[RoutingSums]
 ) -> StepRollback | None:
-    """Let maturity and counters grow; the rollback is returned where a loss scaler may have it taken back."""
+    """Advance maturity and counters; returns what undoes that where a loss scaler may skip the step."""
     state, rollback = context.state, None
     is_last = is_last_micro_batch()
     # A compiled graph has no place for hooks on its own backward.
@@ -228,9 +228,8 @@ def _with_balancing_loss(output: dict[str, Any], loss: Tensor) -> dict[str, Any]
     cls = type(output)
     extended = _output_class(cls)
     entries = dict.fromkeys(_names(cls), loss)
-    if extended is not None and all(
-        hasattr(cls, name) for name in output
-    ):  # fields have defaults; other entries do not
+    is_made_of_fields = all(hasattr(cls, name) for name in output)  # they have defaults; other entries do not
+    if extended is not None and is_made_of_fields:
         return extended(**output, **entries)
     for name, value in entries.items():
         if name == "balancing_loss" or name not in output:

@@ -1,4 +1,4 @@
-"""What prune and merge share: they open a mixture with texts to judge it by, and write what they have made of it."""
+"""What prune and merge share: they open a mixture with texts to evaluate it on, and write what they have made of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .report import block_size_of, check_data, read_texts
 
 @dataclass(frozen=True)
 class EvaluatedJob:
-    """An adapter on disk whose options are in order, and the texts it is to be judged by; nothing is loaded yet."""
+    """An adapter on disk whose options are in order, and the texts it is evaluated on; nothing is loaded yet."""
 
     options: EvaluatedOptions
     source: Source

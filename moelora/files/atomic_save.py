@@ -1,7 +1,7 @@
-"""One save is one generation: its files carry one id, and its configuration their checksums.
+"""Saves that take effect at once: the files of one carry one id, and its configuration their checksums.
 
 The files that PEFT names (adapter_config.json, adapter_model.safetensors) cannot be replaced in one step. So a new
-generation is first written out of sight, then moved into the adapter's folder as a folder of its own by one rename,
+save is first written out of sight, then moved into the adapter's folder as a folder of its own by one rename,
 which is the moment it takes effect, and then file by file to where PEFT looks. Whoever is killed in between leaves that
 folder, `.moelora-save`: readers take each file from there if it has not been moved, and the next save finishes the job.
 A reader beside a writer reads again where a file was replaced meanwhile.
@@ -38,7 +38,7 @@ PICKLED_ROUTER_NAME = "router.pt"
 """An attached router as it was saved until November 2026: a pickle, which runs code when it is loaded."""
 CARD_NAME = "README.md"
 ID_KEY = "moelora_save"
-"""Under which the metadata of a safetensors file hold the id of its generation."""
+"""Under which the metadata of a safetensors file hold the id of its save."""
 PENDING = ".moelora-save"
 LOCK = ".moelora-save.lock"
 
@@ -74,7 +74,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def put_in_place(written: Path, folder: Path) -> None:
-    """Let a folder of written files become the generation that the adapter's folder holds; other files there stay."""
+    """Let a folder of written files become the save that the adapter's folder holds; other files there stay."""
     for path in written.iterdir():
         flush(path)
     flush(written)
@@ -169,7 +169,7 @@ def flush(path: Path) -> None:
 
 
 def part(folder: Path, name: str) -> Path:
-    """Where a file of the generation in force lies, whether or not it is there."""
+    """Where a file of the save in force lies, whether or not it is there."""
     pending = folder / PENDING
     if (pending / name).is_file():
         return pending / name
@@ -216,7 +216,7 @@ def _identity_of(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def check_generation(source: str, record: Any, found: dict[str, tuple[str | None, str]]) -> str | None:
+def check_save(source: str, record: Any, found: dict[str, tuple[str | None, str]]) -> str | None:
     """Compare the parts of a save with what its configuration says of them; what to say of one that is damaged.
 
     Damage is left to the caller to refuse: a look into the part may say better what is wrong with it.

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moelora.ops.ranks import ROUNDS, fits_over_ranks
+from moelora.ops.data_parallel import ROUNDS, fits_over_ranks
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Write the tables of the documentation from the dataclasses, so that help is written once.
 
-python -m moelora.cli.reference docs/*.md
+python -m moelora.cli.docs_tables docs/*.md
 """
 
 import dataclasses
