@@ -170,7 +170,7 @@ def test_everything_writes_a_table_with_its_command(tmp_path, capsys):
     text = (tmp_path / "results.md").read_text()
     assert "command: python -m benchmarks.decode --device cpu --repeats 2" in text and "torch " in text
     assert "### decode: tiny, 2 blocks, batch 8" in text
-    assert "passed on cpu" in capsys.readouterr().out
+    assert "checked on cpu" in capsys.readouterr().out
     _, rows = read([tmp_path / "results.csv"])
     assert {row.arm for row in rows} == set(decode.ARM_NAMES)
     assert all(row.value > 0 for row in rows)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelora.routing import Router
-from moelora.tuner.router import MoELoraRouter
+from moelora.tuner.router import MoELoraRouter, Scored
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class UnnormalisedRouter(MoELoraRouter):
     def _can_fuse(self, hidden_TH: Tensor, weight_NH: Tensor, capacity_factor: float | None) -> bool:
         return False
 
-    def _logits(self, hidden_TH: Tensor, weight_NH: Tensor, *_: Any) -> Tensor:
+    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, *_: Any) -> Scored:
         (router,) = self.active_routers()
         assert isinstance(router, Router)
-        return router.logits(F.linear(hidden_TH.float(), weight_NH))
+        return Scored(router.logits(F.linear(hidden_TH.float(), weight_NH)), None)
 
 
 def _dense(num_experts: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ._peft import RouterTunerLayer
 _AddUp = Callable[[Tensor], Tensor]
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """What routers think of tokens."""
 
     logits: Tensor  # [T, E], whose softmax are the probabilities
@@ -195,7 +195,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
         return self._score(self._checked(hidden), self._first_weights(), self._in_context(hidden), without).logits
 
-    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, add_up: _AddUp, without: int | None = None) -> _Scored:
+    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, add_up: _AddUp, without: int | None = None) -> Scored:
         routers = cast("list[Router]", self.active_routers())
         sizes = [router.first_weight.shape[0] for router in routers]
         product_TN = norm_linear(hidden_TH.to(weight_NH.device), weight_NH)
@@ -209,13 +209,13 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         kind, temperature = self.state.config.router_kind, self.state.config.router_temperature
         if not self.routes_by_domain:
             whole = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
-            return _Scored(whole, routers[0].log_scores(whole, temperature) if kind.scores_each_alone else None)
+            return Scored(whole, routers[0].log_scores(whole, temperature) if kind.scores_each_alone else None)
         biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
         discriminants_AH = weight_NH[sum(sizes) :]
         same_AA = (discriminants_AH[:, None] == discriminants_AH).all(-1)  # their statistics are, to the last bit
         own = [router.log_scores(piece, temperature) for router, piece in zip(routers, logits, strict=True)]
         whole = logits_by_domain(logits, add_up(densities_TA + biases_A), temperature, same_AA)
-        return _Scored(whole, torch.cat(own, dim=-1))
+        return Scored(whole, torch.cat(own, dim=-1))
 
     def _in_context(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _AddUp:
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
@@ -270,7 +270,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     @staticmethod
     def _route(
-        scored: _Scored,
+        scored: Scored,
         config: MoELoraConfig,
         maturity_E: Tensor | None,
         bias_E: Tensor | None,
