@@ -64,7 +64,7 @@ def test_exception_leaves_nothing_behind(scope, where, how):
         run(**inputs, routing_weights=torch.zeros(3, E))
     hook.remove()
     state = model.base_model.routing
-    assert state.in_force.context is None and state.in_force.opened is None and state.in_force.copies is None
+    assert state.in_force.context is None and state.in_force.entry is None and state.in_force.copies is None
     assert state.in_force.call.routing_weights is None
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)

@@ -175,8 +175,8 @@ def _read(file: Path, domain: DomainOptions, report: Report) -> Iterator[Any]:
 def _shown(opened: BinaryIO, file: Path) -> AbstractContextManager[Any]:
     """The file as it is read, with a progress bar where that takes a while."""
     size = os.fstat(opened.fileno()).st_size
-    worth = size >= BYTES_WORTH_A_PROGRESS_BAR
-    return track_reading(opened, size, f"Reading {file.name}") if worth else nullcontext(opened)
+    takes_long = size >= BYTES_WORTH_A_PROGRESS_BAR
+    return track_reading(opened, size, f"Reading {file.name}") if takes_long else nullcontext(opened)
 
 
 def _decode(lines: Any, report: Report) -> Iterator[tuple[int, str]]:
