@@ -54,7 +54,7 @@ def assert_nothing_in_force(model):
     with ThreadPoolExecutor(1) as pool:
         in_force = model.base_model.routing.in_force
         for seen in (vars(in_force), pool.submit(lambda: dict(vars(in_force))).result()):
-            assert seen["context"] is None and seen["opened"] is None and seen["copies"] is None
+            assert seen["context"] is None and seen["entry"] is None and seen["copies"] is None
             assert seen["call"].routing_weights is None
 
 
