@@ -3,6 +3,8 @@
 Expected gradients are those of `task + coefficient * balancing loss`, put together by hand.
 """
 
+import copy
+import math
 import pickle
 import warnings
 from contextlib import contextmanager
@@ -416,6 +418,50 @@ def test_a_reward_model(tmp_path):
     pairs = [{name: text for name, text in pair.items() if name != "prompt"} for pair in PAIRS.values()]
     base = base_of(LlamaForSequenceClassification)
     assert_trl_brings_it(trl.RewardTrainer, trl.RewardConfig, base, "SEQ_CLS", pairs, tmp_path)
+
+
+def preference_trainer(tmp_path, **options):
+    """DPO on a mixture that has learned something already."""
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=1, learning_rate=0.1, report_to=[],
+        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=48,
+        logging_steps=1,
+    )  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    pairs = Rows.from_list(list(PAIRS.values()))
+    return trl.DPOTrainer(args=args, train_dataset=pairs, processing_class=tokenizer, **options)
+
+
+def ready_mixture():
+    config = MoELoraConfig(
+        r=2, num_experts=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", expert_capacity_factor=None
+    )
+    model = get_peft_model(base_of(LlamaForCausalLM), config)
+    awaken(model)
+    model.set_expert_maturity("default", 1.0)
+    return model
+
+
+def test_a_reference_of_trls_does_not_join_the_mixture(tmp_path):
+    """It copies parameters, not maturity, and expects the copy to stand aside."""
+    model = ready_mixture()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'ref'.*joins it.*`ref_model=copy\.deepcopy\(model\).*`peft_config`"):
+        preference_trainer(tmp_path, model=model)
+    assert model.active_adapters == ["default"] and model.state_dict().keys() == before.keys()
+
+
+def test_a_reference_that_is_given(tmp_path):
+    model = ready_mixture()
+    reference = copy.deepcopy(model).get_base_model()
+    before = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    trainer = preference_trainer(tmp_path, model=model, ref_model=reference)
+    trainer.train()
+    first, second, _ = trainer.state.log_history
+    assert math.isclose(float(first["loss"]), math.log(2), abs_tol=1e-5), "policy and reference differ at the start"
+    assert not math.isclose(float(second["loss"]), math.log(2), abs_tol=1e-4), "they are still the same"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in reference.state_dict().items())
 
 
 # ---- a loss scaler ----

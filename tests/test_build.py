@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -348,3 +349,37 @@ def test_a_tuner_made_by_itself_leaves_nothing_behind():
     assert type(Wrapper(tuner)) is Wrapper
     assert type(get_peft_model(llama(), config_for(ARCHITECTURES["llama"]))).__name__ == "MoELoraPeftModelForCausalLM"
     assert dict(hooks) == before
+
+
+class OwnPeftModel(peft.PeftModelForCausalLM):
+    """Somebody's own wrapper, with an override and an argument of its own."""
+
+    def __init__(self, model, config, note=""):
+        super().__init__(model, config)
+        self.note = note
+
+    def generate(self, *args, **kwargs):
+        self.note = "generated"
+        return super().generate(*args, **kwargs)
+
+
+def test_a_wrapper_of_ones_own_is_a_mixtures_too():
+    config = config_for(ARCHITECTURES["llama"])
+    model = OwnPeftModel(llama(), config, note="mine")
+    model.add_adapter("other", config)
+    assert isinstance(model, OwnPeftModel) and model.active_adapters == ["default", "other"]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(copied) is type(model) and copied.note == "mine" and copied.active_adapters == ["default", "other"]
+    batch = ARCHITECTURES["llama"].batch(1, 3, labels=False)
+    weights = torch.eye(8)[:1].expand(1, 8)
+    model.eval().generate(**batch, routing_weights=weights, max_new_tokens=1)
+    assert model.note == "generated", "the override was passed over"
+
+
+def test_a_constructor_that_another_library_has_wrapped(monkeypatch):
+    made = peft.PeftModel.__init__
+    monkeypatch.setattr(peft.PeftModel, "__init__", lambda self, *args, **kwargs: made(self, *args, **kwargs))
+    config = config_for(ARCHITECTURES["llama"])
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", config)
+    assert model.active_adapters == ["default", "other"]

@@ -214,6 +214,19 @@ def test_two_forwards_of_a_skipped_step():
     assert_same_counts(counted(model), before)
 
 
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_skipped_step_whose_loss_comes_from_a_hidden_state(return_dict):
+    model = mixture_of("llama", **OPTIONS, router_aux_loss_coef=0.0).train()
+    before = counted(model)
+    inputs = {"input_ids": BATCH["input_ids"], "use_cache": False}
+    with torch.autocast("cpu", dtype=torch.float16):
+        output = model(**inputs, output_hidden_states=True, return_dict=return_dict)
+    hidden = output.hidden_states if return_dict else output[1]
+    (hidden[-1].float().square().mean() * 2.0**40).backward()
+    assert not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert_same_counts(counted(model), before)
+
+
 def test_a_float16_base_without_autocast():
     model = mixture_of("llama", **OPTIONS).train()
     for name, parameter in model.named_parameters():

@@ -85,6 +85,27 @@ def test_an_unknown_router_type_is_refused_with_those_there_are():
         MoELoraConfig(load_balance_loss_type=["aux_loss"])
 
 
+@pytest.mark.parametrize(
+    ("field", "was", "becomes"),
+    [
+        ("load_balance_loss_type", "aux_loss", "loss_free"),
+        ("load_balance_loss_type", "loss_free", "aux_loss"),
+        ("router_type", "learned", "sigmoid"),
+        ("router_type", "sigmoid", "learned"),
+    ],
+)
+def test_a_configuration_that_no_longer_fits_its_routers_is_refused(field, was, becomes):
+    """It would do nothing, and be saved as what cannot be loaded, or as what loads and routes in another way."""
+    model = mixture_of("llama", **({"router_type": "learned"} | {field: was}))
+    model(**BATCH)
+    setattr(model.peft_config["default"], field, becomes)
+    for call in (lambda: model(**BATCH), lambda: next(iter(routers_of(model).values())).decide(torch.randn(2, HIDDEN))):
+        with pytest.raises(ValueError, match=rf"`{field}` was set to '{becomes}' after .*set it back, or make"):
+            call()
+    setattr(model.peft_config["default"], field, was)
+    assert model(**BATCH).loss.isfinite()
+
+
 # ---- sigmoid ----
 
 

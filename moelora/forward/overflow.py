@@ -87,8 +87,12 @@ def _overflows(grads: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
-    return (value for value in values if isinstance(value, Tensor))
+    """However deep: a loss may come from a hidden state alone."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | tuple | list):
+        for item in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(item)
 
 
 def _at_end_of_backward(function: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import sys
 from typing import Any
 
@@ -17,6 +18,15 @@ from ..storage import loading, saving
 _has_active_enabled_adapter = PeftModel.has_active_enabled_adapter.fget
 
 
+_REFERENCE = "ref"
+_NO_REFERENCE = (
+    f"an adapter cannot be added as {_REFERENCE!r}: TRL's trainers add a copy of `default` by that name, for a "
+    "reference that stands still, and an adapter that is added to a mixture joins it. Give DPOTrainer or KTOTrainer "
+    "`ref_model=copy.deepcopy(model).get_base_model()`, or give the trainer a model without adapters and "
+    "`peft_config`, so that this model is the reference; if you add the adapter yourself, choose another name"
+)
+
+
 class MixturePeftModel(PeftModel):
     """Mixed into the PeftModel that wraps a mixture; see [`adopt_peft_model`]."""
 
@@ -26,8 +36,11 @@ class MixturePeftModel(PeftModel):
         """Add an adapter to the mixture: it is active and trainable at once, beside the others.
 
         Raises:
-            ValueError: the adapter exists, cannot be routed, or disagrees with the mixture; nothing has changed then.
+            ValueError: the adapter exists, cannot be routed, disagrees with the mixture, or is called as TRL's trainers
+                call a reference; nothing has changed then.
         """
+        if adapter_name == _REFERENCE:
+            raise ValueError(_NO_REFERENCE)
         self._add_inactive_adapter(adapter_name, peft_config, *args, **kwargs)
         try:
             self.base_model.activate_adapter(adapter_name)
@@ -121,13 +134,32 @@ class MixturePeftModel(PeftModel):
         return loading.load(self, super().load_adapter, str(model_id), adapter_name, *args, **kwargs)
 
 
-def _mixture_class(cls: type[PeftModel]) -> type[PeftModel]:
-    doc = f"PEFT's {cls.__name__} around a mixture; see [`MixturePeftModel`]."
-    return type(f"MoELora{cls.__name__}", (MixturePeftModel, cls), {"__module__": __name__, "__doc__": doc})
+def _mixture_class(cls: type[PeftModel], *bases: type) -> type[PeftModel]:
+    doc = f"A {cls.__name__} around a mixture; see [`MixturePeftModel`]."
+    return type(f"MoELora{cls.__name__}", bases, {"__module__": __name__, "__doc__": doc})
 
 
-_CLASSES = {cls: _mixture_class(cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
+_CLASSES = {
+    cls: _mixture_class(cls, MixturePeftModel, cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
+}
 globals().update({cls.__name__: cls for cls in _CLASSES.values()})  # importable, so that models can be pickled
+
+
+def _class_around(cls: type[PeftModel]) -> type[PeftModel]:
+    """The class that a wrapper of this class gets around a mixture; somebody's own keeps what it overrides."""
+    if issubclass(cls, MixturePeftModel):
+        return cls
+    if cls not in _CLASSES:
+        nearest = next(base for base in cls.__mro__ if base in _CLASSES)
+        around = _mixture_class(cls, cls, _CLASSES[nearest])
+        copyreg.pickle(around, lambda model: (_blank, (cls,), model.__dict__))  # no module holds the class
+        _CLASSES.setdefault(cls, around)  # another thread may have been first
+    return _CLASSES[cls]
+
+
+def _blank(cls: type[PeftModel]) -> PeftModel:
+    """What a pickle of somebody's own wrapper is filled into."""
+    return object.__new__(_class_around(cls))
 
 
 def adopt_peft_model(tuner: Any) -> None:
@@ -140,7 +172,9 @@ def adopt_peft_model(tuner: Any) -> None:
     while frame.f_back is not None and frame.f_locals.get("self") is tuner:
         frame = frame.f_back
     wrapper: Any = frame.f_locals.get("self")
-    if type(wrapper) in _CLASSES and frame.f_code is PeftModel.__init__.__code__:
-        wrapper.__class__ = _CLASSES[type(wrapper)]
+    # By where it stands, not by its code: other libraries wrap PEFT's constructor.
+    is_peft = frame.f_globals.get("__name__") == PeftModel.__module__ and frame.f_code.co_name == "__init__"
+    if is_peft and isinstance(wrapper, PeftModel):
+        wrapper.__class__ = _class_around(type(wrapper))
         wrapper.special_peft_forward_args = wrapper.special_peft_forward_args | {"routing_weights"}
         wrapper.active_adapter = tuner.active_adapters[0]

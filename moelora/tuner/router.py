@@ -124,10 +124,26 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     def _kept(self, config: MoELoraConfig, context: ForwardContext | None) -> tuple[Tensor | None, Tensor | None]:
         """The maturity and the biases [E] that decide; None for what the configuration has no use for."""
+        self._check_made_for(config)
         source: Any = self if context is None else context
         arguments = () if context is None else (self,)
         maturity_E = source.maturity(*arguments) if config.router_kind.matures else None
         return maturity_E, source.selection_bias(*arguments) if config.balancing.moves_bias else None
+
+    def _check_made_for(self, config: MoELoraConfig) -> None:
+        """Raise ValueError where the configuration has become another than the routers were made for."""
+        kind = config.router_kind
+        for router in self.active_routers():
+            if isinstance(kind.make, type) and type(router) is not kind.make:
+                field = "router_type"
+            elif (router.selection_bias is not None) != config.balancing.moves_bias:
+                field = "load_balance_loss_type"
+            else:
+                continue
+            raise ValueError(
+                f"`{field}` was set to {getattr(config, field)!r} after the router of `{self.name or 'the model'}` was "
+                "made, which it does not fit; set it back, or make the adapter anew with it"
+            )
 
     @property
     def routes_by_domain(self) -> bool:
