@@ -134,7 +134,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """Raise ValueError where the configuration has become another than the routers were made for."""
         kind = config.router_kind
         for router in self.active_routers():
-            if isinstance(kind.make, type) and type(router) is not kind.make:
+            # By the method, for FSDP2 makes classes of its own of those that it shards.
+            if getattr(type(router), "logits", None) is not getattr(kind.make, "logits", None):
                 field = "router_type"
             elif (router.selection_bias is not None) != config.balancing.moves_bias:
                 field = "load_balance_loss_type"
