@@ -195,7 +195,7 @@ def carry(value: Any, token: Tensor | None, without: tuple[str, ...] = ()) -> An
         for name, item in value.items():
             if name not in without and name not in _CACHES and (carrying := carry(item, token)) is not item:
                 value[name] = carrying
-    elif isinstance(value, tuple | list):
+    elif type(value) in (tuple, list) or hasattr(value, "_make"):  # others may be made otherwise than of their items
         items = [carry(item, token) for item in value]
         if any(carrying is not item for carrying, item in zip(items, value, strict=True)):
             return value._make(items) if hasattr(value, "_make") else type(value)(items)
