@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..ops.data_parallel import num_ranks
@@ -140,12 +141,12 @@ class GrowthCallback(TrainerCallback):
     later checkpoint finds the new experts and the optimizer's state for them restored.
 
     Args:
-        trainer: before `train` is called; the callback adds itself.
+        trainer: a transformers Trainer, before `train` is called; the callback adds itself.
         step: the optimizer step after which to grow.
         name, options: see [`grow`].
     """
 
-    def __init__(self, trainer: Trainer, step: int, name: str = "grown_1", **options: Any) -> None:
+    def __init__(self, trainer: Any, step: int, name: str = "grown_1", **options: Any) -> None:
         if step < 1:
             raise ValueError(f"`step` ({step!r}) is not valid; pass 1 or more, or call `grow` before training")
         self.step, self.name, self.options = step, name, options
