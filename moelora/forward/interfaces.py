@@ -47,6 +47,9 @@ class MixtureRouter(Protocol):
     def maturity(self, copy: bool = True) -> Tensor:
         """[E]."""
 
+    def check_made_for(self, config: Any) -> None:
+        """Raise ValueError where the configuration has become another than the routers were made for."""
+
     def selection_bias(self, copy: bool = True) -> Tensor | None:
         """[E]; None where no bias balances the load."""
 

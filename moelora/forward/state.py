@@ -176,9 +176,10 @@ class ForwardContext:
         """Note what the active adapters are, which is the same for all blocks and layers of a forward.
 
         Raises:
-            ValueError: no adapter is active.
+            ValueError: no adapter is active, or its configuration has become another than its routers were made for.
         """
         self.config = self.state.config
+        next(iter(self.state.routers.values())).check_made_for(self.config)  # the others were made as it was
         self.pool = self.state.pool
         self.may_single_out = self.state.may_single_out
 

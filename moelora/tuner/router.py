@@ -115,6 +115,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             without: an expert to leave out, as if it had never been.
         """
         config = self.state.config
+        self.check_made_for(config)
         if config.router_kind.is_constant:
             return self._fixed_weights().expand(*hidden.shape[:-1], -1)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -124,13 +125,12 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     def _kept(self, config: MoELoraConfig, context: ForwardContext | None) -> tuple[Tensor | None, Tensor | None]:
         """The maturity and the biases [E] that decide; None for what the configuration has no use for."""
-        self._check_made_for(config)
         source: Any = self if context is None else context
         arguments = () if context is None else (self,)
         maturity_E = source.maturity(*arguments) if config.router_kind.matures else None
         return maturity_E, source.selection_bias(*arguments) if config.balancing.moves_bias else None
 
-    def _check_made_for(self, config: MoELoraConfig) -> None:
+    def check_made_for(self, config: MoELoraConfig) -> None:
         """Raise ValueError where the configuration has become another than the routers were made for."""
         kind = config.router_kind
         for router in self.active_routers():
