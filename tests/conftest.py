@@ -58,3 +58,14 @@ def _repair_interpreter(monkeypatch):
         return multiply(self, a, b, *args)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def alone_in_accelerate():
+    """What an earlier Accelerator told is none of this test's."""
+    from accelerate.state import GradientState
+
+    state = GradientState()
+    before = dict(state.plugin_kwargs), state.sync_gradients
+    yield
+    state.plugin_kwargs, state.sync_gradients = before
