@@ -23,7 +23,7 @@ import moelora
 from moelora import MoELoraConfig
 from moelora.cli import main
 from moelora.experts import grow
-from moelora.experts.parts import put_together, take_apart
+from moelora.experts.parts import put_together, select, take_apart
 from moelora.routing import (
     BALANCING_LOSSES,
     ROUTER_KINDS,
@@ -279,6 +279,16 @@ def test_parts_keep_their_biases(router_type):
     train_step(model, BATCH)
     before = model.eval()(input_ids=IDS).logits.detach().clone()
     assert torch.equal(put_together(model, take_apart(model)).eval()(input_ids=IDS).logits, before)
+
+
+def test_each_expert_takes_its_bias_along():
+    model = loss_free()
+    train_step(model, BATCH)
+    before = biases_of(model)
+    assert any(len(set(bias.tolist())) > 1 for bias in before.values()), "all biases are alike"
+    smaller = put_together(model, select(take_apart(model), [3, 1]))
+    for name, bias in biases_of(smaller).items():
+        assert torch.equal(bias, before[name][[1, 3]])
 
 
 @pytest.mark.parametrize("router_type", ["learned", "sigmoid"])
