@@ -202,6 +202,17 @@ def test_a_skipped_step_changes_nothing(checkpointing, micro_batches, set_to_non
         assert (maturity > grown[name][0]).any() and (tokens.sum() == 2 * grown[name][1].sum())
 
 
+def test_a_skipped_step_moves_no_bias():
+    """Those that balance the load without a loss."""
+    model = mixture_of("llama", **OPTIONS | {"load_balance_loss_type": "loss_free", "bias_update_speed": 0.5}).train()
+    scaler, optimizer = scaled(model, 2.0**40)
+    assert not scaled_step(model, scaler, optimizer)
+    assert not any(router.selection_bias().any() for router in routers_of(model).values())
+    scaler.update(2.0**10)
+    assert scaled_step(model, scaler, optimizer)
+    assert any(router.selection_bias().any() for router in routers_of(model).values())
+
+
 def test_two_forwards_of_a_skipped_step():
     """As DPO makes them, before one backward."""
     model = mixture_of("llama", **OPTIONS).train()
