@@ -51,15 +51,24 @@ class StoredAdapter:
     others: list[str] = field(default_factory=list)
 
     def router(self, name: str) -> Router | None:
-        """The router of that name with its weights; None where routing is fixed."""
+        """The router of that name with its weights, domain and biases; None where routing is fixed."""
         tensors = self.routers[name]
         if "weight" not in tensors:
             return None
-        hidden = tensors.get("hidden_weight")
+        hidden, directions = tensors.get("hidden_weight"), tensors.get("memory_directions")
         width = tensors["weight" if hidden is None else "hidden_weight"].shape[1]
-        units = None if hidden is None else hidden.shape[0]
-        built = cast(Router, self.config.router_kind.make(width, self.num_experts, router_hidden_size=units))
-        built.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+        built = cast(
+            Router,
+            self.config.router_kind.make(
+                width,
+                self.num_experts,
+                router_hidden_size=None if hidden is None else hidden.shape[0],
+                domain_rank=0 if directions is None else directions.shape[0],
+                has_bias="selection_bias" in tensors,
+            ),
+        )
+        exact = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+        built.load_state_dict(exact, strict=False)
         return built
 
 

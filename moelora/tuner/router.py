@@ -5,8 +5,8 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,12 @@ from torch import Tensor, nn
 from ..config import MoELoraConfig, count_experts
 from ..forward.interfaces import Pool
 from ..forward.state import ForwardContext, RoutingState
-from ..ops.norm_linear import norm_linear
 from ..ops.triton import kernels_for
 from ..routing import ExpertRouter, Router, Routing, route
-from ..routing.domain_classifier import logits_by_domain, over_context
+from ..routing.domain_classifier import over_context
+from ..routing.pooled import AddUp, Scored, first_weights, routes_by_domain, score
 from ..routing.sums import RoutingSums, RoutingTotals
 from ._peft import RouterTunerLayer
-
-_AddUp = Callable[[Tensor], Tensor]
-
-
-class Scored(NamedTuple):
-    """What routers think of tokens."""
-
-    logits: Tensor  # [T, E], whose softmax are the probabilities
-    log_scores: Tensor | None  # [T, E], logarithms of what biases are added to; None: the probabilities
 
 
 class MoELoraRouter(nn.Module, RouterTunerLayer):
@@ -149,8 +140,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
     @property
     def routes_by_domain(self) -> bool:
         """Whether the active adapters, several, all have statistics of their domains, which then decide."""
-        routers = self.active_routers()
-        return len(routers) > 1 and all(isinstance(router, Router) and router.has_domain for router in routers)
+        return routes_by_domain(self.active_routers())
 
     def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
         """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
@@ -201,40 +191,17 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         return hidden.flatten(0, -2)
 
     def _first_weights(self) -> Tensor:
-        """[N, H]: what the normalised hidden states meet first, of all active adapters."""
-        routers = cast("list[Router]", self.active_routers())
-        firsts = [router.first_weight for router in routers]
-        if self.routes_by_domain:
-            firsts += [router.gate_weight.to(firsts[0].device) for router in routers]
-        return firsts[0] if len(firsts) == 1 else torch.cat(firsts)
+        return first_weights(cast("list[Router]", self.active_routers()))
 
     def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
         """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
         return self._score(self._checked(hidden), self._first_weights(), self._in_context(hidden), without).logits
 
-    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, add_up: _AddUp, without: int | None = None) -> Scored:
-        routers = cast("list[Router]", self.active_routers())
-        sizes = [router.first_weight.shape[0] for router in routers]
-        product_TN = norm_linear(hidden_TH.to(weight_NH.device), weight_NH)
-        firsts, densities_TA = product_TN.split([sum(sizes), product_TN.shape[-1] - sum(sizes)], dim=-1)
-        logits = [router.logits(piece) for router, piece in zip(routers, firsts.split(sizes, dim=-1), strict=True)]
-        if without is not None:
-            together = torch.cat(logits, dim=-1).index_fill(
-                -1, torch.tensor([without], device=firsts.device), -torch.inf
-            )
-            logits = list(together.split([router.num_experts for router in routers], dim=-1))
-        kind, temperature = self.state.config.router_kind, self.state.config.router_temperature
-        if not self.routes_by_domain:
-            whole = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
-            return Scored(whole, routers[0].log_scores(whole, temperature) if kind.scores_each_alone else None)
-        biases_A = torch.cat([router.gate_bias for router in routers]).to(firsts.device)
-        discriminants_AH = weight_NH[sum(sizes) :]
-        same_AA = (discriminants_AH[:, None] == discriminants_AH).all(-1)  # their statistics are, to the last bit
-        own = [router.log_scores(piece, temperature) for router, piece in zip(routers, logits, strict=True)]
-        whole = logits_by_domain(logits, add_up(densities_TA + biases_A), temperature, same_AA)
-        return Scored(whole, torch.cat(own, dim=-1))
+    def _score(self, hidden_TH: Tensor, weight_NH: Tensor, add_up: AddUp, without: int | None = None) -> Scored:
+        config, routers = self.state.config, cast("list[Router]", self.active_routers())
+        return score(routers, hidden_TH, weight_NH, config.router_kind, config.router_temperature, add_up, without)
 
-    def _in_context(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> _AddUp:
+    def _in_context(self, hidden: Tensor, mask: Tensor | None = None, context: ForwardContext | None = None) -> AddUp:
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
         if hidden.dim() != 3:
             return lambda densities_TA: densities_TA  # no sequence to read on in

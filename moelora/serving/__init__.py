@@ -1,0 +1,1 @@
+"""A mixture outside its training script: what servers need of it, and the plug-ins for theirs."""
