@@ -72,9 +72,8 @@ class Slots:
             if (router := mixture.routers.get(name)) is None:
                 continue  # no expert in this block
             if mixture.scope == "block" or is_first:
-                per_rank = mixture.per_rank(name, router.weights(hidden_TH[rows], add_up(rows)))
-                self._of_model[slot] = per_rank
-            gate_TR[rows, : mixture.rank] = self._of_model[slot]
+                self._of_model[slot] = router.weights(hidden_TH[rows], add_up(rows))
+            _write(mixture, name, self._of_model[slot], rows, gate_TR)
 
     def weigh_linear(
         self, linear: str, x_TD: Tensor, groups: Sequence[Group], add_up: Callable[[Rows], AddUp], gate_TR: Tensor
@@ -82,5 +81,11 @@ class Slots:
         """The same for a linear and the mixtures of which each linear has a router of its own."""
         for _, rows, mixture in self.of_scope(groups, ("module",)):
             if (router := mixture.routers.get(linear)) is not None:
-                per_rank = mixture.per_rank(linear, router.weights(x_TD[rows], add_up(rows)))
-                gate_TR[rows, : mixture.rank] = per_rank
+                _write(mixture, linear, router.weights(x_TD[rows], add_up(rows)), rows, gate_TR)
+
+
+def _write(mixture: ServedMixture, router: str, weights_TE: Tensor, rows: Rows, gate_TR: Tensor) -> None:
+    own_TR = gate_TR[rows]  # a view of consecutive rows, a copy of others
+    mixture.write_gate(router, weights_TE, own_TR)
+    if not isinstance(rows, slice):
+        gate_TR[rows] = own_TR
