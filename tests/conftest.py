@@ -47,17 +47,34 @@ def kernel_device(monkeypatch):
 
 
 def _repair_interpreter(monkeypatch):
-    """Triton 3.6's interpreter keeps bfloat16 as uint16 and multiplies those integers in tl.dot."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    """Triton 3.6's interpreter keeps bfloat16 as uint16, multiplies those integers in tl.dot, and truncates to them.
 
-    multiply = InterpreterBuilder.create_dot
+    It keeps scalars as arrays of one element, too, which numpy from 2.4 on takes for no bound of a range.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    patch_tensor = interpreter._patch_lang_tensor
 
     def create_dot(self, a, b, *args):
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return multiply(self, a, b, *args)
 
+    def cast_impl(self, value, dtype):
+        if (value.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, value, dtype)
+        rounded = torch.from_numpy(value.data.copy()).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
 
 
 @pytest.fixture
