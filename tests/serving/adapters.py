@@ -22,7 +22,7 @@ LOW, HIGH = (1, VOCAB // 2), (VOCAB // 2, VOCAB)
 
 @dataclass(frozen=True)
 class Workshop:
-    """What an adapter is made from: the folder of its base model, the linears it acts on, a folder for what it needs."""
+    """What an adapter is made from: its base model's folder, the linears that it acts on, and a folder for LoRAs."""
 
     model: Path
     linears: tuple[str, ...]

@@ -13,6 +13,6 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import pytest
+import pytest  # noqa: E402
 
 pytest.importorskip("vllm", reason="needs vLLM; make serve-test")
