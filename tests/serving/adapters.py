@@ -41,8 +41,8 @@ def load_base(model: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def awaken(model: nn.Module, adapter: str = "", seed: int = 2) -> None:
-    """Random B, routers whose choice differs from token to token, experts that are mature."""
+def awaken(model: nn.Module, adapter: str = "", seed: int = 2, strength: float = 0.1) -> None:
+    """Random B of this size, routers whose choice differs from token to token, experts that are mature."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(like: Tensor, scale: float) -> Tensor:
@@ -55,7 +55,7 @@ def awaken(model: nn.Module, adapter: str = "", seed: int = 2) -> None:
         if "lora_A" in name or "lora_router" in name:
             parameter.copy_(draw(parameter, (3 if "router" in name else 1) * parameter.shape[-1] ** -0.5))
         elif "lora_B" in name:
-            parameter.copy_(draw(parameter, 0.1))
+            parameter.copy_(draw(parameter, strength))
     for name, buffer in model.named_buffers():
         if own in name and name.endswith("maturity"):
             buffer.fill_(1.0)
@@ -82,7 +82,7 @@ def plain(shop: Workshop, seed: int = 1, **options: Any) -> PeftModel:
 def preset(shop: Workshop, name: str) -> PeftModel:
     config = MoELoraConfig.preset(name, target_modules=list(shop.linears), task_type="CAUSAL_LM")
     model = get_peft_model(shop.base(), config)
-    awaken(model, seed=50)
+    awaken(model, seed=50, strength=0.02)  # they multiply by up to 16
     return model.eval()
 
 
@@ -161,6 +161,7 @@ KINDS: dict[str, Builder] = {
     "plain_rslora": _plain(r=8, use_rslora=True, rank_pattern={"o_proj": 3}),
     "switched_off": _mixture(use_moe_routing=False, num_experts=4, top_k_experts=2),
     "sparse": _mixture(),
+    "all_linear": _mixture(target_modules="all-linear", **DENSE),
     "top_1": _mixture(top_k_experts=1, router_type="learned"),
     "dense": _mixture(**DENSE),
     "of_every_age": of_every_age,
@@ -180,7 +181,7 @@ KINDS: dict[str, Builder] = {
     "grown": grown,
     "grown_larger": lambda shop: grown(shop, top_k_experts=3),
     "domains": lambda shop: grown(shop, LOW, HIGH),
-    "domains_dense": lambda shop: grown(shop, LOW, HIGH, top_k_experts=4, router_temperature=1.0),
+    "domains_dense": lambda shop: grown(shop, LOW, HIGH, top_k_experts=3, router_temperature=1.0),
     "one_domain": parts_of_one_domain,
     "expert_by_expert": expert_by_expert,
     "imported": with_an_import,
