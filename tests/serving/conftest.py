@@ -1,0 +1,33 @@
+"""vLLM in this process, quiet and without network; set before anything imports it."""
+
+import os
+from pathlib import Path
+
+for _name, _value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import pytest  # noqa: E402
+
+pytest.importorskip("vllm", reason="needs vLLM; make serve-test")
+
+from harness import Bench  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """The tiny Llama of most tests; its adapters and what transformers makes of them are kept for the session."""
+    return Bench(tmp_path_factory.mktemp("llama"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.serving)
