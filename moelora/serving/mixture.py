@@ -171,8 +171,6 @@ def read_served(folder: str | Path) -> ServedMixture:
 
 
 def _refuse_unserved(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
-    if not adapters:
-        raise ValueError(f"{folder}: no adapter of the mixture was active when it was saved; activate one and save it")
     for name in (ROUTER_NAME, PICKLED_ROUTER_NAME):
         if (folder / name).exists():
             raise ValueError(

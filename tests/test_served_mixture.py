@@ -1,0 +1,289 @@
+"""A mixture as servers take it: one LoRA, routers beside it, and the weights of a batch in which slots are mixed."""
+
+import copy
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, VOCAB, awaken, mixture_of
+from loras import save_kinds
+from test_domain_classifier import mixture_of_domains
+from torch import nn
+
+from moelora.experts import build, grow
+from moelora.routing import route
+from moelora.routing.domain_classifier import over_context
+from moelora.routing.pooled import score
+from moelora.schema import UserError
+from moelora.serving.mixture import read_served
+from moelora.serving.slots import Slots, groups_of
+from moelora.serving.vllm.blocks import BlockInput, adapted_blocks
+from moelora.serving.vllm.contract import is_known, least_rank
+from moelora.serving.vllm.refusal import is_mixture, refusal, refusing_manager
+
+TEXT = torch.randint(2, VOCAB, (1, 21), generator=torch.Generator().manual_seed(0))
+
+
+def grown(**options):
+    model = mixture_of("llama", **options)
+    grow(model, 2)
+    awaken(model)
+    return model
+
+
+def of_every_age():
+    model = mixture_of("llama")
+    for expert, value in enumerate((0.0, 0.3, 1.0, 0.7)):
+        model.set_expert_maturity(expert, value)
+    return model
+
+
+def with_set_weights():
+    model = mixture_of("llama", router_type="fixed", routing_scale=3.0)
+    model.set_routing_weights([0.1, 0.5, -0.2, 0.6])
+    return model
+
+
+def in_other_blocks():
+    model = mixture_of("llama", layers_to_transform=[0])
+    config = copy.deepcopy(model.peft_config["default"])
+    config.layers_to_transform, config.target_modules, config.num_experts = None, {"v_proj", "down_proj"}, 2
+    config.r, config.lora_alpha = 3, 5
+    model.add_adapter("other", config)
+    awaken(model)
+    return model
+
+
+MODELS = {
+    "sparse": lambda: mixture_of("llama"),
+    "dense": lambda: mixture_of("llama", top_k_experts=4, router_temperature=1.0, routing_scale=4.0),
+    "of every age": of_every_age,
+    "capacity": lambda: mixture_of("llama", expert_capacity_factor=0.5),
+    "fixed": lambda: mixture_of("llama", router_type="fixed", routing_scale=3.0),
+    "set weights": with_set_weights,
+    "two layers": lambda: mixture_of("llama", router_hidden_size=12),
+    "sigmoid": lambda: mixture_of("llama", router_type="sigmoid", load_balance_loss_type="loss_free"),
+    "per model": lambda: mixture_of("llama", router_scope="model"),
+    "per module": lambda: mixture_of("llama", router_scope="module"),
+    "patterns": lambda: mixture_of("llama", rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 9}, use_rslora=True),
+    "grown": grown,
+    "domains": mixture_of_domains,
+    "in other blocks": in_other_blocks,
+}
+
+
+def unseen(router, rows):
+    return lambda densities_TA: over_context(densities_TA[None])[0]
+
+
+class Server(nn.Module):
+    """What a server makes of a base and a mixture: two products a linear, and what is between them."""
+
+    def __init__(self, base, served):
+        super().__init__()
+        self.base, self.slots, self.served = base, Slots(), served
+        self.slots.mixtures[3] = served
+        self.gate = None
+        for index, (name, block) in enumerate(base.model.layers.named_children()):
+            block.register_forward_pre_hook(self.enter(f"model.layers.{name}", index == 0), with_kwargs=True)
+        for name in served.factors:
+            base.get_submodule(name).register_forward_hook(self.add(name))
+
+    def enter(self, name, is_first):
+        def before(block, args, kwargs):
+            hidden = args[0][0]
+            self.gate = torch.ones(hidden.shape[0], self.served.rank + 2)
+            if self.served.routers:
+                groups = [(3, slice(0, hidden.shape[0]))]
+                self.slots.weigh_block(name, is_first, hidden, groups, lambda rows: unseen(name, rows), self.gate)
+
+        return before
+
+    def add(self, name):
+        def after(linear, args, output):
+            A, B = self.served.factors[name]
+            x = args[0][0]
+            gate = self.gate.clone()
+            self.slots.weigh_linear(name, x, [(3, slice(0, x.shape[0]))], lambda rows: unseen(name, rows), gate)
+            return output + (x @ A.t() * gate[:, : self.served.rank]) @ B.t()
+
+        return after
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_is_the_mixture_that_was_saved(kind, tmp_path):
+    model = MODELS[kind]().eval()
+    model.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        expected = model(input_ids=TEXT).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(input_ids=TEXT).logits, expected, atol=1e-2)
+    server = Server(ARCHITECTURES["llama"].build().eval(), read_served(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(server.base(input_ids=TEXT).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_of_imported_loras(tmp_path):
+    loras = save_kinds(tmp_path / "loras", ["plain", "rslora", "patterns"])
+    model = build(ARCHITECTURES["llama"].build(), loras, "arrow").eval()
+    model.save_pretrained(str(tmp_path / "mixture"))
+    served = read_served(tmp_path / "mixture")
+    assert (served.num_experts, served.expert_rank) == (3, 5)
+    server = Server(ARCHITECTURES["llama"].build().eval(), served)
+    with torch.no_grad():
+        expected = model(input_ids=TEXT).logits
+        torch.testing.assert_close(server.base(input_ids=TEXT).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["sparse", "dense", "of every age", "grown"])
+def test_fewer_operations_give_the_same_weights(kind, dtype, tmp_path):
+    MODELS[kind]().save_pretrained(str(tmp_path))
+    router = next(iter(read_served(tmp_path).routers.values()))
+    assert router._is_softmax
+    hidden = torch.randn(9, router.first_NH.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    config = router.config
+    scored = score(router.routers, hidden, router.first_NH, config.router_kind, config.router_temperature, None)
+    expected = route(
+        scored.logits, top_k=router.top_k, temperature=config.router_temperature, maturity_E=router.maturity_E
+    ).weights
+    torch.testing.assert_close(router.weights(hidden, None), expected * config.routing_scale)
+
+
+def test_slots_do_not_mix(tmp_path):
+    """Tokens of two mixtures, of a plain LoRA and of none, in any order."""
+    served = {}
+    for slot, kind in ((0, "sparse"), (2, "dense")):
+        MODELS[kind]().save_pretrained(str(tmp_path / kind))
+        served[slot] = read_served(tmp_path / kind)
+    slots = Slots()
+    slots.mixtures |= served
+    of_token = [2, 0, -1, 0, 1, 2, 2, -1]
+    hidden = torch.randn(len(of_token), 32, generator=torch.Generator().manual_seed(2))
+    gate = torch.full((len(of_token), 20), 7.0)
+    slots.weigh_block("model.layers.1", False, hidden, groups_of(of_token), lambda rows: None, gate)
+    for token, slot in enumerate(of_token):
+        mixture = served.get(slot)
+        if mixture is None:
+            assert (gate[token] == 7).all()
+        else:
+            weights = mixture.routers["model.layers.1"].weights(hidden[token : token + 1], None)[0]
+            torch.testing.assert_close(gate[token, : mixture.rank], weights.repeat_interleave(mixture.expert_rank))
+            assert (gate[token, mixture.rank :] == 7).all()
+
+
+def test_an_attached_router_is_refused(tmp_path):
+    model = mixture_of("llama")
+    model.base_model.attach_router(nn.Sequential(nn.Linear(32, 4), nn.Softmax(dim=-1)))
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"an attached router \(router.safetensors\) decides"):
+        read_served(tmp_path)
+
+
+def test_what_is_more_than_experts_is_refused(tmp_path):
+    mixture_of("llama", modules_to_save=["norm"]).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="more than experts and routers"):
+        read_served(tmp_path)
+
+
+def test_what_is_no_mixture_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no adapter"):
+        read_served(tmp_path)
+
+
+# ---- vLLM's side, without vLLM ---------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)})])
+
+    def forward(self, positions, hidden_states, residual=None):
+        return hidden_states
+
+
+def test_blocks_are_the_outermost_that_hold_an_adapted_linear():
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block(), nn.Identity()]), "head": nn.Linear(4, 4)})
+    linears = ["layers.0.linear", "layers.1.experts.0.up", "head"]
+    assert list(adapted_blocks(model, linears)) == ["layers.0", "layers.1"]
+    assert list(adapted_blocks(model, linears[:1])) == ["layers.0"]
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+def test_what_enters_a_block_is_found_by_place_and_by_name(is_split):
+    found = BlockInput.of(Block(), is_split)
+    rest = ("residual",) if is_split else (None,)
+    assert found.find((0, "hidden", "residual"), {}) == ("hidden", *rest)
+    assert found.find((0, "hidden"), {"residual": "residual"}) == ("hidden", *rest)
+    assert found.find((0,), {"hidden_states": "hidden"}) == ("hidden", None)
+
+
+def test_a_block_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="has no such arguments among input"):
+        BlockInput.of(nn.Identity(), False)
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("0.32.0", True), ("0.32", True), ("0.32.1+cpu", True), ("0.320", False), ("0.33.0", False)]
+)
+def test_versions(version, known):
+    assert is_known(version) is known
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (64, 64), (65, 128), (400, 512), (513, None)])
+def test_the_least_rank_that_vllm_serves(rank, served):
+    assert least_rank(rank) == served
+
+
+def test_mixtures_are_told_from_plain_loras(tmp_path):
+    assert not is_mixture(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    for config, expected in (
+        ({"peft_type": "LORA"}, False),
+        ({"peft_type": "MOELORA"}, True),
+        ({"peft_type": "MOELORA", "use_moe_routing": False}, False),
+    ):
+        file.write_text(json.dumps(config))
+        assert is_mixture(str(tmp_path)) is expected
+    for text in ("{", "[]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config.json.*save the adapter again"):
+            is_mixture(str(tmp_path))
+
+
+def test_another_version_of_vllm_refuses_mixtures_and_takes_plain_loras(tmp_path, monkeypatch, caplog):
+    class Stock:
+        def _load_adapter(self, request):
+            return "a plain LoRA"
+
+    vllm, runner = ModuleType("vllm"), ModuleType("vllm.v1.worker.lora_model_runner_mixin")
+    vllm.__version__, runner.LRUCacheWorkerLoRAManager = "0.45.0", Stock
+    worker = ModuleType("vllm.v1.worker")
+    worker.lora_model_runner_mixin = runner
+    for name, module in {"vllm": vllm, "vllm.v1": ModuleType("vllm.v1"), "vllm.v1.worker": worker}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, runner.__name__, runner)
+
+    from moelora.serving.vllm import register
+
+    register()
+    register()
+    assert "this is 0.45.0" in caplog.text
+    manager = runner.LRUCacheWorkerLoRAManager()
+    assert manager.takes_mixtures is False
+    request = type("Request", (), {"lora_path": str(tmp_path), "lora_name": "mix"})
+    assert manager._load_adapter(request) == "a plain LoRA"
+    mixture_of("llama").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"'mix' is a mixture of LoRA experts: .*pip install 'vllm==0.32"):
+        manager._load_adapter(request)
+
+
+def test_the_refusing_manager_is_of_the_stock_class():
+    class Stock:
+        pass
+
+    assert issubclass(refusing_manager(Stock, refusal("0.1")), Stock)
