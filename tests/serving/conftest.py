@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 
 pytest.importorskip("vllm", reason="needs vLLM; make serve-test")
 
-from harness import Bench  # noqa: E402
+from harness import RUNNING, Bench  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +31,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.serving)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_of_the_engine():
+    yield
+    RUNNING.end()
