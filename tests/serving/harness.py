@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import KINDS, Workshop, load_base
-from bases import ARCHITECTURES, LENGTH, VOCAB, save_base
+from bases import LENGTH, VOCAB, architecture, save_base
 from peft import PeftModel
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
@@ -100,7 +100,7 @@ class Bench:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        return ARCHITECTURES[self.architecture].linears
+        return architecture(self.architecture).linears
 
     def adapter(self, name: str) -> Path:
         """The folder of a kind of adapter in KINDS."""
@@ -137,17 +137,22 @@ class Bench:
             "block_size": 32,
             "num_gpu_blocks_override": 1024,
         }
-        return RUNNING.engine(fields | dict(ARCHITECTURES[self.architecture].engine) | options)
+        return RUNNING.engine(fields | dict(architecture(self.architecture).engine) | options)
 
     def ask(self, llm: LLM, requests: Sequence[Request], **sampling: Any) -> list[Any]:
         """The engine's answers to requests that are there at once; greedy, and with log-probabilities of prompts."""
         options = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "prompt_logprobs": 0, "logprobs": 0}
-        return llm.generate(
-            [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests],
-            SamplingParams(**(options | sampling)),
-            lora_request=[self.lora(request.adapter) for request in requests],
-            use_tqdm=False,
-        )
+        loras = [self.lora(request.adapter) for request in requests]
+        try:
+            return llm.generate(
+                [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests],
+                SamplingParams(**(options | sampling)),
+                lora_request=loras,
+                use_tqdm=False,
+            )
+        except Exception:
+            RUNNING.end()  # its requests would stay in the engine, and fail or hold up all that come after them
+            raise
 
     def assert_same(self, requests: Sequence[Request], outputs: Sequence[Any], tolerance: float = TOLERANCE) -> None:
         """Log-probabilities of prompts and of what was generated are those of the reference."""

@@ -29,7 +29,7 @@ def test_long_prompts(llama, engine):
 
 def test_several_answers_to_a_prompt(llama, engine):
     requests = for_all(ADAPTERS, TEXTS[1:3])
-    outputs = llama.ask(engine, requests, n=3, temperature=1.0, seed=1)
+    outputs = llama.ask(engine, requests, n=3, temperature=1.0)  # no seed of its own, which vLLM 0.32 fails at on a CPU
     llama.assert_same(requests, outputs)
     for output in outputs:
         assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
