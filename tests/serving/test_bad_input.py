@@ -1,5 +1,6 @@
 """What cannot be served is refused in one clear line, and the engine goes on for the others."""
 
+import itertools
 import json
 import shutil
 
@@ -11,6 +12,8 @@ from harness import BASE, Bench, assert_greedy, for_all, prompts
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 
+NUMBERS = itertools.count(900)
+"""Of adapters that are refused: each its own, for an engine takes one number as one adapter."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -107,14 +110,15 @@ def router_of_other_experts(folder, shop):
     ],
 )
 def test_is_refused_in_one_line_and_the_others_are_served(llama, engine, copied, damage):
+    number = next(NUMBERS)
     expected = damage(copied, Workshop(llama.model, llama.linears, copied.parent))
     with pytest.raises(Exception) as caught:
-        engine.llm_engine.add_lora(LoRARequest("damaged", 900, str(copied)))
+        engine.llm_engine.add_lora(LoRARequest("damaged", number, str(copied)))
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
     for part in expected:
         assert caught.match(part)
-    assert 900 not in engine.llm_engine.list_loras()
+    assert number not in engine.llm_engine.list_loras()
     requests = for_all([BASE, "sparse", "plain"], prompts((17, 40)))
     outputs = llama.ask(engine, requests)
     llama.assert_same(requests, outputs)
