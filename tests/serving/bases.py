@@ -90,7 +90,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_oss": Architecture("gpt_oss", {**_NATIVE, **_WINDOWS}, ATTENTION),
 }
 """What may be served, by name."""
-UNTRIED = {"cohere": Architecture("cohere", _NO_HEAD_DIM)}
+UNTRIED = {"cohere": Architecture("cohere", {**_NO_HEAD_DIM, "tie_word_embeddings": True})}
 """What vLLM serves and we do not: what enters its blocks is not what their arguments add up to."""
 
 
