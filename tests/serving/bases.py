@@ -90,11 +90,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_oss": Architecture("gpt_oss", {**_NATIVE, **_WINDOWS}, ATTENTION),
 }
 """What may be served, by name."""
+UNTRIED = {"cohere": Architecture("cohere", {**_NO_HEAD_DIM, "tie_word_embeddings": True})}
+"""What vLLM serves and we do not: what enters its blocks is not what their arguments add up to."""
+
+
+def architecture(name: str) -> Architecture:
+    return (ARCHITECTURES | UNTRIED)[name]
 
 
 def save_base(folder: Path, name: str = "llama", **changes: Any) -> Path:
     """A model and a tokenizer; the same weights each time. `changes` are options of the configuration."""
-    config = ARCHITECTURES[name].config(**changes)
+    config = architecture(name).config(**changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model)
     model.save_pretrained(folder)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import KINDS, Workshop, load_base
-from bases import ARCHITECTURES, LENGTH, VOCAB, save_base
+from bases import LENGTH, VOCAB, architecture, save_base
 from peft import PeftModel
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
@@ -55,6 +55,31 @@ class Reference:
         return self.seen[key]
 
 
+class Running:
+    """The one engine of this process: engines share what vLLM ends with the first of them."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+        self.llm: LLM | None = None
+
+    def engine(self, options: dict[str, Any]) -> LLM:
+        """The engine that runs, if it was started with these options, or else a new one in its place."""
+        if self.llm is None or self.options != options:
+            self.end()
+            with experts_on_a_cpu(), classes_left_alone():
+                self.llm, self.options = LLM(**options), options
+        return self.llm
+
+    def end(self) -> None:
+        if self.llm is not None:
+            self.llm = None
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+RUNNING = Running()
+
+
 @dataclass
 class Bench:
     """A tiny base model, and adapters for it that are made when they are first asked for.
@@ -75,7 +100,7 @@ class Bench:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        return ARCHITECTURES[self.architecture].linears
+        return architecture(self.architecture).linears
 
     def adapter(self, name: str) -> Path:
         """The folder of a kind of adapter in KINDS."""
@@ -95,9 +120,8 @@ class Bench:
             return None
         return LoRARequest(name, self.numbers.setdefault(name, len(self.numbers) + 1), str(self.adapter(name)))
 
-    @contextmanager
-    def engine(self, **options: Any) -> Iterator[LLM]:
-        """An engine for this model, ended at the end of the block."""
+    def engine(self, **options: Any) -> LLM:
+        """The engine of this model with these options. One runs at a time: where it is another, that one is ended."""
         fields = {
             "model": str(self.model),
             "dtype": "float32",
@@ -111,25 +135,24 @@ class Bench:
             "max_lora_rank": 64,
             "lora_target_modules": list(self.linears),
             "block_size": 32,
+            "num_gpu_blocks_override": 1024,
         }
-        with experts_on_a_cpu(), classes_left_alone():
-            llm = LLM(**(fields | dict(ARCHITECTURES[self.architecture].engine) | options))
-        try:
-            yield llm
-        finally:
-            del llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
+        return RUNNING.engine(fields | dict(architecture(self.architecture).engine) | options)
 
     def ask(self, llm: LLM, requests: Sequence[Request], **sampling: Any) -> list[Any]:
         """The engine's answers to requests that are there at once; greedy, and with log-probabilities of prompts."""
         options = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "prompt_logprobs": 0, "logprobs": 0}
-        return llm.generate(
-            [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests],
-            SamplingParams(**(options | sampling)),
-            lora_request=[self.lora(request.adapter) for request in requests],
-            use_tqdm=False,
-        )
+        loras = [self.lora(request.adapter) for request in requests]
+        try:
+            return llm.generate(
+                [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests],
+                SamplingParams(**(options | sampling)),
+                lora_request=loras,
+                use_tqdm=False,
+            )
+        except Exception:
+            RUNNING.end()  # its requests would stay in the engine, and fail or hold up all that come after them
+            raise
 
     def assert_same(self, requests: Sequence[Request], outputs: Sequence[Any], tolerance: float = TOLERANCE) -> None:
         """Log-probabilities of prompts and of what was generated are those of the reference."""

@@ -7,10 +7,9 @@ from harness import BASE, assert_greedy, for_all, prompts
 TEXTS = prompts((3, 40, 77, 131))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(llama):
-    with llama.engine() as engine:
-        yield engine
+    return llama.engine()
 
 
 @pytest.mark.parametrize("kind", KINDS)

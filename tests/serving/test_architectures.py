@@ -13,8 +13,7 @@ ADAPTERS = ["plain", "sparse", "all_linear", "domains"]
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def served(request, tmp_path_factory):
     bench = Bench(tmp_path_factory.mktemp(request.param), request.param)
-    with bench.engine(max_num_batched_tokens=64) as engine:
-        yield bench, engine
+    return bench, bench.engine(max_num_batched_tokens=64)
 
 
 @pytest.mark.parametrize("adapters", [[BASE, "plain"], [BASE, *ADAPTERS]], ids=["plain", "mixtures"])
