@@ -1,0 +1,1 @@
+"""Serving: whether an adapter does in the runtime that serves it what it did in training."""
