@@ -42,6 +42,6 @@ def choose_prompts(domains: Sequence[DomainBlocks]) -> list[list[int]]:
 
 def _precision(trainer: Trainer) -> str:
     """What the model computes in: that of autocast, where the run uses it, else of the frozen weights."""
-    if trainer.args.bf16 or trainer.args.fp16:
-        return "bfloat16" if trainer.args.bf16 else "float16"
-    return str(trainer.model.get_base_model().dtype).removeprefix("torch.")
+    autocast = {"bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}  # of the recipe or of the launcher
+    own = str(trainer.model.get_base_model().dtype).removeprefix("torch.")
+    return autocast.get(trainer.accelerator.mixed_precision, own)

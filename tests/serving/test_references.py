@@ -58,6 +58,11 @@ def test_a_trained_adapter_does_what_it_did(trained, capsys):
     assert "does what it did in training: mean |Δ| 0 nats" in capsys.readouterr().out
 
 
+def test_the_precision_is_that_of_autocast(tmp_path):
+    assert read_references(run(tmp_path, "training.bf16=true")).dtype == "bfloat16"
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
 def test_a_mixture_that_grew_does_what_it_did(trained, tmp_path, capsys):
     recipe = tiny_recipe(tmp_path)
     recipe["mixture"] = {}
