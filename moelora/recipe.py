@@ -89,6 +89,11 @@ class Recipe:
         "run.json and the checkpoints"
     )
     seed: int = option("seed of the initial weights, the mixing and the order of the blocks", default=42, check=a_seed)
+    references: bool = option(
+        "write references.json beside the adapter: token ids of a few held-out texts, by which `moelora verify` tells "
+        "whether the adapter does elsewhere what it did here",
+        default=True,
+    )
 
     @property
     def output_dir(self) -> Path:

@@ -26,7 +26,9 @@ Check = Callable[[Any], str | None]
 
 
 class UserError(Exception):
-    """A mistake the user can fix: the command line prints the message alone and exits with status 2."""
+    """A mistake the user can fix: the command line prints the message alone and exits with its status."""
+
+    status = 2
 
 
 @dataclass(frozen=True)

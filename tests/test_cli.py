@@ -189,6 +189,7 @@ def test_places_and_numbers_that_the_system_has_not_are_told(adapter_folder, cap
         ("experts-novelty.md", 1),
         ("experts-prune-merge.md", 2),
         ("experts-distil.md", 1),
+        ("verify.md", 1),
     ],
 )
 def test_the_reference_is_up_to_date(name, tables):

@@ -132,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: after the command's name; those of this process by default, which is then taken to be the command.
 
     Returns:
-        The exit status: 2 for a mistake that the user can fix, and what a shell says of a process that ended so for
-        Ctrl-C (130) and for output that nobody reads any more (141).
+        The exit status: 2 for a mistake that the user can fix, 1 or 3 for what `moelora verify` found, and what a shell
+        says of a process that ended so for Ctrl-C (130) and for output that nobody reads any more (141).
     """
     is_command = arguments is None
     if is_command:
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(arguments, is_command)
         return 0
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.status)
     except OutputClosedError:
         status = 141
     except OSError as error:

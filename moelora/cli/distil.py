@@ -21,6 +21,7 @@ from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.covariance import ModelInputs
 from ..experts.distil import closed_form, fresh_lora, lora_of
 from ..experts.exporting import check_only_factors
+from ..files.opening import expand_user
 from ..recipe import DomainOptions, Recipe
 from ..schema import Problem, UserError, telling_user
 from ..storage.base_model import load_tokenizer
@@ -32,6 +33,7 @@ from ..training.evaluate import DomainResult, check_converged, evaluate
 from ..training.student import train_student
 from .operation import Plan, Source, carry_out, check_only_read, check_output, check_rank, read_source
 from .options import DistilOptions
+from .references import carry, references_of
 from .report import block_size_of, check_data
 
 DEFAULT_RANK = 16  # of --r; options.py says it in words
@@ -152,6 +154,7 @@ class _Job:
             after = self._measure(f"LoRA, then {options.steps} steps of KL", student, took)
             check_converged(after, f"lower --learning-rate ({options.learning_rate:g})")
         student.save_pretrained(str(folder))
+        carry(references_of(expand_user(options.adapter)), folder, is_exact=False)
         if options.compare_scratch:
             config = model.peft_config[model.base_model.routing.active_adapters[0]]
             set_seed(options.seed)

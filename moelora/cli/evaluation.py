@@ -18,6 +18,7 @@ from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import Plan, Source, carry_out, check_only_read, check_output, read_source
 from .options import EvaluatedOptions
+from .references import references_of, renew
 from .report import block_size_of, check_data, read_texts
 
 
@@ -49,6 +50,7 @@ class EvaluatedJob:
 
         def save(folder: Path) -> dict[str, Any]:
             model.save_pretrained(str(folder))
+            renew(references_of(self.source.folder), model, folder)
             return outcome
 
         return carry_out(self.options, plan, save, inputs=[self.options.adapter], base=self.source.base)

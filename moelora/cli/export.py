@@ -17,6 +17,7 @@ from ..storage.mixture_files import StoredAdapter, read_mixture
 from ..storage.run_record import noted_base
 from .operation import Plan, carry_out, check_output, read_source, shown
 from .options import ExportOptions
+from .references import carry, references_of
 
 
 def export(options: ExportOptions) -> Path | None:
@@ -30,12 +31,14 @@ def export(options: ExportOptions) -> Path | None:
         lora.config.base_model_name_or_path = base.name
     what = "The mixture" if options.mixture else f"Expert {options.expert}"
     plan = _plan(options, lora, base, what)
+    references = None if options.merge or options.dry_run else references_of(adapter)
 
     def work(folder: Path) -> None:
         if options.merge and base is not None:
             _merge(base, lora, folder)
         else:
             save_lora(lora, folder)
+            carry(references, folder, is_exact=options.mixture and weights is None)
 
     return carry_out(options, plan, work, inputs=[adapter], base=base)
 

@@ -29,6 +29,8 @@ T = TypeVar("T")
 ROUTERS = ("arrow", "prototype", "uniform", "train")
 CRITERIA = ("load", "worth", "similarity")
 METHODS = ("average", "svd", "ties", "dare")
+RUNTIMES = ("transformers", "vllm", "merged")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 ADAPTER_HELP = "folder that holds the adapter; it is only read"
 BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was made for"
@@ -376,6 +378,44 @@ class DistilOptions(OperationOptions):
     )
     seed: int = _choice(42, "seed of the order of the blocks", check=a_seed)
     base: str | None = _base()
+
+
+@_command("verify:verify", "moelora verify runs/quickstart/adapter --runtime vllm")
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Say whether an adapter or an exported LoRA does, in the runtime that serves it, what it did in training.
+
+    The exit status is 0 where it does, 1 where it does not, and 3 where nothing says what it did.
+    """
+
+    adapter: str = _adapter("folder that holds the adapter; only --write writes there")
+    base: str | None = _base(TRAINED_BASE_HELP)
+    runtime: str = _choice(
+        "transformers",
+        "what loads it: transformers, vllm, or merged (transformers, with the adapter merged into the base model)",
+        check=one_of(*RUNTIMES),
+    )
+    model: str | None = _optional(
+        "with --runtime merged: folder of a whole model that has the adapter in its weights, to be run in its place",
+        check=lambda value: None if expand_user(value).is_dir() else "no such folder; give the folder of a model",
+    )
+    device: str | None = _optional("where it runs, such as cpu or cuda; by default the GPU if there is one")
+    dtype: str = _choice(
+        "auto", f"precision to run in: {', '.join(DTYPES)}; auto is that of the references", check=one_of(*DTYPES)
+    )
+    keep: float = _choice(
+        0.5,
+        "share of the effect in training that is enough for what only comes near to the mixture, such as one expert "
+        "exported as a LoRA",
+        check=lambda value: None if 0 <= value <= 1 else "must be 0 to 1",
+    )
+    prompts: str | None = _optional(
+        "without references, or for --write: a .jsonl or text file of texts to run; a few built-in ones by default",
+        check=not_empty,
+    )
+    write: bool = _flag(
+        "write references.json beside an adapter that has none: what it does now in transformers is what it should do"
+    )
 
 
 @_command("operation:undo", "moelora undo runs/quickstart/smaller")

@@ -60,15 +60,18 @@ def tell_loading(base: ModelOptions, adapter: Path) -> None:
     console.print(f"Loading {printable(base.name)} with the adapter {printable(adapter)}", soft_wrap=True)
 
 
-def load_mixture(base: ModelOptions, adapter: Path) -> PeftModel:
-    """The base model with its adapter, in evaluation mode; on the GPU if there is one.
+def load_mixture(base: ModelOptions, adapter: Path, device: torch.device | None = None) -> PeftModel:
+    """The base model with its adapter, in evaluation mode.
+
+    Args:
+        device: by default the GPU if there is one.
 
     Raises:
         UserError: the adapter is damaged or belongs to another model.
     """
     if (kind := read_config(Place(str(adapter))).get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise UserError(f"the adapter {adapter}: `peft_type` is {kind!r}, which PEFT does not know; give another one")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = PeftModel.from_pretrained(load_model(base, device), str(adapter))
     except (ValueError, RuntimeError, OSError) as error:

@@ -204,13 +204,13 @@ def _build(
     data = _build_domains(given["data"], folder, problems) if "data" in given else None
     mixture = _build_mixture(given.get("mixture", {}), problems, inherited)
     training = _build_training(given["training"], folder, raw, problems) if "training" in given else None
-    numbers = {name: given[name] for name in ("block_size", "max_eval_blocks", "seed") if name in given}
+    others = {name: given[name] for name in ("block_size", "max_eval_blocks", "seed", "references") if name in given}
     if model is not None:
         block_size = given.get("block_size", _default("block_size"))
         problems += check_model(model, None if "block_size" in bad else block_size, mixture)
     if model is None or data is None or mixture is None or training is None:
         return None
-    return Recipe(model=model, data=data, mixture=mixture, training=training, **numbers)
+    return Recipe(model=model, data=data, mixture=mixture, training=training, **others)
 
 
 def _build_model(raw: Mapping[str, Any], folder: Path, problems: list[Problem]) -> ModelOptions | None:

@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..storage.trainer_checkpoints import has_all_steps, last_checkpoint, last_w
 from .arguments import training_arguments
 from .callback import MoELoraCallback
 from .evaluate import DomainResult, check_converged, evaluate
+from .references import keep_references
 
 
 class Start:
@@ -59,7 +61,8 @@ def train(
     1. Read and cut the data, load the frozen model, add the mixture.
     2. Measure every domain's held-out loss without the mixture and keep it in run.json, where a resumed run finds it.
     3. Train with the Hugging Face Trainer and save the adapter.
-    4. Measure again, with the mixture and each domain's expert load, and complete run.json.
+    4. Measure again, with the mixture and each domain's expert load, and complete run.json. Keep what the mixture makes
+       of some held-out texts in references.json, for `moelora verify`.
 
     Args:
         recipe: from `moelora.training.load_recipe`, called with the same `resume` and `overwrite`.
@@ -109,6 +112,9 @@ def _train(
     seconds["train"] = round(seconds["train"] - seconds.get("evaluate_before", 0.0), 2)
     with _timed(seconds, "evaluate_after"):
         results = _measure(trainer, domains, "After")
+        if recipe.references:
+            without = partial(_without_mixture, trainer.model)
+            keep_references(trainer, domains, recipe.model.name, recipe.output_dir, without)
     _add_losses(record, results, "after")
     _add_expert_loads(record, results)
     record |= {

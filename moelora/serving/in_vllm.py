@@ -1,0 +1,111 @@
+"""What vLLM computes with an adapter, in this process; mixtures need moelora's plug-in, which vLLM finds by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.adapter_files import Place, read_adapter, read_config
+from ..recipe import ModelOptions
+from ..schema import UserError, shorten, telling_user
+from ..storage.base_model import resolve_dtype
+from ..storage.mixture_files import read_mixture
+from ..storage.structure import FACTOR
+from .in_transformers import Prompts
+from .verdict import Rows, Served
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `max_lora_rank` may be."""
+_HEAD = "lm_head"
+
+
+def check_installed() -> None:
+    """Raise UserError where there is no vLLM."""
+    if find_spec("vllm") is None:
+        raise UserError('--runtime vllm: vLLM is not installed; pip install "moelora[vllm]"')
+
+
+def run_in_vllm(base: ModelOptions, adapter: Path, prompts: Prompts) -> Served:
+    """The base model and the adapter in one engine, which runs the prompts with the adapter and without.
+
+    Raises:
+        UserError: vLLM is not installed, the adapter is larger than it takes, or vLLM refuses it; with what it says.
+    """
+    check_installed()
+    if base.gguf_file is not None:
+        raise UserError(f"--runtime vllm: {base.gguf_file} is a GGUF file; give the model's folder with --base")
+    with telling_user(f"{adapter}: "):
+        rank, targets = _size(adapter)
+    dtype = _dtype(base)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine ends with this process
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the result
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    try:
+        engine = LLM(
+            model=base.name,
+            dtype=dtype,
+            max_model_len=max(map(len, prompts)) + 1,  # vLLM makes one token more
+            enable_lora=True,
+            max_loras=1,
+            max_lora_rank=rank,
+            lora_target_modules=targets,
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+        )
+        without = _read(engine, prompts)  # first: some releases on the CPU add a LoRA that fills all slots to the base
+        adapted = _read(engine, prompts, LoRARequest("adapter", 1, str(adapter.absolute())))
+        return Served(adapted, without, dtype)
+    except (ValueError, RuntimeError, OSError) as error:
+        said = shorten(" ".join(str(error).split()), 500)
+        raise UserError(f"--runtime vllm: {adapter} on {base.name}: {said}") from error
+
+
+def _size(adapter: Path) -> tuple[int, list[str]]:
+    """The rank that vLLM has to make room for, and the linears by the last part of their names.
+
+    Raises:
+        ValueError: it is damaged, or of a higher rank than vLLM serves.
+    """
+    if read_config(Place(str(adapter))).get("peft_type") == "MOELORA":
+        active = [one for one in read_mixture(adapter) if one.position is not None]
+        per_expert = max(pool.rank for one in active for pool in one.pools.values())
+        rank = per_expert * sum(one.num_experts for one in active)
+        linears = {linear for one in active for linear in one.pools}
+    else:
+        factors = {key: tensor for key, tensor in read_adapter(adapter).weights.items() if FACTOR.fullmatch(key)}
+        rank = max((tensor.shape[0] for key, tensor in factors.items() if ".lora_A." in key), default=1)
+        linears = {match["module"] for key in factors if (match := FACTOR.fullmatch(key))}
+    room = next((size for size in RANKS if size >= rank), None)
+    if room is None:
+        raise ValueError(f"its ranks are {rank} together, and vLLM serves {RANKS[-1]} at most; prune or distil it")
+    # With the head wrapped, prompt log-probabilities end vLLM's engine on the CPU.
+    return room, sorted({linear.rpartition(".")[2] for linear in linears} - {_HEAD})
+
+
+def _dtype(base: ModelOptions) -> str:
+    """The precision asked for; on a GPU vLLM's LoRA kernels know no float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = str(resolve_dtype(base, device)).removeprefix("torch.")
+    return "bfloat16" if device.type == "cuda" and dtype == "float32" else dtype
+
+
+def _read(engine: Any, prompts: Prompts, lora: Any = None) -> Rows:
+    """The log-probability of every token after a prompt's first."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
+    outputs = engine.generate(inputs, sampling, lora_request=lora, use_tqdm=False)
+    return [_row(ids, output.prompt_logprobs) for ids, output in zip(prompts, outputs, strict=True)]
+
+
+def _row(ids: Sequence[int], found: Sequence[Any]) -> list[float]:
+    return [float(at[token].logprob) for token, at in zip(ids[1:], found[1:], strict=True)]
