@@ -1,5 +1,6 @@
 """`moelora serve`: what it checks, the command line of vLLM that it becomes, options of transformers' server."""
 
+import inspect
 import json
 import os
 import shlex
@@ -191,6 +192,43 @@ def test_options_of_transformers_server_are_checked_first(folder, capsys, port):
     assert "No such option: --max-model-len" in refusal(capsys, *words, "--max-model-len", "8")
     assert "--port" in refusal(capsys, *words, "--port", "8")
     assert "`model_timeout` is set by `moelora serve`" in refusal(capsys, *words, "--model-timeout", "8")
+
+
+def test_what_is_relied_on_in_transformers_server_is_there():
+    pytest.importorskip("uvicorn")
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+    from moelora.serving.transformers_server import OURS
+
+    assert set(OURS) <= inspect.signature(Serve).parameters.keys()
+    wanted = {
+        "_load_model": ["self", "model_id_and_revision", "tqdm_class", "progress_callback", "gguf_file"],
+        "_load_processor": ["self", "model_id_and_revision", "gguf_file"],
+        "load_model_and_processor": ["self", "model_id_and_revision", "progress_callback", "tqdm_class", "gguf_file"],
+        "get_gen_models": ["cache_dir"],
+        "process_model_name": ["model_id"],
+    }
+    assert {name: list(inspect.signature(getattr(ModelManager, name)).parameters) for name in wanted} == wanted
+    assert GenerationState()._generate_managers == {}
+    assert GenerateManager().submit(lambda: 3).result(10) == 3
+    source = inspect.getsource(Serve)
+    for name in ("self._model_manager", "self._generation_state", "self._thread", "self.server", "def kill_server"):
+        assert name in source
+
+
+def test_the_servers_names_in_transformers_stay_what_they_were(folder):
+    pytest.importorskip("uvicorn")
+    from transformers.cli.serving import model_manager
+
+    from moelora.recipe import ModelOptions
+    from moelora.serving.transformers_server import _loading
+
+    before = model_manager.ModelManager
+    with _loading(ModelOptions(name="model"), {}):
+        assert issubclass(model_manager.ModelManager, before) and model_manager.ModelManager is not before
+    assert model_manager.ModelManager is before
 
 
 def test_what_stands_after_the_dashes_is_passed_on():

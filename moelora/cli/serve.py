@@ -23,6 +23,11 @@ from ..storage.finding import find_base
 from .options import ServeOptions, check_options, whole_path
 from .process import flush_output
 
+_CONTINUOUS = (
+    "With continuous batching, transformers ignores `stop`, takes temperature and the like from the first request for "
+    "all that follow, and serves one model at a time."
+)
+
 
 def serve(options: ServeOptions) -> None:
     """Check everything, say what runs, and serve until the process is told to end."""
@@ -120,11 +125,15 @@ def _dtype_of(base: ModelOptions) -> str:
 
 
 def _serve_with_transformers(options: ServeOptions, base: ModelOptions, folders: dict[str, Path]) -> None:
+    if "@" in base.name:
+        raise UserError(f"transformers' server takes what follows the @ of {base.name!r} for a revision: rename it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ours = ["--device", str(device), "--dtype", str(resolve_dtype(base, device)).removeprefix("torch.")]
     settings = transformers_server.server_options([*ours, *options.engine_arguments])
     names = ", ".join(printable(name) for name in (base.name, *folders))
     stdout = make_stdout()
+    if settings["continuous_batching"]:
+        stdout.print(_CONTINUOUS, soft_wrap=True)
     stdout.print(f"Loading for transformers' server: {names}", soft_wrap=True)
     server = transformers_server.Server(base, folders, options.host, options.port, settings)
     try:

@@ -1,18 +1,19 @@
 """transformers' own server (`transformers serve`) with our models: only what it loads is different.
 
 Base model and adapters are served under their names, each by a model of its own; all share the base's weights.
-Names of transformers that are relied on: `cli.serve.Serve`, `cli.serving.model_manager.ModelManager`, and its methods
-that are overridden here.
+Names of transformers that are relied on: `cli.serve.Serve`, `cli.serving.model_manager.ModelManager`, its methods that
+are overridden here, and where `Serve` keeps that manager, its threads and uvicorn's server.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers.utils.import_utils import is_serve_available
 
 from ..recipe import ModelOptions
@@ -22,7 +23,7 @@ from ..storage.finding import put_adapter
 
 OURS = ("force_model", "host", "port", "model_timeout", "non_blocking")
 """Options of `transformers serve` that are set here."""
-_LONGEST_STOP = 2.0  # seconds that requests under way are given to end
+_LONGEST_STOP = 10.0  # seconds that a token under way is given to end
 
 
 def check_packages() -> None:
@@ -88,10 +89,27 @@ class Server:
         self._serve._thread.join()
 
     def close(self) -> None:
-        """End it; requests under way are cut off after two seconds."""
+        """End it; requests under way are answered that it ends, before their next token."""
+        for timed in self._serve._model_manager.loaded_models.values():
+            _innermost(timed.model).register_forward_pre_hook(_refuse)
+        # A thread that computes while Python ends would abort the process.
+        for manager in self._serve._generation_state._generate_managers.values():
+            with suppress(TimeoutError):
+                manager.submit(lambda: None).result(_LONGEST_STOP)
         self._serve.kill_server()
         self._serve.server.force_exit = True
         self._serve._thread.join(_LONGEST_STOP)
+
+
+def _innermost(model: Any) -> Any:
+    """The model of transformers, whose forward `generate` calls."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _refuse(model: Any, arguments: tuple) -> None:
+    from fastapi import HTTPException
+
+    raise HTTPException(503, detail="the server ends")
 
 
 @contextmanager
