@@ -8,6 +8,7 @@ are overridden here, and where `Serve` keeps that manager, its threads and uvico
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -86,7 +87,8 @@ class Server:
 
     def wait(self) -> None:
         """Return when the server has ended by itself."""
-        self._serve._thread.join()
+        while self._serve._thread.is_alive():  # a join that Ctrl-C interrupts takes the thread for ended (bpo-45274)
+            time.sleep(0.2)
 
     def close(self) -> None:
         """End it; requests under way are answered that it ends, before their next token."""
