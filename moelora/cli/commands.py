@@ -68,6 +68,17 @@ class _Parser(argparse.ArgumentParser):
         """See ArgumentParser."""
         super().error(printable(shorten(message, LONGEST_ERROR)))
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ArgumentParser; what stands after `--` is kept apart for a command that passes it on."""
+        words = list(sys.argv[1:] if args is None else args)
+        rest = _rest_of(words[0]) if "--" in words else None
+        if rest is None:
+            return super().parse_args(words, namespace)
+        at = words.index("--")
+        parsed = super().parse_args(words[:at], namespace)
+        setattr(parsed, rest, words[at + 1 :])
+        return parsed
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """As in ArgumentParser, which passes over errors of writing."""
         if message and file is not None:
@@ -96,6 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _rest_of(command: str) -> str | None:
+    """The option that takes what stands after `--`; None where a command has none."""
+    fields = settable_fields(COMMANDS[command][0]) if command in COMMANDS else {}
+    return next((name for name, spec in fields.items() if spec.metadata.get("rest")), None)
+
+
 def _examples(calls: typing.Iterable[str]) -> str:
     return "\n".join(["example:", *(f"  {call}" for call in calls)])
 
@@ -105,7 +122,12 @@ def _add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     for name, spec in settable_fields(cls).items():
         help_text = spec.metadata["help"]
         if spec.metadata.get("positional"):
-            parser.add_argument(name, metavar=name.upper(), help=help_text)
+            several: dict[str, Any] = {"nargs": "+"} if hints[name] == list[str] else {}
+            parser.add_argument(name, metavar=name.upper(), help=help_text, **several)
+            continue
+        if spec.metadata.get("rest"):
+            parser.description = f"{parser.description}\n\n-- {name.replace('_', '-').upper()}: {help_text}"
+            parser.set_defaults(**{name: []})
             continue
         flag = f"--{name.replace('_', '-')}"
         if hints[name] is bool:

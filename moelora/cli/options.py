@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 ROUTERS = ("arrow", "prototype", "uniform", "train")
 CRITERIA = ("load", "worth", "similarity")
+ENGINES = ("auto", "vllm", "transformers")
 METHODS = ("average", "svd", "ties", "dare")
 RUNTIMES = ("transformers", "vllm", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -80,6 +81,10 @@ def _is_file(value: str) -> str | None:
     return None if Path(value).is_file() else "no such file; give the path of a recipe"
 
 
+def _is_port(value: int) -> str | None:
+    return None if 0 < value < 65536 else "must be between 1 and 65535"
+
+
 # ---- kinds of fields -------------------------------------------------------------------------------------------------
 
 # ruff: noqa: RUF009 (each call makes a field), and `Any` stands for the type that the field is annotated with.
@@ -103,6 +108,11 @@ def _flag(help_text: str) -> Any:
 
 def _many(help_text: str, metavar: str = "DOMAIN=FILE") -> Any:
     return option(help_text, default_factory=list, metavar=metavar)
+
+
+def _rest(help_text: str) -> Any:
+    """All that stands after a `--`."""
+    return option(help_text, default_factory=list, rest=True)
 
 
 def _adapter(help_text: str = ADAPTER_HELP) -> Any:
@@ -415,6 +425,30 @@ class VerifyOptions:
     )
     write: bool = _flag(
         "write references.json beside an adapter that has none: what it does now in transformers is what it should do"
+    )
+
+
+@_command("serve:serve", "moelora serve runs/quickstart/adapter --port 8000")
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Serve adapters and their base model over OpenAI's API, with vLLM or transformers' own server."""
+
+    adapters: list[str] = _required(
+        "folders of mixtures or plain LoRAs made for one base model, each as FOLDER or as NAME=FOLDER; clients ask "
+        "for a model by that name, or by the folder's own",
+        positional=True,
+    )
+    base: str | None = _base()
+    name: str | None = _optional("name of the adapter, where there is one", check=not_empty)
+    host: str = _choice("127.0.0.1", "address to listen on; 0.0.0.0 is all of this machine's", check=not_empty)
+    port: int = _choice(8000, "port to listen on", check=_is_port)
+    engine: str = _choice(
+        "auto",
+        "what serves: vllm, transformers, or (auto) vLLM where its command is found and transformers elsewhere",
+        check=one_of(*ENGINES),
+    )
+    engine_arguments: list[str] = _rest(
+        "all that follows goes to `vllm serve` or `transformers serve` as it is, such as `-- --max-model-len 4096`"
     )
 
 

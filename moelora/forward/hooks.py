@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .caches import kv_cache
 from .checkpointing import make_checkpoint_routed
 from .finish import finish_forward
 from .interfaces import MixtureRouter
 from .shared_input import SharedInput
-from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState, kv_cache
+from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
 
 
 class ForwardHook:

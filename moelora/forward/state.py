@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,12 @@ from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
 from ..routing.sums import RoutingSums
 from ..routing.training_sums import TrainingWindow
+from .caches import kv_cache, past_length
 from .call import Call
 from .interfaces import MixtureRouter, Pool
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .overflow import StepRollback
+from .packed_requests import PROBED, PackedRequests, check_reads_tokens_alone
 from .shared_input import SharedInput
 from .training_loop import TrainingLoop
 
@@ -63,6 +65,7 @@ class RoutingState:
     handles: list[Any] = field(default_factory=list)  # that remove the hooks
     in_force: InForce = field(default_factory=InForce)
     attached: nn.Module | None = None  # the user's own router
+    packable: nn.Module | None = None  # the one attached, once it was found to read each token alone
     balancing_loss: Tensor | None = None  # of the latest training forward
     rollback: StepRollback | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
@@ -124,6 +127,14 @@ class RoutingState:
                     return parameter.device
         return None
 
+    def check_packable(self, hidden: Tensor) -> None:
+        """Raise ValueError where the attached router cannot read several texts in a row, such as hidden [1, S, H]."""
+        if self.attached is None or self.attached is self.packable:
+            return
+        check_reads_tokens_alone(self.attached, hidden)
+        if hidden.shape[1] >= PROBED:
+            self.packable = self.attached
+
     def current_context(self) -> ForwardContext:
         """This thread's forward in progress, or a throw-away context for a submodule that is called by itself."""
         return self.in_force.context or ForwardContext(self, {}, training=False)
@@ -164,9 +175,10 @@ class ForwardContext:
         self.latest: BlockRouting | None = None  # of the block that ran last
         self.grad_enabled = torch.is_grad_enabled()
         self.cache = kv_cache(inputs)
-        self.past_length = _past_length(self.cache)  # now: the blocks' attention lets it grow
+        self.past_length = past_length(self.cache)  # now: the blocks' attention lets it grow
         self.densities = ContextDensities.on(self.cache)
-        has_no_mask = inputs.get("attention_mask") is None
+        self.requests = PackedRequests.of(inputs)
+        has_no_mask = inputs.get("attention_mask") is None and self.requests is None
         self.packed = packed_mask(inputs.get("position_ids")) if has_no_mask else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor | None] = {}
@@ -215,13 +227,13 @@ class ForwardContext:
         return self._biases[router.name]
 
     def record(self, router: MixtureRouter, sums: RoutingSums) -> None:
-        """Keep a router's sums, once.
+        """Keep a router's sums, once; not those of a step of continuous batching.
 
         Raises:
             RuntimeError: inside a reentrant checkpoint, whose side results carry no gradient.
         """
-        if self.recomputing or self is not self.state.in_force.context:
-            return
+        if self.recomputing or self is not self.state.in_force.context or self.requests is not None:
+            return  # a server's forwards, some of them rehearsals, are no statistics of a text
         loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
         if self.training and loses_gradient and self.config.balancing_coef > 0:
             raise RuntimeError(
@@ -243,7 +255,7 @@ class ForwardContext:
         Args:
             is_decoder: hidden belongs to the decoder of an encoder-decoder model.
         """
-        if hidden.dim() != 3:
+        if hidden.dim() != 3 or self.requests is not None:  # whose padding is nobody's
             return None
         batch, length = hidden.shape[:2]
         if torch.compiler.is_compiling():  # a compiled block would be compiled anew where it finds another's mask
@@ -282,6 +294,8 @@ class ForwardContext:
         if self.state.attached is None:
             return None
         if stack not in self.attached_weights:
+            if self.requests is not None:
+                self.state.check_packable(hidden)
             self.attached_weights[stack] = call_attached_router(self.state, hidden)
         return self.attached_weights[stack]
 
@@ -361,20 +375,6 @@ def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tens
     if x.dim() == 2 and len(lead) == 2 and x.shape[0] == lead.numel():
         return values.reshape(lead.numel(), *values.shape[values.dim() - trailing :])
     return None
-
-
-def kv_cache(values: Any) -> Any:
-    """The KV cache among a model's inputs or outputs, if there is one; tuples have no names to find it by."""
-    if not isinstance(values, Mapping):
-        return None
-    cache = values.get("cache")  # from transformers 5.24 on
-    return values.get("past_key_values") if cache is None else cache
-
-
-def _past_length(cache: Any) -> int | Tensor:
-    """Tokens in a KV cache."""
-    length = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
-    return length.clone() if isinstance(length, Tensor) else length
 
 
 def call_attached_router(state: RoutingState, hidden: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+from transformers import PreTrainedModel
 
 from ..console import console, printable
 from ..files.adapter_files import Place, read_config
@@ -69,16 +70,30 @@ def load_mixture(base: ModelOptions, adapter: Path, device: torch.device | None 
     Raises:
         UserError: the adapter is damaged or belongs to another model.
     """
-    if (kind := read_config(Place(str(adapter))).get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UserError(f"the adapter {adapter}: `peft_type` is {kind!r}, which PEFT does not know; give another one")
+    _check_kind(adapter)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return put_adapter(load_model(base, device).to(device), base, adapter)
+
+
+def put_adapter(model: PreTrainedModel, base: ModelOptions, adapter: Path) -> PeftModel:
+    """The model with an adapter, in evaluation mode.
+
+    Raises:
+        UserError: as of [`load_mixture`].
+    """
+    _check_kind(adapter)
     try:
-        model = PeftModel.from_pretrained(load_model(base, device), str(adapter))
+        adapted = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"the adapter {adapter} does not load onto {base.name}: {error}") from error
-    model.to(device).eval()
-    _try_attached_router(model, adapter)
-    return model
+    adapted.to(model.device).eval()
+    _try_attached_router(adapted, adapter)
+    return adapted
+
+
+def _check_kind(adapter: Path) -> None:
+    if (kind := read_config(Place(str(adapter))).get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(f"the adapter {adapter}: `peft_type` is {kind!r}, which PEFT does not know; give another one")
 
 
 def _try_attached_router(model: PeftModel, adapter: Path) -> None:

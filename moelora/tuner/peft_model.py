@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from ..config import MoELoraConfig
 from ..storage import loading, saving
+from .batching import ContinuousBatching
 
 # By name, not through super(): torch before 2.13 cannot trace a property of super().
 _has_active_enabled_adapter = PeftModel.has_active_enabled_adapter.fget
@@ -27,7 +28,7 @@ _NO_REFERENCE = (
 )
 
 
-class MixturePeftModel(PeftModel):
+class MixturePeftModel(ContinuousBatching, PeftModel):
     """Mixed into the PeftModel that wraps a mixture; see [`adopt_peft_model`]."""
 
     base_model: Any  # MoELoraModel, whose file imports this one

@@ -205,6 +205,9 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """How the densities [T, A] of a forward's tokens hidden [..., H] add up over their context."""
         if hidden.dim() != 3:
             return lambda densities_TA: densities_TA  # no sequence to read on in
+        if context is not None and context.requests is not None:
+            requests = context.requests
+            return lambda densities_TA: requests.over_context(densities_TA, self.name)
         earlier = None if context is None else context.densities
         past = 0 if context is None else context.past_length
 

@@ -43,6 +43,7 @@ def _in_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for place in ("storage.finding", "training.run", "cli.build", "cli.export", "serving.in_transformers"):
         monkeypatch.setattr(f"moelora.{place}.load_model", _end)
+    monkeypatch.setattr("moelora.serving.transformers_server.Server", _end)
 
 
 class LoadsError(Exception):
