@@ -74,8 +74,8 @@ MODELS = {
 }
 
 
-def unseen(router, rows):
-    return lambda densities_TA: over_context(densities_TA[None])[0]
+def of_one_text(router, rows, densities_TA):
+    return over_context(densities_TA[None])[0]
 
 
 class Server(nn.Module):
@@ -83,8 +83,8 @@ class Server(nn.Module):
 
     def __init__(self, base, served):
         super().__init__()
-        self.base, self.slots, self.served = base, Slots(), served
-        self.slots.mixtures[3] = served
+        self.base, self.slots, self.served = base, Slots(of_one_text), served
+        self.slots.set(3, served)
         self.gate = None
         for index, (name, block) in enumerate(base.model.layers.named_children()):
             block.register_forward_pre_hook(self.enter(f"model.layers.{name}", index == 0), with_kwargs=True)
@@ -97,7 +97,7 @@ class Server(nn.Module):
             self.gate = torch.ones(hidden.shape[0], self.served.rank + 2)
             if self.served.routers:
                 groups = [(3, slice(0, hidden.shape[0]))]
-                self.slots.weigh_block(name, is_first, hidden, groups, lambda rows: unseen(name, rows), self.gate)
+                self.slots.weigh_block(name, is_first, hidden, groups, self.gate)
 
         return before
 
@@ -106,7 +106,7 @@ class Server(nn.Module):
             A, B = self.served.factors[name]
             x = args[0][0]
             gate = self.gate.clone()
-            self.slots.weigh_linear(name, x, [(3, slice(0, x.shape[0]))], lambda rows: unseen(name, rows), gate)
+            self.slots.weigh_linear(name, x, [(3, slice(0, x.shape[0]))], gate)
             return output + (x @ A.t() * gate[:, : self.served.rank]) @ B.t()
 
         return after
@@ -158,12 +158,13 @@ def test_slots_do_not_mix(tmp_path):
     for slot, kind in ((0, "sparse"), (2, "dense")):
         MODELS[kind]().save_pretrained(str(tmp_path / kind))
         served[slot] = read_served(tmp_path / kind)
-    slots = Slots()
-    slots.mixtures |= served
+    slots = Slots(of_one_text)
+    for slot, mixture in served.items():
+        slots.set(slot, mixture)
     of_token = [2, 0, -1, 0, 1, 2, 2, -1]
     hidden = torch.randn(len(of_token), 32, generator=torch.Generator().manual_seed(2))
     gate = torch.full((len(of_token), 20), 7.0)
-    slots.weigh_block("model.layers.1", False, hidden, groups_of(of_token), lambda rows: None, gate)
+    slots.weigh_block("model.layers.1", False, hidden, groups_of(of_token), gate)
     for token, slot in enumerate(of_token):
         mixture = served.get(slot)
         if mixture is None:
@@ -215,11 +216,15 @@ def test_blocks_are_the_outermost_that_hold_an_adapted_linear():
 
 @pytest.mark.parametrize("is_split", [True, False])
 def test_what_enters_a_block_is_found_by_place_and_by_name(is_split):
-    found = BlockInput.of(Block(), is_split)
-    rest = ("residual",) if is_split else (None,)
-    assert found.find((0, "hidden", "residual"), {}) == ("hidden", *rest)
-    assert found.find((0, "hidden"), {"residual": "residual"}) == ("hidden", *rest)
-    assert found.find((0,), {"hidden_states": "hidden"}) == ("hidden", None)
+    hidden, residual = torch.zeros(1, 3, 4), torch.ones(3, 4)
+    find = BlockInput.of(Block(), is_split).find
+    for args, kwargs in (((0, hidden, residual), {}), ((0, hidden), {"residual": residual})):
+        first, second = find(args, kwargs)
+        assert first.shape == (3, 4)
+        assert second is (residual if is_split else None)
+    first, second = find((0,), {"hidden_states": residual})
+    assert first is residual
+    assert second is None
 
 
 def test_a_block_of_another_version_is_refused():

@@ -29,6 +29,10 @@ Factors = tuple[Tensor, Tensor]
 class PooledRouter:
     """The routers of all active adapters for one block, module or model.
 
+    Attributes:
+        num_experts: E.
+        top_k: experts that a token chooses.
+
     Args:
         routers: in expert order.
         config: of the mixture's first adapter, which says how all decide.
@@ -49,6 +53,10 @@ class PooledRouter:
         self.bias_E = torch.cat(biases) if moves_bias else None
         is_plain = kind.has_kernel and self.bias_E is None and not routes_by_domain(routers)
         self._is_softmax = is_plain and all(router.hidden_weight is None for router in routers)
+        self._over_temperature_HE = self.first_NH.t().float() / self.config.router_temperature
+        self._eps = torch.tensor(EPS, device=self.first_NH.device)
+        self.num_experts = sum(router.num_experts for router in routers)
+        self.top_k = min(self.config.top_k_experts, self.num_experts)
 
     def to(self, device: torch.device | str) -> PooledRouter:
         """Itself, moved."""
@@ -58,21 +66,10 @@ class PooledRouter:
         return self
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return sum(router.num_experts for router in self.routers)
-
-    @property
-    def top_k(self) -> int:
-        """Experts that a token chooses."""
-        return min(self.config.top_k_experts, self.num_experts)
-
-    @property
     def routes_by_domain(self) -> bool:
         """Whether the text decides between adapters, so that a token's weights depend on those before it."""
         return routes_by_domain(self.routers)
 
-    @torch.no_grad()
     def weights(self, hidden_TH: Tensor, add_up: AddUp) -> Tensor:
         """[T, E] float32: what multiplies each expert's output, as evaluation has it; no capacity, nothing is counted.
 
@@ -96,10 +93,9 @@ class PooledRouter:
     def _softmax_weights(self, hidden_TH: Tensor) -> Tensor:
         """What `weights` is then, in a third of the operations, which are what a decoded token costs on a CPU."""
         hidden_TH = hidden_TH.float()
-        squares_T1 = torch.linalg.vector_norm(hidden_TH, dim=-1, keepdim=True).square_()
-        rstd_T1 = squares_T1.div_(hidden_TH.shape[-1]).add_(EPS).rsqrt_()
-        z_TE = torch.mm(hidden_TH, self.first_NH.t()).mul_(rstd_T1.div_(self.config.router_temperature))
-        probs_TE = z_TE.softmax(dim=-1)
+        norm_T1 = torch.linalg.vector_norm(hidden_TH, dim=-1, keepdim=True)
+        rstd_T1 = torch.addcmul(self._eps, norm_T1, norm_T1, value=1 / hidden_TH.shape[-1]).rsqrt_()
+        probs_TE = torch.mm(hidden_TH, self._over_temperature_HE).mul_(rstd_T1).softmax(dim=-1)
         top_TK, chosen_TK = probs_TE.topk(self.top_k, dim=-1)
         shares_TE = torch.zeros_like(probs_TE) if self.outside_E is None else probs_TE * self.outside_E
         shares_TE.scatter_(-1, chosen_TK, top_TK)

@@ -39,49 +39,82 @@ def _as_rows(indices: list[int]) -> Rows:
     return slice(first, last + 1) if last - first + 1 == len(indices) else torch.tensor(indices)
 
 
+OverContext = Callable[[str, Rows, Tensor], Tensor]
+"""Sums a router's densities [T, A] of some of a batch's tokens over the context of each."""
+
+
 class Slots:
-    """What each slot holds; empty ones, and those of plain LoRAs, are not in `mixtures`."""
+    """What each slot holds; empty ones, and those of plain LoRAs, hold no mixture.
 
-    def __init__(self) -> None:
-        self.mixtures: dict[int, ServedMixture] = {}
-        self._of_model: dict[int, Tensor] = {}  # "model" scope: what the first block's inputs have decided
+    Args:
+        over_context: asked where the text decides between adapters.
+    """
 
-    def of_scope(self, groups: Sequence[Group], scopes: Sequence[str]) -> list[tuple[int, Rows, ServedMixture]]:
-        """Those of a batch's groups that are mixtures of one of these scopes."""
-        found = ((slot, rows, self.mixtures.get(slot)) for slot, rows in groups)
-        return [(slot, rows, mixture) for slot, rows, mixture in found if mixture and mixture.scope in scopes]
+    def __init__(self, over_context: OverContext) -> None:
+        self.over_context = over_context
+        self._mixtures: dict[int, ServedMixture] = {}
+        self._of_model: dict[int, Tensor] = {}  # "model" scope: what the first block's input has decided
+        self._batch: Sequence[Group] = ()
+        self._found: dict[str, list[tuple[int, Rows, ServedMixture]]] = {}  # in that batch
+
+    def __getitem__(self, slot: int) -> ServedMixture:
+        return self._mixtures[slot]
+
+    def set(self, slot: int, mixture: ServedMixture) -> None:
+        """Put a mixture into a slot."""
+        self._mixtures[slot] = mixture
+        self._batch = ()
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self._mixtures.pop(slot, None)
+        self._batch = ()
+
+    def hold(self, scope: str) -> bool:
+        """Whether any slot holds a mixture of this scope."""
+        return any(mixture.scope == scope for mixture in self._mixtures.values())
+
+    def routed(self, groups: Sequence[Group], by: str) -> list[tuple[int, Rows, ServedMixture]]:
+        """Those of a batch's groups that are mixtures which a "block", or a "linear", decides about."""
+        if groups is not self._batch:
+            pairs = [(slot, rows, self._mixtures[slot]) for slot, rows in groups if slot in self._mixtures]
+            self._found = {
+                "linear": [found for found in pairs if found[2].scope == "module"],
+                "block": [found for found in pairs if found[2].scope != "module"],
+            }
+            self._batch = groups
+        return self._found[by]
 
     def weigh_block(
-        self,
-        block: str,
-        is_first: bool,
-        hidden_TH: Tensor,
-        groups: Sequence[Group],
-        add_up: Callable[[Rows], AddUp],
-        gate_TR: Tensor,
+        self, block: str, is_first: bool, hidden_TH: Tensor, groups: Sequence[Group], gate_TR: Tensor
     ) -> None:
         """Write what multiplies the ranks of the tokens of mixtures in a block; other tokens' rows stay as they are.
 
         Args:
             is_first: of the model; its input decides where the model has one router.
             hidden_TH: what enters the block.
-            add_up: gives, for some of the tokens, what sums their densities over their context.
         """
-        for slot, rows, mixture in self.of_scope(groups, ("block", "model")):
+        for slot, rows, mixture in self.routed(groups, "block"):
             name = "" if mixture.scope == "model" else block
             if (router := mixture.routers.get(name)) is None:
                 continue  # no expert in this block
-            if mixture.scope == "block" or is_first:
-                self._of_model[slot] = router.weights(hidden_TH[rows], add_up(rows))
-            _write(mixture, name, self._of_model[slot], rows, gate_TR)
+            if name:
+                weights_TE = router.weights(hidden_TH[rows], self._add_up(block, rows))
+            elif is_first:
+                weights_TE = self._of_model[slot] = router.weights(hidden_TH[rows], self._add_up(block, rows))
+            else:
+                weights_TE = self._of_model[slot]
+            _write(mixture, name, weights_TE, rows, gate_TR)
 
-    def weigh_linear(
-        self, linear: str, x_TD: Tensor, groups: Sequence[Group], add_up: Callable[[Rows], AddUp], gate_TR: Tensor
-    ) -> None:
+    def weigh_linear(self, linear: str, x_TD: Tensor, groups: Sequence[Group], gate_TR: Tensor) -> None:
         """The same for a linear and the mixtures of which each linear has a router of its own."""
-        for _, rows, mixture in self.of_scope(groups, ("module",)):
+        for _, rows, mixture in self.routed(groups, "linear"):
             if (router := mixture.routers.get(linear)) is not None:
-                _write(mixture, linear, router.weights(x_TD[rows], add_up(rows)), rows, gate_TR)
+                weights_TE = router.weights(x_TD[rows], self._add_up(linear, rows))
+                _write(mixture, linear, weights_TE, rows, gate_TR)
+
+    def _add_up(self, router: str, rows: Rows) -> AddUp:
+        return lambda densities_TA: self.over_context(router, rows, densities_TA)
 
 
 def _write(mixture: ServedMixture, router: str, weights_TE: Tensor, rows: Rows, gate_TR: Tensor) -> None:

@@ -81,8 +81,10 @@ class BlockInput:
         return cls(names.index("hidden_states"), names.index("residual") if is_split else None)
 
     def find(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
-        """The two tensors of which it is the sum, [T, H] or [1, T, H]; of the first block, one."""
+        """The two tensors [T, H] of which it is the sum; of the first block, one."""
         hidden = args[self.hidden_at] if self.hidden_at < len(args) else kwargs["hidden_states"]
+        if hidden.dim() == 3:
+            hidden = hidden.flatten(0, 1)  # [1, T, H] where vLLM runs the code of transformers
         if self.residual_at is None:
             return hidden, None
         return hidden, args[self.residual_at] if self.residual_at < len(args) else kwargs.get("residual")

@@ -1,4 +1,4 @@
-"""Routing in one engine: which block is running, what its tokens' ranks are multiplied by, and who computes that.
+"""Routing in one engine: what the ranks of a batch's tokens are multiplied by in a block, and who computes that.
 
 On a CPU, and wherever nothing is captured, `Slots` decides, in torch; where CUDA graphs replay a block, kernels that
 read tables which never move (`ops.slot_tables`). Shapes: T tokens, H hidden size, R `--max-lora-rank`.
@@ -6,7 +6,7 @@ read tables which never move (`ops.slot_tables`). Shapes: T tokens, H hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from vllm.config import CompilationMode, CUDAGraphMode
 
 from ...routing.domain_classifier import WINDOW
-from ...routing.pooled import AddUp
 from ..mixture import ServedMixture
 from ..slots import Rows, Slots
-from . import operator
+from . import operators
 from .blocks import IS_SPLIT, BlockInput, adapted_blocks, class_name
 from .densities import KeptDensities
 from .tables import BlockTables
@@ -38,7 +37,8 @@ class EngineRouting:
     ) -> None:
         self.config = config
         self.wrapper = wrapper
-        self.slots = Slots()
+        self.slots = Slots(self._over_context)
+        self.max_rank = config.lora_config.max_lora_rank
         blocks = adapted_blocks(model, linears)
         self.blocks = list(blocks)
         self.unknown = next((name for name in map(class_name, blocks.values()) if name not in IS_SPLIT), None)
@@ -51,14 +51,24 @@ class EngineRouting:
             id(layer.lora_a_stacked): names for layer, names in linears.values() if hasattr(layer, "lora_a_stacked")
         }
         if self.unknown is None:
+            self.number = operators.number(self)
             self._hook(blocks.values())
 
     def _hook(self, blocks: Iterable[nn.Module]) -> None:
-        number = operator.number(self)
+        if self.is_captured:
+            number = self.number  # what is traced may hold a number, and not this object
+            self.wrapper.multiply = lambda shrunk, gate: torch.ops.moelora.weigh(shrunk, gate, number)
         for index, block in enumerate(blocks):
-            hook = BlockHook(number, index, self, BlockInput.of(block, IS_SPLIT[class_name(block)]))
+            hook = BlockHook(self, index, BlockInput.of(block, IS_SPLIT[class_name(block)]))
             block.register_forward_pre_hook(hook.before, with_kwargs=True)
             block.register_forward_hook(hook.after)
+
+    def _densities(self) -> KeptDensities | None:
+        layers = self.config.compilation_config.static_forward_context.items()
+        windows = {name: getattr(layer, "sliding_window", None) for name, layer in layers if hasattr(layer, "kv_cache")}
+        whole = [name for name, window in windows.items() if window is None or window >= WINDOW]
+        whole.sort(key=lambda name: windows[name] is not None)
+        return KeptDensities(whole[0], self.config.cache_config) if whole else None
 
     # ---- what is in the slots ----------------------------------------------------------------------------------------
 
@@ -71,18 +81,19 @@ class EngineRouting:
         if self.tables is None or not self.tables.take(slot, mixture, self.blocks):
             for router in mixture.routers.values():
                 router.to(self.wrapper.device)
-            self.slots.mixtures[slot] = mixture
-        if mixture.scope == "module":
-            self.wrapper.gates_of_linear = self._gates_of_linear
+            self.slots.set(slot, mixture)
+            self._watch_linears()
 
     def clear(self, slot: int) -> None:
         """Note that a slot is empty."""
         self.wrapper.ranks.pop(slot, None)
-        self.slots.mixtures.pop(slot, None)
+        self.slots.clear(slot)
         if self.tables is not None:
             self.tables.clear(slot)
-        if not any(mixture.scope == "module" for mixture in self.slots.mixtures.values()):
-            self.wrapper.gates_of_linear = None
+        self._watch_linears()
+
+    def _watch_linears(self) -> None:
+        self.wrapper.gates_of_linear = self._gates_of_linear if self.slots.hold("module") else None
 
     def refusal(self, mixture: ServedMixture) -> str | None:
         """Why this engine cannot serve a mixture; None if it can."""
@@ -95,8 +106,10 @@ class EngineRouting:
                 f"`{self.unknown}` to IS_SPLIT in moelora/serving/vllm/blocks.py and a tiny model to "
                 'tests/serving/test_architectures.py, or train with router_type="fixed"'
             )
-        if self.is_captured and (self.tables is None or (why := self.tables.refusal(mixture))):
-            return f"{why if self.tables else 'this platform has no kernels for it'}; start vLLM with --enforce-eager"
+        if self.is_captured:
+            why = "this platform has no kernels for it" if self.tables is None else self.tables.refusal(mixture)
+            if why is not None:
+                return f"{why}; start vLLM with --enforce-eager"
         if mixture.scope == "module" and parallel.tensor_parallel_size > 1:
             return (
                 'router_scope="module" reads whole inputs, which tensor parallelism cuts; use --tensor-parallel-size 1'
@@ -114,76 +127,71 @@ class EngineRouting:
             return "its domain classifier reads a whole text; use --decode-context-parallel-size 1"
         return None
 
-    def _densities(self) -> KeptDensities | None:
-        layers = self.config.compilation_config.static_forward_context.items()
-        windows = {name: getattr(layer, "sliding_window", None) for name, layer in layers if hasattr(layer, "kv_cache")}
-        whole = [name for name, window in windows.items() if window is None or window >= WINDOW]
-        whole.sort(key=lambda name: windows[name] is not None)
-        return KeptDensities(whole[0], self.config.cache_config) if whole else None
-
     # ---- what a batch is multiplied by -------------------------------------------------------------------------------
 
-    def needs_gate(self) -> bool:
-        """Whether any token's ranks are weighed in blocks; always, where blocks are captured before anybody knows."""
-        if self.is_captured or (self.tables is not None and self.tables.in_use):
-            return True
-        mixtures = self.slots.mixtures
-        return bool(mixtures) and any(slot in mixtures for slot, _ in self.wrapper.groups)
+    def gate(self, block: int, hidden_TH: Tensor, residual_TH: Tensor | None) -> Tensor | None:
+        """[T, R] for a block; None where all are ones, but never where that may be captured.
 
-    def fill(self, block: int, hidden_TH: Tensor, residual_TH: Tensor | None, gate_TR: Tensor) -> None:
-        """Write what the ranks of a batch's tokens are multiplied by in a block."""
-        if self.tables is not None:
-            self.tables.fill(block, hidden_TH, residual_TH, gate_TR)
-        else:
+        What enters the block is hidden_TH, plus residual_TH where that is given.
+        """
+        if self.is_captured:
+            gate_TR = self._blank(hidden_TH)
+            torch.ops.moelora.route(hidden_TH, residual_TH, gate_TR, self.number, block)
+            return gate_TR
+        routed = self.slots.routed(self.wrapper.groups, "block")
+        in_tables = self.tables is not None and self.tables.in_use
+        if not routed and not in_tables:
+            return None
+        gate_TR = self._blank(hidden_TH)
+        if in_tables:
+            self.route(hidden_TH, residual_TH, gate_TR, block)
+        elif routed[0][1] != slice(0, hidden_TH.shape[0]):
             gate_TR.fill_(1.0)
-        if self.slots.mixtures:
-            entering = hidden_TH if residual_TH is None else hidden_TH + residual_TH
-            name = self.blocks[block]
-            self.slots.weigh_block(name, block == 0, entering, self.wrapper.groups, self._add_up(name), gate_TR)
+        entering = hidden_TH if residual_TH is None else hidden_TH + residual_TH
+        self.slots.weigh_block(self.blocks[block], block == 0, entering, self.wrapper.groups, gate_TR)
+        return gate_TR
 
-    def _add_up(self, router: str) -> Callable[[Rows], AddUp]:
-        return lambda rows: lambda densities_TA: self._over_context(router, rows, densities_TA)
+    def _blank(self, hidden_TH: Tensor) -> Tensor:
+        return torch.empty(hidden_TH.shape[0], self.max_rank, dtype=torch.float32, device=hidden_TH.device)
+
+    def route(self, hidden_TH: Tensor, residual_TH: Tensor | None, gate_TR: Tensor, block: int) -> None:
+        """Write the gate of a block as the tables have it."""
+        assert self.tables is not None  # refused otherwise
+        self.tables.route(hidden_TH, residual_TH, gate_TR, block)
+
+    def weigh(self, shrunk: Tensor, gate_TR: Tensor) -> None:
+        """Multiply shrunk activations [n, T, R] by the gate, in place."""
+        assert self.tables is not None
+        self.tables.weigh(shrunk, gate_TR)
 
     def _over_context(self, router: str, rows: Rows, densities_TA: Tensor) -> Tensor:
-        assert self.densities is not None  # refused otherwise
+        assert self.densities is not None
         return self.densities.over_context(router, rows, densities_TA)
 
     def _gates_of_linear(self, lora_a_stacked: tuple[Tensor, ...], x: Tensor) -> list[Tensor] | None:
         """By slice, for the linears that have routers of their own."""
-        names = self._linears.get(id(lora_a_stacked), ())
-        groups = self.wrapper.groups
-        if not names or not self.slots.of_scope(groups, ("module",)):
+        groups, names = self.wrapper.groups, self._linears.get(id(lora_a_stacked), ())
+        if not names or not self.slots.routed(groups, "linear"):
             return None
-        blank = self.wrapper.gate
         gates = []
         for name in names:
-            gate = (
-                x.new_ones(x.shape[0], lora_a_stacked[0].shape[2], dtype=torch.float32)
-                if blank is None
-                else blank.clone()
-            )
-            self.slots.weigh_linear(name, x, groups, self._add_up(name), gate)
-            gates.append(gate)
+            of_block = self.wrapper.gate
+            gate_TR = self._blank(x).fill_(1.0) if of_block is None else of_block.clone()
+            self.slots.weigh_linear(name, x, groups, gate_TR)
+            gates.append(gate_TR)
         return gates
 
 
 class BlockHook:
     """On one block: has its tokens' weights computed as it is entered, and forgets them as it is left."""
 
-    def __init__(self, engine: int, index: int, routing: EngineRouting, block_input: BlockInput) -> None:
-        self.engine, self.index, self.routing, self.input = engine, index, routing, block_input
-        self.rank = routing.config.lora_config.max_lora_rank
+    def __init__(self, routing: EngineRouting, index: int, block_input: BlockInput) -> None:
+        self.routing, self.index, self.input = routing, index, block_input
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Runs before the block's forward; traced where that is compiled."""
-        if not self.routing.needs_gate():
-            return
         hidden, residual = self.input.find(args, kwargs)
-        hidden = hidden.flatten(0, -2)
-        residual = None if residual is None else residual.flatten(0, -2)
-        gate = torch.empty(hidden.shape[0], self.rank, dtype=torch.float32, device=hidden.device)
-        torch.ops.moelora.route(hidden, residual, self.engine, self.index, gate)
-        self.routing.wrapper.gate = gate
+        self.routing.wrapper.gate = self.routing.gate(self.index, hidden, residual)
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Runs after it."""

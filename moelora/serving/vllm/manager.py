@@ -34,6 +34,8 @@ class MixtureModelManager(LRUCacheLoRAModelManager):
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
             raise ValueError("moelora weighs ranks on the model's own stream; unset VLLM_LORA_ENABLE_DUAL_STREAM")
+        if vllm_config.lora_config.fully_sharded_loras and vllm_config.device_config.device_type == "cpu":
+            raise ValueError("moelora's products on a CPU know whole LoRAs; do without --fully-sharded-loras")
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         if isinstance(vllm_config.additional_config, dict):
             vllm_config.additional_config["moelora"] = __version__  # it is hashed: compiled code knows the plug-in

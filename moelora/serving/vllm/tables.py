@@ -81,12 +81,24 @@ class BlockTables:
             self._in_use.discard(slot)
             self.tables.clear(slot)
 
-    def fill(self, block: int, hidden_TH: Tensor, residual_TH: Tensor | None, gate_TR: Tensor) -> None:
-        """Write what the ranks of a batch's tokens are multiplied by."""
+    def route(self, hidden_TH: Tensor, residual_TH: Tensor | None, gate_TR: Tensor, block: int) -> None:
+        """Write what the ranks of a batch's tokens are multiplied by in a block."""
+        if self._is_plain_batch:
+            return
         from ...ops.triton.slot_router import route_slots
 
         slots = self.wrapper.token_mapping_meta.token_lora_mapping[: hidden_TH.shape[0]]
         route_slots(hidden_TH, self.tables, block, slots, gate_TR, residual_TH=residual_TH)
+
+    def weigh(self, shrunk: Tensor, gate_TR: Tensor) -> None:
+        """Multiply shrunk activations [n, T, R] by them."""
+        if not self._is_plain_batch:
+            shrunk.mul_(gate_TR)
+
+    @property
+    def _is_plain_batch(self) -> bool:
+        """Whether no token has a LoRA: vLLM computes nothing then, and captures a graph of its own of that."""
+        return bool(self.wrapper.token_mapping_meta.no_lora_flag_cpu.item())
 
 
 def _second(router: PooledRouter) -> Tensor | None:
