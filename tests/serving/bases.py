@@ -68,7 +68,7 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama"),
-    "mistral": Architecture("mistral", {"sliding_window": 16}),
+    "mistral": Architecture("mistral", {"sliding_window": 80}),  # the domain classifier reads 64 back
     "qwen2": Architecture("qwen2", _NO_HEAD_DIM),
     "qwen3": Architecture("qwen3"),
     "gemma2": Architecture(

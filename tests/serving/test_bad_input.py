@@ -134,3 +134,23 @@ def test_an_architecture_that_nobody_has_tried_is_refused_by_name(tmp_path):
     assert len(str(caught.value).splitlines()) == 1
     outputs = bench.ask(engine, requests)
     bench.assert_same(requests, outputs)
+
+
+def test_a_domain_classifier_behind_short_windows_is_refused(tmp_path):
+    """The KV cache lets go of what the classifier would read."""
+    bench = Bench(tmp_path, "mistral")
+    file = bench.model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": 16}))
+    engine = bench.engine()
+    with pytest.raises(ValueError, match="its domain classifier reads 64 tokens back, further than any attention"):
+        engine.llm_engine.add_lora(bench.lora("domains"))
+    requests = for_all([BASE, "sparse"], prompts((17, 40)))
+    bench.assert_same(requests, bench.ask(engine, requests))
+
+
+def test_a_domain_classifier_beside_a_kv_cache_that_is_sent_elsewhere_is_refused(llama, monkeypatch):
+    engine = llama.engine()
+    routing = engine.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager.routing
+    monkeypatch.setattr(routing.config, "kv_transfer_config", object())
+    with pytest.raises(ValueError, match="needs what stood beside the KV cache; do without --kv-transfer-config"):
+        engine.llm_engine.add_lora(LoRARequest("classified", next(NUMBERS), str(llama.adapter("domains"))))

@@ -6,7 +6,9 @@ read tables which never move (`ops.slot_tables`). Shapes: T tokens, H hidden siz
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +52,17 @@ class EngineRouting:
         self._linears = {
             id(layer.lora_a_stacked): names for layer, names in linears.values() if hasattr(layer, "lora_a_stacked")
         }
+        self.number = operators.number(self)
         if self.unknown is None:
-            self.number = operators.number(self)
             self._hook(blocks.values())
+
+    @property
+    def traced_as(self) -> str:
+        """What compiled code depends on: vLLM keeps it on disk, by a hash of a configuration that this has to be in."""
+        digest = hashlib.sha256()
+        for file in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(file.read_bytes())
+        return f"{digest.hexdigest()[:16]}, engine {self.number}"
 
     def _hook(self, blocks: Iterable[nn.Module]) -> None:
         if self.is_captured:

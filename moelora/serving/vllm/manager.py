@@ -15,7 +15,6 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from ...schema import UserError
-from ...version import __version__
 from ..mixture import ServedMixture, read_served
 from .contract import least_rank
 from .engine import EngineRouting
@@ -37,11 +36,11 @@ class MixtureModelManager(LRUCacheLoRAModelManager):
         if vllm_config.lora_config.fully_sharded_loras and vllm_config.device_config.device_type == "cpu":
             raise ValueError("moelora's products on a CPU know whole LoRAs; do without --fully-sharded-loras")
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
-        if isinstance(vllm_config.additional_config, dict):
-            vllm_config.additional_config["moelora"] = __version__  # it is hashed: compiled code knows the plug-in
         layers = {name: (layer, self.packed_modules.get(name, [name])) for name, layer in self.modules.items()}
         wrapper = next(iter(self.punica_wrapper_mapping.values()))
         self.routing = EngineRouting(self.model, layers, wrapper, vllm_config)
+        if isinstance(vllm_config.additional_config, dict):
+            vllm_config.additional_config["moelora"] = self.routing.traced_as
 
     @cached_property
     def empty_base(self) -> nn.Module:
