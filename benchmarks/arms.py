@@ -37,6 +37,11 @@ ARMS = {
     "watched": "ours, with MoELoraCallback and its logs",
     "concat": "moelora's mixture of one linear, routing given",
     "grouped": "the same with tokens sorted by expert and grouped products, sorting not counted",
+    "stock-base": "the base model in an unmodified vLLM with LoRA switched on",
+    "stock-lora": "a plain LoRA of the mixture's total rank E*r there",
+    "plugin-base": "the base model in vLLM with moelora's plug-in",
+    "plugin-lora": "the plain LoRA there",
+    "mixture": "the mixture there",
 }
 
 

@@ -23,19 +23,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from .arms import ARMS
 from .models import PRESETS, add_model_options, build_base
 from .options import add_output_options, make_parser, recorder_of
 from .record import Recorder, Row
 
 MODULE = "benchmarks.serving"
 EXAMPLES = ("--preset quickstart --device cpu", "--preset llama-8b --layers 8 --device cuda --batches 1 8 64")
-ARMS = {
-    "stock-base": "the base, in an unmodified vLLM with LoRA enabled",
-    "stock-lora": "a plain LoRA of the mixture's total rank there",
-    "base": "the base, with the plug-in and both adapters loaded",
-    "lora": "the plain LoRA with the plug-in",
-    "mixture": "the mixture",
-}
+SERVED = ("stock-base", "stock-lora", "plugin-base", "plugin-lora", "mixture")
 NUMBERS = {"lora": 1, "mixture": 2}
 
 
@@ -147,7 +142,7 @@ def measure(engines: dict[str, Engine], args: argparse.Namespace, recorder: Reco
         for case, (sequences, prompt, answer) in cases.items():
             for arm in args.arms:
                 engine = engines["stock" if arm.startswith("stock-") else "plugin"]
-                adapter = arm.removeprefix("stock-")
+                adapter = arm.rpartition("-")[2]
                 duration = engine.seconds(None if adapter == "base" else adapter, sequences, prompt, answer)
                 tokens = sequences * (prompt if answer == 1 else answer)
                 if repeat >= 0:
@@ -161,9 +156,9 @@ def print_table(found: dict[tuple[str, str], list]) -> None:
     """Tokens a second, and as a share of the plain LoRA's."""
     for case in dict.fromkeys(case for case, _ in found):
         medians = {arm: sorted(rates)[len(rates) // 2] for (of, arm), rates in found.items() if of == case}
-        like = medians.get("lora")
+        like = medians.get("plugin-lora")
         for arm, rate in medians.items():
-            share = f"{rate / like:.3f} x lora" if like else ""
+            share = f"{rate / like:.3f} x plugin-lora" if like else ""
             print(f"{case} | {arm} | {rate:.0f} tokens/s | {share}", flush=True)
 
 
@@ -182,8 +177,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a text, and of a batch")
     parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs (CPU: always)")
     parser.add_argument("--engine", type=json.loads, default={}, help="more options of vllm.LLM, as JSON")
-    legend = "; ".join(f"{name}: {text}" for name, text in ARMS.items())
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=legend)
+    legend = "; ".join(f"{name}: {ARMS[name]}" for name in SERVED)
+    parser.add_argument("--arms", nargs="+", default=list(SERVED), choices=SERVED, metavar="ARM", help=legend)
     preset = PRESETS[parser.parse_known_args(argv)[0].preset]
     parser.set_defaults(**{name: preset.options[name] for name in ("dtype", "experts", "rank", "top_k")})
     args = parser.parse_args(argv)
