@@ -83,10 +83,10 @@ def test_the_command_line_of_vllm(folder, port):
     ]  # fmt: skip
 
 
-def served(rank, modules=("q_proj",), name="a"):
-    from moelora.serving.served import Served
+def served(rank, linears=("q_proj",), name="a"):
+    from moelora.serving.adapters import ServedAdapter
 
-    return Served(name, Path("/adapters") / name, rank, frozenset(modules))
+    return ServedAdapter(name, Path("/adapters") / name, rank, frozenset(linears))
 
 
 def built(adapters, arguments=(), **options):
@@ -96,7 +96,7 @@ def built(adapters, arguments=(), **options):
     return vllm_command("vllm", model, adapters, host="::", port=9, arguments=arguments, **options)
 
 
-@pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (129, 256), (257, 320), (321, 512), (512, 512)])
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (9, 16), (129, 256), (257, 320), (321, 512), (512, 512)])
 def test_the_smallest_rank_that_vllm_allows(rank, allowed):
     command = built([served(rank), served(1, name="b")])
     assert command[command.index("--max-lora-rank") + 1] == str(allowed)
@@ -128,13 +128,13 @@ def test_experts_of_several_adapters_count_together(folder):
     from helpers import mixture_of
 
     from moelora.recipe import ModelOptions
-    from moelora.serving.served import read_served
+    from moelora.serving.adapters import read_served_adapter
 
     model = mixture_of("llama", experts=True, rank_pattern={"q_proj": 5})
     model.get_base_model().save_pretrained("other")
     model.save_pretrained("several")
-    found = read_served("x", Path("several"), ModelOptions(name=str(folder / "other")))
-    assert found.rank == 4 * 5 and "q_proj" in found.modules
+    found = read_served_adapter("x", Path("several"), ModelOptions(name=str(folder / "other")))
+    assert found.rank == 4 * 5 and "q_proj" in found.linears
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
