@@ -260,9 +260,17 @@ def test_an_engine_is_told_what_the_adapter_needs(adapter, capsys, vllm):
     status, said = verify(capsys, adapter("plain"), "--runtime", "vllm")
     assert status == 0 and "does what it did" in said
     assert Engine.asked["max_lora_rank"] == 8 and Engine.asked["dtype"] == "float32"
-    assert "q_proj" in Engine.asked["lora_target_modules"] and "lm_head" not in Engine.asked["lora_target_modules"]
+    assert "lora_target_modules" not in Engine.asked  # vLLM would drop the others without an error
     status, said = verify(capsys, adapter("routed"), "--runtime", "vllm")
     assert status == 0 and Engine.asked["max_lora_rank"] == 8  # four experts of rank 2
+
+
+def test_a_lora_of_the_head_is_refused_before_an_engine_starts(made, tmp_path, capsys, vllm, monkeypatch):
+    monkeypatch.setattr(Engine, "__init__", None)
+    base = AutoModelForCausalLM.from_pretrained(made / "model")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path / "head")
+    status, said = verify(capsys, tmp_path / "head", "--runtime", "vllm")
+    assert status == 2 and "adapts lm_head, which vLLM leaves out of the log-probabilities of prompts" in said
 
 
 def test_an_engine_that_drops_the_adapter_is_told(adapter, capsys, vllm, monkeypatch):

@@ -50,8 +50,7 @@ def vllm_command(
         "--port": [str(port)],
     }
     if cpu_dtype is not None:
-        # vLLM would wrap the head too, and on a CPU that ends the engine where log-probabilities of a prompt are asked.
-        options["--lora-target-modules"] = _linears(adapters)
+        _refuse_head(adapters)
         options["--dtype"] = [cpu_dtype]
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     words = [word for flag, values in options.items() if flag not in given for word in (flag, *values)]
@@ -59,11 +58,11 @@ def vllm_command(
     return [vllm, "serve", base.name, "--enable-lora", "--lora-modules", *modules, *words, *arguments]
 
 
-def _linears(adapters: Sequence[ServedAdapter]) -> list[str]:
+def _refuse_head(adapters: Sequence[ServedAdapter]) -> None:
     for one in adapters:
         if HEAD in one.linears:
             raise UserError(
-                f"the adapter {one.folder} adapts {HEAD}, which vLLM does not serve on a CPU: leave it out of its "
-                "`target_modules`, or give `--engine transformers`"
+                f"the adapter {one.folder} adapts {HEAD}: on a CPU vLLM's engine ends when a client asks for the "
+                "log-probabilities of a prompt beside it; leave it out of its `target_modules`, or give `--engine "
+                "transformers`"
             )
-    return sorted(frozenset().union(*(one.linears for one in adapters)))

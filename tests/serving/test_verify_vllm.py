@@ -10,22 +10,31 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from moelora import MoELoraConfig
 from moelora.cli.commands import main
 
 
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    """A plain LoRA of rank 3, and what transformers makes of it; vLLM's attention needs heads of 64."""
-    folder = tmp_path_factory.mktemp("vllm")
-    base = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder / "model", hidden_size=128, max_length=128))
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=3))
+def saved(model, folder):
+    """The folder of an adapter with weights that act, and of what transformers makes of it."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
-    model.save_pretrained(folder / "lora")
-    assert main(["verify", str(folder / "lora"), "--write"]) == 0
-    return folder / "lora"
+    model.save_pretrained(folder)
+    assert main(["verify", str(folder), "--write"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """vLLM's attention needs heads of 64."""
+    return save_tiny_model(tmp_path_factory.mktemp("vllm") / "model", hidden_size=128, max_length=128)
+
+
+@pytest.fixture(scope="module")
+def lora(base):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=3)
+    return saved(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), base.parent / "lora")
 
 
 def verify(folder):
@@ -40,6 +49,14 @@ def test_a_lora_does_in_vllm_what_it_did_in_transformers(lora):
     assert done.returncode == 0, done.stderr
     assert "does what it did in training" in done.stdout.splitlines()[-1]
     assert "INFO" not in done.stdout
+
+
+def test_a_mixture_does_in_vllm_what_it_did_in_transformers(base):
+    config = MoELoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=3, num_experts=4, top_k_experts=2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    done = verify(saved(model, base.parent / "mixture"))
+    assert done.returncode == 0, done.stderr
+    assert "does what it did in training" in done.stdout.splitlines()[-1]
 
 
 def test_a_lora_of_another_strength_differs_in_vllm(lora):

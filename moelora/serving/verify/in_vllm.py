@@ -34,6 +34,11 @@ def run_in_vllm(base: ModelOptions, adapter: Path, prompts: Prompts) -> Computed
     if base.gguf_file is not None:
         raise UserError(f"--runtime vllm: {base.gguf_file} is a GGUF file; give the model's folder with --base")
     served = read_served_adapter("adapter", adapter, base)
+    if HEAD in served.linears:
+        raise UserError(
+            f"--runtime vllm: {adapter} adapts {HEAD}, which vLLM leaves out of the log-probabilities of prompts; give "
+            "--runtime transformers"
+        )
     max_rank = max_lora_rank([served])
     dtype = _dtype(base)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine ends with this process
@@ -49,8 +54,6 @@ def run_in_vllm(base: ModelOptions, adapter: Path, prompts: Prompts) -> Computed
             enable_lora=True,
             max_loras=1,
             max_lora_rank=max_rank,
-            # With the head wrapped, prompt log-probabilities end vLLM's engine on the CPU.
-            lora_target_modules=sorted(served.linears - {HEAD}),
             enable_prefix_caching=False,
             enforce_eager=True,
             skip_tokenizer_init=True,
