@@ -20,7 +20,8 @@ from ..serving.adapters import ServedAdapter, read_served_adapter
 from ..serving.vllm_command import find_vllm, vllm_command
 from ..storage.base_model import load_config, resolve_dtype
 from ..storage.finding import find_base
-from .options import ServeOptions, check_options, whole_path
+from .option_fields import check_options, whole_path
+from .options import ServeOptions
 from .process import flush_output
 
 _CONTINUOUS = (

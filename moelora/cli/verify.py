@@ -32,7 +32,8 @@ from ..storage.references import (
 )
 from ..storage.run_record import may_write
 from .operation import shown
-from .options import VerifyOptions, check_options
+from .option_fields import check_options
+from .options import VerifyOptions
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and nobody in the village took any notice of it.",
