@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import moelora
 from moelora.cli.commands import COMMANDS, build_parser
-from moelora.cli.options import check_options
+from moelora.cli.option_fields import check_options
 from moelora.recipe import ModelOptions
 from moelora.storage.base_model import load_tokenizer
 

@@ -74,19 +74,18 @@ def test_the_command_line_of_vllm(folder, port):
     fake_vllm(folder)
     save_lora(folder / "lora", 0, AutoModelForCausalLM.from_pretrained("model"), r=3, target_modules=["q_proj"])
     words = ["mix=adapter", "lora", "--base", "model", "--port", str(port), "--", "--max-model-len", "64"]
-    modules = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert command_of(folder, *words) == [
         "serve", f"{folder}/model", "--enable-lora", "--lora-modules", f"mix={folder}/adapter", f"lora={folder}/lora",
         "--max-lora-rank", "8", "--host", "127.0.0.1", "--port", str(port),
-        *(["--lora-target-modules", *modules, "--dtype", "float32"] if not torch.accelerator.is_available() else []),
+        *(["--dtype", "float32"] if not torch.accelerator.is_available() else []),
         "--max-model-len", "64",
     ]  # fmt: skip
 
 
-def served(rank, modules=("q_proj",), name="a"):
-    from moelora.serving.served import Served
+def served(rank, linears=("q_proj",), name="a"):
+    from moelora.serving.adapters import ServedAdapter
 
-    return Served(name, Path("/adapters") / name, rank, frozenset(modules))
+    return ServedAdapter(name, Path("/adapters") / name, rank, frozenset(linears))
 
 
 def built(adapters, arguments=(), **options):
@@ -96,7 +95,7 @@ def built(adapters, arguments=(), **options):
     return vllm_command("vllm", model, adapters, host="::", port=9, arguments=arguments, **options)
 
 
-@pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (129, 256), (257, 320), (321, 512), (512, 512)])
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (9, 16), (129, 256), (257, 320), (321, 512), (512, 512)])
 def test_the_smallest_rank_that_vllm_allows(rank, allowed):
     command = built([served(rank), served(1, name="b")])
     assert command[command.index("--max-lora-rank") + 1] == str(allowed)
@@ -114,9 +113,9 @@ def test_what_is_given_is_not_set_twice():
 
 
 def test_a_head_is_refused_on_a_cpu_alone():
-    with pytest.raises(UserError, match="adapts lm_head, which vLLM does not serve on a CPU"):
+    with pytest.raises(UserError, match="adapts lm_head: on a CPU vLLM's engine ends when a client asks"):
         built([served(8, ["lm_head"])], cpu_dtype="float32")
-    assert "--lora-target-modules" not in built([served(8, ["lm_head"])])
+    assert "--lora-modules" in built([served(8, ["lm_head"])])
 
 
 def test_a_gguf_file_is_not_given_to_vllm():
@@ -128,13 +127,13 @@ def test_experts_of_several_adapters_count_together(folder):
     from helpers import mixture_of
 
     from moelora.recipe import ModelOptions
-    from moelora.serving.served import read_served
+    from moelora.serving.adapters import read_served_adapter
 
     model = mixture_of("llama", experts=True, rank_pattern={"q_proj": 5})
     model.get_base_model().save_pretrained("other")
     model.save_pretrained("several")
-    found = read_served("x", Path("several"), ModelOptions(name=str(folder / "other")))
-    assert found.rank == 4 * 5 and "q_proj" in found.modules
+    found = read_served_adapter("x", Path("several"), ModelOptions(name=str(folder / "other")))
+    assert found.rank == 4 * 5 and "q_proj" in found.linears
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from moelora.routing import route
 from moelora.routing.domain_classifier import over_context
 from moelora.routing.pooled import score
 from moelora.schema import UserError
-from moelora.serving.mixture import read_served
+from moelora.serving.mixture import read_served_mixture
 from moelora.serving.slots import Slots, groups_of
 from moelora.serving.vllm.blocks import BlockInput, adapted_blocks
 from moelora.serving.vllm.contract import is_known, least_rank
@@ -120,7 +120,7 @@ def test_is_the_mixture_that_was_saved(kind, tmp_path):
         expected = model(input_ids=TEXT).logits
         with model.disable_adapter():
             assert not torch.allclose(model(input_ids=TEXT).logits, expected, atol=1e-2)
-    server = Server(ARCHITECTURES["llama"].build().eval(), read_served(tmp_path))
+    server = Server(ARCHITECTURES["llama"].build().eval(), read_served_mixture(tmp_path))
     with torch.no_grad():
         torch.testing.assert_close(server.base(input_ids=TEXT).logits, expected, rtol=1e-3, atol=1e-3)
 
@@ -129,7 +129,7 @@ def test_of_imported_loras(tmp_path):
     loras = save_kinds(tmp_path / "loras", ["plain", "rslora", "patterns"])
     model = build(ARCHITECTURES["llama"].build(), loras, "arrow").eval()
     model.save_pretrained(str(tmp_path / "mixture"))
-    served = read_served(tmp_path / "mixture")
+    served = read_served_mixture(tmp_path / "mixture")
     assert (served.num_experts, served.expert_rank) == (3, 5)
     server = Server(ARCHITECTURES["llama"].build().eval(), served)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_of_imported_loras(tmp_path):
 @pytest.mark.parametrize("kind", ["sparse", "dense", "of every age", "grown"])
 def test_fewer_operations_give_the_same_weights(kind, dtype, tmp_path):
     MODELS[kind]().save_pretrained(str(tmp_path))
-    router = next(iter(read_served(tmp_path).routers.values()))
+    router = next(iter(read_served_mixture(tmp_path).routers.values()))
     assert router._is_softmax
     hidden = torch.randn(9, router.first_NH.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     config = router.config
@@ -157,7 +157,7 @@ def test_slots_do_not_mix(tmp_path):
     served = {}
     for slot, kind in ((0, "sparse"), (2, "dense")):
         MODELS[kind]().save_pretrained(str(tmp_path / kind))
-        served[slot] = read_served(tmp_path / kind)
+        served[slot] = read_served_mixture(tmp_path / kind)
     slots = Slots(of_one_text)
     for slot, mixture in served.items():
         slots.set(slot, mixture)
@@ -180,18 +180,18 @@ def test_an_attached_router_is_refused(tmp_path):
     model.base_model.attach_router(nn.Sequential(nn.Linear(32, 4), nn.Softmax(dim=-1)))
     model.save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match=r"an attached router \(router.safetensors\) decides"):
-        read_served(tmp_path)
+        read_served_mixture(tmp_path)
 
 
 def test_what_is_more_than_experts_is_refused(tmp_path):
     mixture_of("llama", modules_to_save=["norm"]).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="more than experts and routers"):
-        read_served(tmp_path)
+        read_served_mixture(tmp_path)
 
 
 def test_what_is_no_mixture_is_refused(tmp_path):
     with pytest.raises(UserError, match="no adapter"):
-        read_served(tmp_path)
+        read_served_mixture(tmp_path)
 
 
 # ---- vLLM's side, without vLLM ---------------------------------------------------------------------------------------

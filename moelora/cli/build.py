@@ -19,7 +19,8 @@ from ..storage.finding import base_options
 from ..storage.lora_file import LoraFile, read_lora
 from ..training.router_training import RouterTraining, train_router
 from .operation import Plan, carry_out, check_only_read, check_output, shown
-from .options import BuildOptions, read_pairs
+from .option_fields import read_pairs
+from .options import BuildOptions
 from .report import read_domains
 
 

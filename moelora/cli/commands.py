@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from ..console import OutputClosedError, make_stdout, naming_output, printable
 from ..schema import UserError, is_required, refuse, settable_fields, shorten, type_hints
-from .options import COMMANDS, TrainOptions, check_options
+from .option_fields import check_options
+from .options import COMMANDS, TrainOptions
 from .process import (
     drop_output,
     escape_what_cannot_be_encoded,

@@ -12,7 +12,8 @@ from ..files.opening import expand_user
 from ..schema import UserError, refuse
 from ..storage.base_model import load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
-from .options import GenerateOptions, check_options
+from .option_fields import check_options
+from .options import GenerateOptions
 
 
 def generate(options: GenerateOptions) -> str:

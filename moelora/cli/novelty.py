@@ -19,7 +19,8 @@ from ..storage.base_model import load_tokenizer
 from ..storage.finding import tell_loading
 from ..storage.run_record import learned_domains
 from .operation import read_source
-from .options import NoveltyOptions, check_options
+from .option_fields import check_options
+from .options import NoveltyOptions
 from .report import check_data, documents_of
 
 SEED = 0

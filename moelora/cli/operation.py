@@ -41,7 +41,8 @@ from ..storage.run_record import (
     now,
     write_json,
 )
-from .options import OperationOptions, UndoOptions, check_options, whole_path
+from .option_fields import check_options, whole_path
+from .options import OperationOptions, UndoOptions
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,32 @@
 Nothing is imported here that takes time, so that `--help` and a mistyped option are answered at once.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..files.opening import expand_user
-from ..schema import (
-    Problem,
-    a_seed,
-    at_least,
-    between_0_and_1,
-    check_values,
-    not_empty,
-    not_negative,
-    one_of,
-    option,
-    positive,
-    settable_fields,
+from ..schema import a_seed, at_least, between_0_and_1, not_empty, not_negative, one_of, positive
+from .option_fields import (
+    DATA_HELP,
+    KEPT_HELP,
+    TRAINED_BASE_HELP,
+    adapter_folder,
+    base_model,
+    choice,
+    flag,
+    is_file,
+    is_folder,
+    is_port,
+    many,
+    optional,
+    required,
+    rest,
+    whole_path,
 )
+
+# ruff: noqa: RUF009 (each call makes a field)
 
 T = TypeVar("T")
 
@@ -32,99 +38,6 @@ ENGINES = ("auto", "vllm", "transformers")
 METHODS = ("average", "svd", "ties", "dare")
 RUNTIMES = ("transformers", "vllm", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-ADAPTER_HELP = "folder that holds the adapter; it is only read"
-BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was made for"
-TRAINED_BASE_HELP = "folder, .gguf file or hub id of the base model; by default the one the adapter was trained on"
-KEPT_HELP = "the old one stays beside it as NAME.backup-N until you remove it, and `moelora undo` brings it back"
-DATA_HELP = (
-    "texts of a domain: a name of your choice and a .jsonl file, a text file, a pattern or a folder that `datasets` "
-    "reads; once per domain"
-)
-
-
-def check_options(options: Any) -> list[Problem]:
-    """What is out of range, each under the name by which the command line knows it."""
-    fields = settable_fields(type(options))
-
-    def shown(name: str) -> str:
-        return name.upper() if fields[name].metadata.get("positional") else f"--{name.replace('_', '-')}"
-
-    return [replace(problem, key=shown(problem.key)) for problem in check_values(type(options), vars(options), "")]
-
-
-def read_pairs(given: Sequence[str], flag: str, example: str, what: str) -> tuple[dict[str, str], list[Problem]]:
-    """Options of the form NAME=PATH, and what is wrong with them: their form, or two of one name."""
-    pairs: dict[str, str] = {}
-    problems = []
-    for text in given:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            problems.append(Problem(flag, text, f"must be {example}"))
-        elif name in pairs:
-            problems.append(Problem(flag, text, f"two {what} are named {name!r}; rename one"))
-        else:
-            pairs[name] = path
-    return pairs, problems
-
-
-def whole_path(folder: str | Path) -> Path:
-    """A folder by its whole path, without `..`: what is renamed needs a name."""
-    return Path(os.path.abspath(expand_user(folder)))
-
-
-def _is_folder(value: str) -> str | None:
-    return None if expand_user(value).is_dir() else "no such folder; give the `output_dir` of a finished run"
-
-
-def _is_file(value: str) -> str | None:
-    return None if Path(value).is_file() else "no such file; give the path of a recipe"
-
-
-def _is_port(value: int) -> str | None:
-    return None if 0 < value < 65536 else "must be between 1 and 65535"
-
-
-# ---- kinds of fields -------------------------------------------------------------------------------------------------
-
-# ruff: noqa: RUF009 (each call makes a field), and `Any` stands for the type that the field is annotated with.
-
-
-def _required(help_text: str, **more: Any) -> Any:
-    return option(help_text, **more)
-
-
-def _choice(default: Any, help_text: str, **more: Any) -> Any:
-    return option(help_text, default=default, **more)
-
-
-def _optional(help_text: str, **more: Any) -> Any:
-    return _choice(None, help_text, **more)
-
-
-def _flag(help_text: str) -> Any:
-    return _choice(False, help_text)
-
-
-def _many(help_text: str, metavar: str = "DOMAIN=FILE") -> Any:
-    return option(help_text, default_factory=list, metavar=metavar)
-
-
-def _rest(help_text: str) -> Any:
-    """All that stands after a `--`."""
-    return option(help_text, default_factory=list, rest=True)
-
-
-def _adapter(help_text: str = ADAPTER_HELP) -> Any:
-    return _required(help_text, check=_is_folder, positional=True)
-
-
-def _base(help_text: str = BASE_HELP) -> Any:
-    return _optional(help_text)
-
-
-# ---- commands --------------------------------------------------------------------------------------------------------
-
 
 COMMANDS: dict[str, tuple[type, str, str]] = {}
 """Subcommand: the dataclass of its options, where the function is that it calls, a call to paste."""
@@ -146,19 +59,19 @@ def _command(function: str, example: str) -> Callable[[type[T]], type[T]]:
 class TrainOptions:
     """Fine-tune a causal language model with a mixture of LoRA experts, as a recipe says."""
 
-    recipe: str = _required(
-        "the recipe, a YAML file; docs/training.md lists what it may say", check=_is_file, positional=True
+    recipe: str = required(
+        "the recipe, a YAML file; docs/training.md lists what it may say", check=is_file, positional=True
     )
-    set: list[str] = _many("replace a setting of the recipe, as if written there; may be repeated", "KEY=VALUE")
-    resume: bool = _flag("continue from the last checkpoint in the recipe's output folder")
-    overwrite: bool = _flag(f"replace the recipe's output folder; {KEPT_HELP}")
-    grow: str | None = _optional(
+    set: list[str] = many("replace a setting of the recipe, as if written there; may be repeated", "KEY=VALUE")
+    resume: bool = flag("continue from the last checkpoint in the recipe's output folder")
+    overwrite: bool = flag(f"replace the recipe's output folder; {KEPT_HELP}")
+    grow: str | None = optional(
         "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
         "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts",
-        check=lambda value: None if value == "auto" else _is_folder(value),
+        check=lambda value: None if value == "auto" else is_folder(value),
     )
-    adapter: str | None = _optional("with --grow auto: folder of the trained mixture", check=_is_folder)
-    dry_run: bool = _flag("with --grow: print what would be done and write nothing")
+    adapter: str | None = optional("with --grow auto: folder of the trained mixture", check=is_folder)
+    dry_run: bool = flag("with --grow: print what would be done and write nothing")
 
 
 @_command("generate:generate", 'moelora generate --adapter runs/quickstart/adapter --prompt "def read_lines(path):"')
@@ -166,13 +79,13 @@ class TrainOptions:
 class GenerateOptions:
     """Continue a prompt with a trained adapter."""
 
-    adapter: str = _required("folder that holds the trained adapter", check=_is_folder)
-    prompt: str = _required("text to continue")
-    base: str | None = _base(TRAINED_BASE_HELP)
-    max_new_tokens: int = _choice(64, "most tokens to add", check=at_least(1))
-    temperature: float = _choice(0.0, "0 takes the likeliest token; higher is more random", check=not_negative)
-    seed: int = _choice(42, "seed of the random choices", check=a_seed)
-    chat: bool = _flag("ask the prompt as a user's turn in the model's chat template")
+    adapter: str = required("folder that holds the trained adapter", check=is_folder)
+    prompt: str = required("text to continue")
+    base: str | None = base_model(TRAINED_BASE_HELP)
+    max_new_tokens: int = choice(64, "most tokens to add", check=at_least(1))
+    temperature: float = choice(0.0, "0 takes the likeliest token; higher is more random", check=not_negative)
+    seed: int = choice(42, "seed of the random choices", check=a_seed)
+    chat: bool = flag("ask the prompt as a user's turn in the model's chat template")
 
 
 @_command("inspect:inspect", "moelora inspect runs/quickstart/adapter")
@@ -180,8 +93,8 @@ class GenerateOptions:
 class InspectOptions:
     """Show what an adapter holds: experts, their sizes and likeness, routers. Needs no base model."""
 
-    adapter: str = _adapter("folder that holds the adapter")
-    json: bool = _flag("print everything as JSON in place of tables")
+    adapter: str = adapter_folder("folder that holds the adapter")
+    json: bool = flag("print everything as JSON in place of tables")
 
 
 @_command(
@@ -192,14 +105,12 @@ class InspectOptions:
 class ReportOptions:
     """Write one HTML page that shows what the experts of an adapter do with texts."""
 
-    adapter: str = _required("folder that holds the trained adapter", check=_is_folder)
-    data: list[str] = _many(f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then")
-    out: str = _choice(
-        "report.html", "file to write; an HTML page there is replaced as a whole, any other file refused"
-    )
-    base: str | None = _base(TRAINED_BASE_HELP)
-    max_tokens: int = _choice(50_000, "most tokens to read per domain", check=at_least(1))
-    worth_tokens: int = _choice(
+    adapter: str = required("folder that holds the trained adapter", check=is_folder)
+    data: list[str] = many(f"{DATA_HELP}. Of a file that the adapter was trained on, the documents held out then")
+    out: str = choice("report.html", "file to write; an HTML page there is replaced as a whole, any other file refused")
+    base: str | None = base_model(TRAINED_BASE_HELP)
+    max_tokens: int = choice(50_000, "most tokens to read per domain", check=at_least(1))
+    worth_tokens: int = choice(
         4096,
         "tokens per domain on which the loss without each expert is measured, once per expert; 0 leaves it out",
         check=not_negative,
@@ -210,9 +121,9 @@ class ReportOptions:
 class OperationOptions:
     """What every operation that writes a folder lets one choose."""
 
-    out: str = _required("folder to write", check=not_empty)
-    overwrite: bool = _flag(f"replace the folder if it exists; {KEPT_HELP}")
-    dry_run: bool = _flag("print what would be done and write nothing")
+    out: str = required("folder to write", check=not_empty)
+    overwrite: bool = flag(f"replace the folder if it exists; {KEPT_HELP}")
+    dry_run: bool = flag("print what would be done and write nothing")
 
     @property
     def out_folder(self) -> Path:
@@ -232,22 +143,22 @@ class OperationOptions:
 class BuildOptions(OperationOptions):
     """Make a mixture of plain LoRAs that you have; they stay what they are, bit for bit."""
 
-    expert: list[str] = _many("a plain LoRA, a folder or hub id, by the name it is to have; once each", "NAME=PATH")
-    migrate: str | None = _optional("X-LoRA or MixLoRA checkpoint whose experts to take in place of --expert")
-    base: str | None = _base()
-    router: str = _choice(
+    expert: list[str] = many("a plain LoRA, a folder or hub id, by the name it is to have; once each", "NAME=PATH")
+    migrate: str | None = optional("X-LoRA or MixLoRA checkpoint whose experts to take in place of --expert")
+    base: str | None = base_model()
+    router: str = choice(
         "arrow",
         "who decides: arrow (from the LoRAs' own factors), prototype (from --examples), uniform (equal weights, "
         "mergeable) or train (on --data, experts frozen)",
         check=one_of(*ROUTERS),
     )
-    top_k: int | None = _optional("experts per token; 2 by default", check=at_least(1))
-    temperature: float = _choice(1.0, "temperature of the routers' softmax", check=positive)
-    examples: list[str] = _many("texts of an expert's kind, for --router prototype; once per expert", "NAME=FILE")
-    data: list[str] = _many("texts of a domain to train the router on; once per domain")
-    steps: int = _choice(100, "steps of router training", check=at_least(1))
-    learning_rate: float = _choice(1e-3, "learning rate of router training", check=positive)
-    seed: int = _choice(42, "seed of router training", check=a_seed)
+    top_k: int | None = optional("experts per token; 2 by default", check=at_least(1))
+    temperature: float = choice(1.0, "temperature of the routers' softmax", check=positive)
+    examples: list[str] = many("texts of an expert's kind, for --router prototype; once per expert", "NAME=FILE")
+    data: list[str] = many("texts of a domain to train the router on; once per domain")
+    steps: int = choice(100, "steps of router training", check=at_least(1))
+    learning_rate: float = choice(1e-3, "learning rate of router training", check=positive)
+    seed: int = choice(42, "seed of router training", check=a_seed)
 
 
 @_command("export:export", "moelora export runs/quickstart/adapter --expert 0 --out loras/expert-0")
@@ -255,16 +166,16 @@ class BuildOptions(OperationOptions):
 class ExportOptions(OperationOptions):
     """Write an expert, or the mixture under fixed weights, as a plain PEFT LoRA or merged into the base model."""
 
-    adapter: str = _adapter()
-    expert: str | None = _optional(
+    adapter: str = adapter_folder()
+    expert: str | None = optional(
         "the expert to export: its number in the mixture, or the name of an adapter that is one"
     )
-    mixture: bool = _flag("export all experts as one LoRA of concatenated rank: exact")
-    weights: str | None = _optional(
+    mixture: bool = flag("export all experts as one LoRA of concatenated rank: exact")
+    weights: str | None = optional(
         "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is fixed"
     )
-    merge: bool = _flag("merge it into the base model and write that model")
-    base: str | None = _base()
+    merge: bool = flag("merge it into the base model and write that model")
+    base: str | None = base_model()
 
 
 @_command(
@@ -275,29 +186,29 @@ class ExportOptions(OperationOptions):
 class NoveltyOptions:
     """Say whether texts are new to an adapter: no expert of it knows their kind."""
 
-    adapter: str = _adapter()
-    calibration: list[str] = _many(
+    adapter: str = adapter_folder()
+    calibration: list[str] = many(
         "texts of a kind that the adapter knows: a name and a .jsonl file, a text file, a pattern or a folder; of "
         "a file it was trained on, the documents held out then; may be repeated",
         "NAME=FILE",
     )
-    data: list[str] = _many("texts to judge, likewise; may be repeated", "NAME=FILE")
-    base: str | None = _base()
-    max_texts: int = _choice(64, "most texts to read of each file", check=at_least(8))
-    length: int = _choice(256, "tokens to read of each text, from its start", check=at_least(2))
+    data: list[str] = many("texts to judge, likewise; may be repeated", "NAME=FILE")
+    base: str | None = base_model()
+    max_texts: int = choice(64, "most texts to read of each file", check=at_least(8))
+    length: int = choice(256, "tokens to read of each text, from its start", check=at_least(2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedOptions(OperationOptions):
     """What an operation that measures the loss before and after lets one choose."""
 
-    adapter: str = _adapter()
-    data: list[str] = _many(
+    adapter: str = adapter_folder()
+    data: list[str] = many(
         f"{DATA_HELP}. The loss before and after is measured on them; of a file that the adapter was trained on, "
         "on the documents held out then"
     )
-    max_tokens: int = _choice(8192, "most tokens to read per domain", check=at_least(1))
-    base: str | None = _base()
+    max_tokens: int = choice(8192, "most tokens to read per domain", check=at_least(1))
+    base: str | None = base_model()
 
 
 @_command(
@@ -309,17 +220,17 @@ class EvaluatedOptions(OperationOptions):
 class PruneOptions(EvaluatedOptions):
     """Remove experts from a mixture, and say what that costs."""
 
-    adapter: str = _adapter(
+    adapter: str = adapter_folder(
         "folder that holds the adapter; it is only read, or kept beside the result where --out is the same folder"
     )
-    keep: int | None = _optional("experts to keep; --by chooses them", check=at_least(1))
-    by: str = _choice(
+    keep: int | None = optional("experts to keep; --by chooses them", check=at_least(1))
+    by: str = choice(
         "load",
         "what goes first: the expert that is used least (load), without which the loss rises least (worth), or of "
         "the two most alike the one used less (similarity); measured anew after each",
         check=one_of(*CRITERIA),
     )
-    drop: list[str] = _many(
+    drop: list[str] = many(
         "experts to remove, by number or by the name of their adapter, in place of --keep; may be repeated", "EXPERT"
     )
 
@@ -337,22 +248,22 @@ class PruneOptions(EvaluatedOptions):
 class MergeOptions(EvaluatedOptions):
     """Make one expert of several, and say what that costs."""
 
-    experts: list[str] = _many(
+    experts: list[str] = many(
         "experts to merge, by number or by the name of their adapter, joined by commas; the first one's adapter "
         "takes the result",
         "EXPERTS",
     )
-    method: str = _choice(
+    method: str = choice(
         "svd",
         "how the products BA are combined: their mean, exactly (average); the mean's best approximation of the "
         "experts' rank (svd); TIES or DARE, then the same (ties, dare)",
         check=one_of(*METHODS),
     )
-    rank: int | None = _optional(
+    rank: int | None = optional(
         "rank of the merged expert; by default that of the first one (not for average)", check=at_least(1)
     )
-    density: float = _choice(0.5, "share of entries that ties and dare keep", check=between_0_and_1)
-    seed: int = _choice(42, "seed of the entries that dare drops", check=a_seed)
+    density: float = choice(0.5, "share of entries that ties and dare keep", check=between_0_and_1)
+    seed: int = choice(42, "seed of the entries that dare drops", check=a_seed)
 
 
 @_command(
@@ -364,30 +275,30 @@ class MergeOptions(EvaluatedOptions):
 class DistilOptions(OperationOptions):
     """Fit a single plain LoRA, which any LoRA server knows, to a mixture on given data."""
 
-    adapter: str = _adapter()
-    to: str = _choice("lora", "what to make of the mixture", check=one_of("lora"))
-    r: int | None = _optional(
+    adapter: str = adapter_folder()
+    to: str = choice("lora", "what to make of the mixture", check=one_of("lora"))
+    r: int | None = optional(
         "rank of the LoRA; by default 16, or that of all experts together if lower", check=at_least(1)
     )
-    data: list[str] = _many(
+    data: list[str] = many(
         f"{DATA_HELP}. It is fitted on a domain's training documents and measured on those held out: the same ones "
         "as in training where the adapter was trained on the file, else a tenth"
     )
-    max_tokens: int = _choice(32_768, "most tokens that the fit reads, of all domains together", check=at_least(1))
-    steps: int = _choice(0, "training steps towards the mixture's predictions (KL), after the fit", check=not_negative)
-    learning_rate: float = _choice(1e-4, "of these steps", check=positive)
-    batch_size: int = _choice(4, "blocks read at once", check=at_least(1))
-    compare_scratch: bool = _flag(
+    max_tokens: int = choice(32_768, "most tokens that the fit reads, of all domains together", check=at_least(1))
+    steps: int = choice(0, "training steps towards the mixture's predictions (KL), after the fit", check=not_negative)
+    learning_rate: float = choice(1e-4, "of these steps", check=positive)
+    batch_size: int = choice(4, "blocks read at once", check=at_least(1))
+    compare_scratch: bool = flag(
         "also train a LoRA of that rank from scratch, on the same blocks for as many steps, to compare"
     )
-    scratch_learning_rate: float = _choice(1e-3, "of the LoRA from scratch", check=positive)
-    max_eval_blocks: int = _choice(64, "most held-out blocks per domain", check=at_least(1))
-    ridge: float = _choice(1e-3, "weight of the experts' mean, relative to the data, in the fit", check=positive)
-    memory: float = _choice(
+    scratch_learning_rate: float = choice(1e-3, "of the LoRA from scratch", check=positive)
+    max_eval_blocks: int = choice(64, "most held-out blocks per domain", check=at_least(1))
+    ridge: float = choice(1e-3, "weight of the experts' mean, relative to the data, in the fit", check=positive)
+    memory: float = choice(
         4.0, "GiB that the fit's sums may take; less makes more passes over the data", check=positive
     )
-    seed: int = _choice(42, "seed of the order of the blocks", check=a_seed)
-    base: str | None = _base()
+    seed: int = choice(42, "seed of the order of the blocks", check=a_seed)
+    base: str | None = base_model()
 
 
 @_command("verify:verify", "moelora verify runs/quickstart/adapter --runtime vllm")
@@ -398,32 +309,32 @@ class VerifyOptions:
     The exit status is 0 where it does, 1 where it does not, and 3 where nothing says what it did.
     """
 
-    adapter: str = _adapter("folder that holds the adapter; only --write writes there")
-    base: str | None = _base(TRAINED_BASE_HELP)
-    runtime: str = _choice(
+    adapter: str = adapter_folder("folder that holds the adapter; only --write writes there")
+    base: str | None = base_model(TRAINED_BASE_HELP)
+    runtime: str = choice(
         "transformers",
         "what loads it: transformers, vllm, or merged (transformers, with the adapter merged into the base model)",
         check=one_of(*RUNTIMES),
     )
-    model: str | None = _optional(
+    model: str | None = optional(
         "with --runtime merged: folder of a whole model that has the adapter in its weights, to be run in its place",
         check=lambda value: None if expand_user(value).is_dir() else "no such folder; give the folder of a model",
     )
-    device: str | None = _optional("where it runs, such as cpu or cuda; by default the GPU if there is one")
-    dtype: str = _choice(
+    device: str | None = optional("where it runs, such as cpu or cuda; by default the GPU if there is one")
+    dtype: str = choice(
         "auto", f"precision to run in: {', '.join(DTYPES)}; auto is that of the references", check=one_of(*DTYPES)
     )
-    keep: float = _choice(
+    keep: float = choice(
         0.5,
         "share of the effect in training that is enough for what only comes near to the mixture, such as one expert "
         "exported as a LoRA",
         check=lambda value: None if 0 <= value <= 1 else "must be 0 to 1",
     )
-    prompts: str | None = _optional(
+    prompts: str | None = optional(
         "without references, or for --write: a .jsonl or text file of texts to run; a few built-in ones by default",
         check=not_empty,
     )
-    write: bool = _flag(
+    write: bool = flag(
         "write references.json beside an adapter that has none: what it does now in transformers is what it should do"
     )
 
@@ -433,21 +344,21 @@ class VerifyOptions:
 class ServeOptions:
     """Serve adapters and their base model over OpenAI's API, with vLLM or transformers' own server."""
 
-    adapters: list[str] = _required(
+    adapters: list[str] = required(
         "folders of mixtures or plain LoRAs made for one base model, each as FOLDER or as NAME=FOLDER; clients ask "
         "for a model by that name, or by the folder's own",
         positional=True,
     )
-    base: str | None = _base()
-    name: str | None = _optional("name of the adapter, where there is one", check=not_empty)
-    host: str = _choice("127.0.0.1", "address to listen on; 0.0.0.0 is all of this machine's", check=not_empty)
-    port: int = _choice(8000, "port to listen on", check=_is_port)
-    engine: str = _choice(
+    base: str | None = base_model()
+    name: str | None = optional("name of the adapter, where there is one", check=not_empty)
+    host: str = choice("127.0.0.1", "address to listen on; 0.0.0.0 is all of this machine's", check=not_empty)
+    port: int = choice(8000, "port to listen on", check=is_port)
+    engine: str = choice(
         "auto",
         "what serves: vllm, transformers, or (auto) vLLM where its command is found and transformers elsewhere",
         check=one_of(*ENGINES),
     )
-    engine_arguments: list[str] = _rest(
+    engine_arguments: list[str] = rest(
         "all that follows goes to `vllm serve` or `transformers serve` as it is, such as `-- --max-model-len 4096`"
     )
 
@@ -457,5 +368,5 @@ class ServeOptions:
 class UndoOptions:
     """Bring back the folder that the latest operation with --overwrite replaced."""
 
-    folder: str = _required("folder that an operation wrote", check=not_empty, positional=True)
-    dry_run: bool = _flag("print what would be done and change nothing")
+    folder: str = required("folder that an operation wrote", check=not_empty, positional=True)
+    dry_run: bool = flag("print what would be done and change nothing")

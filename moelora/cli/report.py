@@ -25,7 +25,8 @@ from ..storage.base_model import load_config, load_tokenizer
 from ..storage.finding import find_base, load_mixture, tell_loading
 from ..storage.mixture_files import check_fit, read_mixture
 from ..storage.run_record import learned_domains, may_write, record_of, replacing
-from .options import ReportOptions, check_options, read_pairs
+from .option_fields import check_options, read_pairs
+from .options import ReportOptions
 
 PERMUTATIONS = 500
 HEAD_BYTES = 1024  # by which a page is known: space may stand before its first tag

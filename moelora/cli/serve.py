@@ -16,11 +16,12 @@ from ..files.opening import expand_user
 from ..recipe import ModelOptions
 from ..schema import Problem, UserError, refuse
 from ..serving import transformers_server
-from ..serving.served import Served, read_served
+from ..serving.adapters import ServedAdapter, read_served_adapter
 from ..serving.vllm_command import find_vllm, vllm_command
 from ..storage.base_model import load_config, resolve_dtype
 from ..storage.finding import find_base
-from .options import ServeOptions, check_options, whole_path
+from .option_fields import check_options, whole_path
+from .options import ServeOptions
 from .process import flush_output
 
 _CONTINUOUS = (
@@ -39,12 +40,12 @@ def serve(options: ServeOptions) -> None:
     base = _common_base(list(folders.values()), options.base)
     if base.name in folders:
         raise UserError(f"an adapter has the name of the base model, {base.name!r}: give it another, as NAME=FOLDER")
-    served = [read_served(name, folder, base) for name, folder in folders.items()]
+    adapters = [read_served_adapter(name, folder, base) for name, folder in folders.items()]
     _check_port(options.host, options.port)
     if vllm is None:
         _serve_with_transformers(options, base, folders)
     else:
-        _become_vllm(vllm, options, base, served)
+        _become_vllm(vllm, options, base, adapters)
 
 
 def _names(options: ServeOptions) -> dict[str, Path]:
@@ -104,12 +105,12 @@ def _check_port(host: str, port: int) -> None:
         raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}; give --host or --port") from error
 
 
-def _become_vllm(vllm: str, options: ServeOptions, base: ModelOptions, served: Sequence[Served]) -> None:
+def _become_vllm(vllm: str, options: ServeOptions, base: ModelOptions, adapters: Sequence[ServedAdapter]) -> None:
     """Replace this process, so that signals and the exit status are vLLM's own."""
     command = vllm_command(
         vllm,
         base,
-        served,
+        adapters,
         host=options.host,
         port=options.port,
         arguments=options.engine_arguments,

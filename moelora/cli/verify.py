@@ -15,9 +15,9 @@ from ..files.adapter_files import Place, read_config
 from ..files.opening import expand_user
 from ..recipe import DomainOptions, ModelOptions
 from ..schema import Problem, UserError, refuse, telling_user
-from ..serving.in_transformers import Prompts, run_beside, run_merged, run_model
-from ..serving.in_vllm import check_installed, run_in_vllm
-from ..serving.verdict import Served, Status, Verdict, compare, judge
+from ..serving.verify.in_transformers import run_beside, run_merged, run_model
+from ..serving.verify.in_vllm import check_installed, run_in_vllm
+from ..serving.verify.verdict import Computed, Prompts, Status, Verdict, compare, judge
 from ..storage.base_model import check_model, load_config, load_tokenizer
 from ..storage.finding import base_options, find_base, tell_loading
 from ..storage.mixture_files import read_mixture
@@ -32,7 +32,8 @@ from ..storage.references import (
 )
 from ..storage.run_record import may_write
 from .operation import shown
-from .options import VerifyOptions, check_options
+from .option_fields import check_options
+from .options import VerifyOptions
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and nobody in the village took any notice of it.",
@@ -62,7 +63,7 @@ class _Job:
     is_exact: bool
 
 
-def verify(options: VerifyOptions) -> Served:
+def verify(options: VerifyOptions) -> Computed:
     """Check everything, run the prompts, and print a table and the verdict, or write what was computed.
 
     Raises:
@@ -71,17 +72,17 @@ def verify(options: VerifyOptions) -> Served:
     """
     job = _prepare(options)
     tell_loading(job.base, job.adapter)
-    served = _run(options, job)
+    computed = _run(options, job)
     stdout = make_stdout()
-    stdout.print(_table(served, job.references))
+    stdout.print(_table(computed, job.references))
     if options.write:
-        _write(served, job)
-        return served
-    verdict = judge(served, job.references, options.keep, is_exact=job.is_exact)
+        _write(computed, job)
+        return computed
+    verdict = judge(computed, job.references, options.keep, is_exact=job.is_exact)
     if verdict.status is not Status.SAME:
         raise VerdictError(verdict, options.adapter)
     stdout.print(f"{printable(options.adapter)} {verdict.text}", soft_wrap=True)
-    return served
+    return computed
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def _routes_by_token(adapter: Path) -> bool:
 # ---- work ------------------------------------------------------------------------------------------------------------
 
 
-def _run(options: VerifyOptions, job: _Job) -> Served:
+def _run(options: VerifyOptions, job: _Job) -> Computed:
     if options.runtime == "vllm":
         return run_in_vllm(job.base, job.adapter, job.prompts)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -202,12 +203,12 @@ def _run(options: VerifyOptions, job: _Job) -> Served:
     return run(job.base, job.adapter, job.prompts, device)
 
 
-def _table(served: Served, references: References | None) -> Table:
+def _table(computed: Computed, references: References | None) -> Table:
     rows = []
-    found = compare(served, references)
+    found = compare(computed, references)
     for number, one in enumerate(found):
         is_total = number == len(found) - 1
-        tokens = sum(map(len, served.adapted)) if is_total else len(served.adapted[number])
+        tokens = sum(map(len, computed.adapted)) if is_total else len(computed.adapted[number])
         numbers = (one.difference, one.effect, one.trained_effect)
         rows.append(("all" if is_total else str(number), str(tokens), *map(_number, numbers)))
     right = ("tokens", "mean |Δ|", "mean effect", "in training")
@@ -218,13 +219,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _write(served: Served, job: _Job) -> None:
+def _write(computed: Computed, job: _Job) -> None:
     """Keep what the adapter does now as what it should do, unless that is nothing."""
-    verdict = judge(served, None, 0.0)
+    verdict = judge(computed, None, 0.0)
     if verdict.status is not Status.UNKNOWN:
         raise UserError(f"{job.adapter} {verdict.text}; nothing was written")
-    found = pair_up(job.prompts, served.adapted, served.base)
+    found = pair_up(job.prompts, computed.adapted, computed.base)
     with telling_user():
-        write_references(job.adapter, job.base.name, served.dtype, found)
+        write_references(job.adapter, job.base.name, computed.dtype, found)
     place = printable(shown(job.adapter / REFERENCES_FILE))
     make_stdout().print(f"Written: {place}: what the adapter does now is what it should do", soft_wrap=True)

@@ -139,7 +139,18 @@ class ServedMixture:
             ranks_TEr.zero_()[:, columns] = weights_TE[..., None]
 
 
-def read_served(folder: str | Path) -> ServedMixture:
+def active_adapters(stored: Sequence[StoredAdapter]) -> list[StoredAdapter]:
+    """Those that are the mixture, in expert order."""
+    return [adapter for adapter in stored if adapter.position is not None]
+
+
+def experts_and_rank(adapters: Sequence[StoredAdapter]) -> tuple[int, int]:
+    """Experts of all adapters together, and the largest rank of one, to which all are padded; 0 where nothing is."""
+    ranks = (pool.rank for adapter in adapters for pool in adapter.pools.values())
+    return sum(adapter.num_experts for adapter in adapters), max(ranks, default=0)
+
+
+def read_served_mixture(folder: str | Path) -> ServedMixture:
     """Read a mixture's folder.
 
     Raises:
@@ -147,10 +158,9 @@ def read_served(folder: str | Path) -> ServedMixture:
         ValueError: it has what cannot be served; the message names it.
     """
     folder = Path(folder)
-    adapters = [adapter for adapter in read_mixture(folder) if adapter.position is not None]
+    adapters = active_adapters(read_mixture(folder))
     _refuse_unserved(folder, adapters)
-    config, num_experts = adapters[0].config, sum(adapter.num_experts for adapter in adapters)
-    expert_rank = max(pool.rank for adapter in adapters for pool in adapter.pools.values())
+    config, (num_experts, expert_rank) = adapters[0].config, experts_and_rank(adapters)
     is_constant = config.router_kind.is_constant
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.pools)
     factors = {module: _factors(adapters, module, expert_rank, is_constant) for module in modules}

@@ -10,11 +10,8 @@ from pathlib import Path
 
 from ..recipe import ModelOptions
 from ..schema import UserError
-from .served import Served
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` of vLLM takes, but for 1."""
-_HEAD = "lm_head"
+from .adapters import ServedAdapter, max_lora_rank
+from .vllm.contract import HEAD
 
 
 def find_vllm() -> str | None:
@@ -26,7 +23,7 @@ def find_vllm() -> str | None:
 def vllm_command(
     vllm: str,
     base: ModelOptions,
-    served: Sequence[Served],
+    adapters: Sequence[ServedAdapter],
     *,
     host: str,
     port: int,
@@ -48,36 +45,24 @@ def vllm_command(
             "`--engine transformers`"
         )
     options = {
-        "--max-lora-rank": [str(_max_rank(served))],
+        "--max-lora-rank": [str(max_lora_rank(adapters))],
         "--host": [host],
         "--port": [str(port)],
     }
     if cpu_dtype is not None:
-        # vLLM would wrap the head too, and on a CPU that ends the engine where log-probabilities of a prompt are asked.
-        options["--lora-target-modules"] = _modules(served)
+        _refuse_head(adapters)
         options["--dtype"] = [cpu_dtype]
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     words = [word for flag, values in options.items() if flag not in given for word in (flag, *values)]
-    adapters = [f"{one.name}={one.folder}" for one in served]
-    return [vllm, "serve", base.name, "--enable-lora", "--lora-modules", *adapters, *words, *arguments]
+    modules = [f"{one.name}={one.folder}" for one in adapters]
+    return [vllm, "serve", base.name, "--enable-lora", "--lora-modules", *modules, *words, *arguments]
 
 
-def _max_rank(served: Sequence[Served]) -> int:
-    largest = max(served, key=lambda one: one.rank)
-    for rank in RANKS:
-        if rank >= largest.rank:
-            return rank
-    raise UserError(
-        f"the adapter {largest.folder} has ranks of {largest.rank} in all (experts times rank), and vLLM takes at most "
-        f"{RANKS[-1]}: prune or merge experts (`moelora prune`, `moelora merge`), or give `--engine transformers`"
-    )
-
-
-def _modules(served: Sequence[Served]) -> list[str]:
-    for one in served:
-        if _HEAD in one.modules:
+def _refuse_head(adapters: Sequence[ServedAdapter]) -> None:
+    for one in adapters:
+        if HEAD in one.linears:
             raise UserError(
-                f"the adapter {one.folder} adapts {_HEAD}, which vLLM does not serve on a CPU: leave it out of its "
-                "`target_modules`, or give `--engine transformers`"
+                f"the adapter {one.folder} adapts {HEAD}: on a CPU vLLM's engine ends when a client asks for the "
+                "log-probabilities of a prompt beside it; leave it out of its `target_modules`, or give `--engine "
+                "transformers`"
             )
-    return sorted(frozenset().union(*(one.modules for one in served)))

@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 def _in_folder(folder, monkeypatch):
     """No model is loaded, for that takes time, and nothing is wrong with the command line any more by then."""
     monkeypatch.chdir(folder)
-    for place in ("storage.finding", "training.run", "cli.build", "cli.export", "serving.in_transformers"):
+    for place in ("storage.finding", "training.run", "cli.build", "cli.export", "serving.verify.in_transformers"):
         monkeypatch.setattr(f"moelora.{place}.load_model", _end)
     monkeypatch.setattr("moelora.serving.transformers_server.Server", _end)
 

@@ -58,6 +58,9 @@ PARAMETERS = {
 }
 """Of functions and constructors, by name."""
 
+HEAD = "lm_head"
+"""The linear whose output are the logits; vLLM computes a LoRA's part of them apart from that of all other linears."""
+
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
 

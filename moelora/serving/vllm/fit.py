@@ -11,6 +11,7 @@ from torch import nn
 from ...storage.base_model import empty_model
 from ...storage.mixture_files import misfit
 from ..mixture import ServedMixture
+from .contract import HEAD
 
 
 def empty_base(model_config: Any) -> nn.Module:
@@ -49,6 +50,8 @@ def check_targets(served: ServedMixture, manager: Any, renamed: Callable[[str], 
                 f"vLLM has no LoRA layer for `{module}`; serve with --lora-target-modules that include "
                 f"`{module.rpartition('.')[2]}`, or train without it"
             )
+        if served.routers and name.rpartition(".")[2] == HEAD:
+            raise ValueError(f"`{module}` is computed where nothing weighs ranks; train without it")
         is_routed = bool(served.routers) and served.scope != "module"
         if is_routed and not is_elsewhere and not any(name.startswith(f"{block}.") for block in blocks):
             raise ValueError(

@@ -15,8 +15,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from ...schema import UserError
-from ..mixture import ServedMixture, read_served
-from .contract import least_rank
+from ..mixture import ServedMixture, read_served_mixture
+from .contract import SERVED_RANKS, least_rank
 from .engine import EngineRouting
 from .fit import check_base, check_targets, empty_base
 from .refusal import is_mixture
@@ -78,7 +78,7 @@ class MixtureWorkerManager(LRUCacheWorkerLoRAManager):
         if not is_mixture(folder):
             return super()._load_adapter(lora_request)
         try:
-            served = read_served(folder)
+            served = read_served_mixture(folder)
             self._check(served)
         except (UserError, ValueError) as error:
             raise ValueError(f"moelora cannot serve {lora_request.lora_name!r}: {error}") from error
@@ -89,10 +89,10 @@ class MixtureWorkerManager(LRUCacheWorkerLoRAManager):
         manager, limit = self._adapter_manager, self.lora_config.max_lora_rank
         if served.rank > limit:
             enough = least_rank(served.rank)
+            most = f"vLLM serves {SERVED_RANKS[-1]} at most: prune or merge"
             raise ValueError(
                 f"{served.num_experts} experts of rank {served.expert_rank} are a LoRA of rank {served.rank}, and "
-                f"--max-lora-rank is {limit}; "
-                + (f"start vLLM with --max-lora-rank {enough}" if enough else "vLLM serves 512 at most: prune or merge")
+                f"--max-lora-rank is {limit}; " + (f"start vLLM with --max-lora-rank {enough}" if enough else most)
             )
         check_base(served, manager.empty_base, manager.routing.config.model_config.model)
         check_targets(served, manager, self._renamed)

@@ -128,8 +128,8 @@ class ProductsBySlot(Weighed):
                 )
             return
         for slot, rows in groups_of(self.sampler_indices.tolist()):
-            own = y[rows]
-            _add_product(own, x[rows].float() @ lora_a_stacked[slot, 0].float().t(), lora_b_stacked[slot, 0])
+            own, B_VR = y[rows], lora_b_stacked[slot, 0]  # logits beyond the vocabulary fill a multiple of 64
+            _add_product(own[:, : len(B_VR)], x[rows].float() @ lora_a_stacked[slot, 0].float().t(), B_VR)
             _write_back(y, rows, own)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from moelora.cli.commands import main
 from moelora.files.atomic_save import checksum
 from moelora.forward.log_probs import log_probs
-from moelora.serving.verdict import Served, Status, compare, judge
+from moelora.serving.verify.verdict import Computed, Status, compare, judge
 from moelora.storage.references import References, pair_up
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -213,7 +213,7 @@ def test_options_are_checked_first(made, capsys, options, message):
 
 
 def test_vllm_that_is_not_installed_is_told(made, capsys, monkeypatch):
-    monkeypatch.setattr("moelora.serving.in_vllm.find_spec", lambda name: None)
+    monkeypatch.setattr("moelora.serving.verify.in_vllm.find_spec", lambda name: None)
     status, said = verify(capsys, made / "plain", "--runtime", "vllm")
     assert status == 2 and 'pip install "moelora[vllm]"' in said
 
@@ -249,7 +249,7 @@ def vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace(request=lora))
     monkeypatch.setitem(sys.modules, "vllm.lora.request", lora)
-    monkeypatch.setattr("moelora.serving.in_vllm.find_spec", lambda name: name)
+    monkeypatch.setattr("moelora.serving.verify.in_vllm.find_spec", lambda name: name)
     monkeypatch.setattr(Engine, "drops", False, raising=False)
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_STREAM"):
         monkeypatch.setenv(name, "as the user has it")
@@ -260,9 +260,17 @@ def test_an_engine_is_told_what_the_adapter_needs(adapter, capsys, vllm):
     status, said = verify(capsys, adapter("plain"), "--runtime", "vllm")
     assert status == 0 and "does what it did" in said
     assert Engine.asked["max_lora_rank"] == 8 and Engine.asked["dtype"] == "float32"
-    assert "q_proj" in Engine.asked["lora_target_modules"] and "lm_head" not in Engine.asked["lora_target_modules"]
+    assert "lora_target_modules" not in Engine.asked  # vLLM would drop the others without an error
     status, said = verify(capsys, adapter("routed"), "--runtime", "vllm")
     assert status == 0 and Engine.asked["max_lora_rank"] == 8  # four experts of rank 2
+
+
+def test_a_lora_of_the_head_is_refused_before_an_engine_starts(made, tmp_path, capsys, vllm, monkeypatch):
+    monkeypatch.setattr(Engine, "__init__", None)
+    base = AutoModelForCausalLM.from_pretrained(made / "model")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path / "head")
+    status, said = verify(capsys, tmp_path / "head", "--runtime", "vllm")
+    assert status == 2 and "adapts lm_head, which vLLM leaves out of the log-probabilities of prompts" in said
 
 
 def test_an_engine_that_drops_the_adapter_is_told(adapter, capsys, vllm, monkeypatch):
@@ -284,7 +292,7 @@ def test_ranks_beyond_vllms_are_refused(tmp_path, capsys, vllm):
     save_tiny_adapter(tmp_path, r=130)
     assert main(["verify", str(tmp_path / "adapter"), "--write"]) == 0
     status, said = verify(capsys, tmp_path / "adapter", "--runtime", "vllm")
-    assert status == 2 and "its ranks are 520 together, and vLLM serves 512 at most" in said
+    assert status == 2 and "has ranks of 520 in all (experts times rank), and vLLM takes at most 512" in said
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -298,7 +306,7 @@ def shifted(row, *by):
 
 def verdict(adapted, base=BASE, *, effect=1.0, dtype="float32", of="float32", keep=0.5, is_exact=True):
     references = References("x", "base", of, pair_up([[1] * 5], [shifted(BASE, effect)], [BASE]))
-    return judge(Served([adapted], [base], dtype), references, keep, is_exact=is_exact)
+    return judge(Computed([adapted], [base], dtype), references, keep, is_exact=is_exact)
 
 
 @pytest.mark.parametrize(
@@ -348,5 +356,5 @@ def test_what_comes_near_has_to_keep_a_share(kept, status):
 
 
 def test_prompts_count_by_their_tokens():
-    served = Served([[-1.0], [-2.0] * 3], [[0.0], [0.0] * 3], "float32")
-    assert [row.effect for row in compare(served, None)] == [1.0, 2.0, 1.75]
+    computed = Computed([[-1.0], [-2.0] * 3], [[0.0], [0.0] * 3], "float32")
+    assert [row.effect for row in compare(computed, None)] == [1.0, 2.0, 1.75]

@@ -13,8 +13,10 @@ from enum import Enum
 from itertools import chain
 from statistics import fmean
 
-from ..storage.references import References
+from ...storage.references import References
 
+Prompts = Sequence[Sequence[int]]
+"""Token ids [S] of each."""
 Rows = Sequence[Sequence[float]]
 """Log-probabilities [S - 1] of each prompt's tokens, in nats."""
 
@@ -47,7 +49,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Served:
+class Computed:
     """What a runtime computes for prompts, with the adapter and without, and the precision that it computes in."""
 
     adapted: Rows
@@ -60,9 +62,9 @@ class Comparison:
     """Means over tokens, in nats.
 
     Attributes:
-        effect: |with the adapter - without it|, as served.
+        effect: |with the adapter - without it|, as computed.
         trained_effect: the same in the references; None without them, as the next two.
-        difference: |served - references|, with the adapter.
+        difference: |computed - references|, with the adapter.
         base_difference: the same without it.
     """
 
@@ -72,14 +74,14 @@ class Comparison:
     base_difference: float | None = None
 
 
-def compare(served: Served, references: References | None) -> list[Comparison]:
+def compare(computed: Computed, references: References | None) -> list[Comparison]:
     """One for each prompt, and one over the tokens of all of them."""
-    whole = Served([[*chain(*served.adapted)]], [[*chain(*served.base)]], served.dtype)
+    whole = Computed([[*chain(*computed.adapted)]], [[*chain(*computed.base)]], computed.dtype)
     if references is None:
-        rows = [*zip(served.adapted, served.base, strict=True), (whole.adapted[0], whole.base[0])]
+        rows = [*zip(computed.adapted, computed.base, strict=True), (whole.adapted[0], whole.base[0])]
         return [Comparison(_distance(adapted, base)) for adapted, base in rows]
     adapted_R, base_R = ([getattr(prompt, name) for prompt in references.prompts] for name in ("adapted", "base"))
-    columns = [[*each, [*chain(*each)]] for each in (served.adapted, served.base, adapted_R, base_R)]
+    columns = [[*each, [*chain(*each)]] for each in (computed.adapted, computed.base, adapted_R, base_R)]
     return [
         Comparison(_distance(a, b), _distance(ra, rb), _distance(a, ra), _distance(b, rb))
         for a, b, ra, rb in zip(*columns, strict=True)
@@ -90,18 +92,18 @@ def _distance(left: Sequence[float], right: Sequence[float]) -> float:
     return fmean(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
-def judge(served: Served, references: References | None, keep: float, *, is_exact: bool = True) -> Verdict:
+def judge(computed: Computed, references: References | None, keep: float, *, is_exact: bool = True) -> Verdict:
     """The verdict on what a runtime computes.
 
     Args:
         keep: share of the effect that is enough where the runtime serves what only comes near to the adapter.
         is_exact: whether it is to compute what the references say, and not only something near.
     """
-    total = compare(served, references)[-1]
-    numbers = chain(*served.adapted, *served.base)
+    total = compare(computed, references)[-1]
+    numbers = chain(*computed.adapted, *computed.base)
     if not all(map(math.isfinite, numbers)):
         return Verdict(Status.DIFFERS, "computes no numbers: a log-probability is not finite")
-    in_float32 = served.dtype == "float32" and (references is None or references.dtype == "float32")
+    in_float32 = computed.dtype == "float32" and (references is None or references.dtype == "float32")
     if total.effect <= max(NOTHING[in_float32], NOTHING_SHARE * (total.trained_effect or 0)):
         return Verdict(Status.DIFFERS, _nothing(total, NOTHING[in_float32]))
     if references is None:

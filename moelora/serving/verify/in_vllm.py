@@ -10,18 +10,12 @@ from typing import Any
 
 import torch
 
-from ..files.adapter_files import Place, read_adapter, read_config
-from ..recipe import ModelOptions
-from ..schema import UserError, shorten, telling_user
-from ..storage.base_model import resolve_dtype
-from ..storage.mixture_files import read_mixture
-from ..storage.structure import FACTOR
-from .in_transformers import Prompts
-from .verdict import Rows, Served
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `max_lora_rank` may be."""
-_HEAD = "lm_head"
+from ...recipe import ModelOptions
+from ...schema import UserError, shorten
+from ...storage.base_model import resolve_dtype
+from ..adapters import max_lora_rank, read_served_adapter
+from ..vllm.contract import HEAD
+from .verdict import Computed, Prompts, Rows
 
 
 def check_installed() -> None:
@@ -30,17 +24,22 @@ def check_installed() -> None:
         raise UserError('--runtime vllm: vLLM is not installed; pip install "moelora[vllm]"')
 
 
-def run_in_vllm(base: ModelOptions, adapter: Path, prompts: Prompts) -> Served:
+def run_in_vllm(base: ModelOptions, adapter: Path, prompts: Prompts) -> Computed:
     """The base model and the adapter in one engine, which runs the prompts with the adapter and without.
 
     Raises:
-        UserError: vLLM is not installed, the adapter is larger than it takes, or vLLM refuses it; with what it says.
+        UserError: vLLM is not installed, does not take the adapter's rank or linears, or refuses it; with what it says.
     """
     check_installed()
     if base.gguf_file is not None:
         raise UserError(f"--runtime vllm: {base.gguf_file} is a GGUF file; give the model's folder with --base")
-    with telling_user(f"{adapter}: "):
-        rank, targets = _size(adapter)
+    served = read_served_adapter("adapter", adapter, base)
+    if HEAD in served.linears:
+        raise UserError(
+            f"--runtime vllm: {adapter} adapts {HEAD}, which vLLM leaves out of the log-probabilities of prompts; give "
+            "--runtime transformers"
+        )
+    max_rank = max_lora_rank([served])
     dtype = _dtype(base)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine ends with this process
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the result
@@ -54,40 +53,17 @@ def run_in_vllm(base: ModelOptions, adapter: Path, prompts: Prompts) -> Served:
             max_model_len=max(map(len, prompts)) + 1,  # vLLM makes one token more
             enable_lora=True,
             max_loras=1,
-            max_lora_rank=rank,
-            lora_target_modules=targets,
+            max_lora_rank=max_rank,
             enable_prefix_caching=False,
             enforce_eager=True,
             skip_tokenizer_init=True,
         )
         without = _read(engine, prompts)  # first: some releases on the CPU add a LoRA that fills all slots to the base
-        adapted = _read(engine, prompts, LoRARequest("adapter", 1, str(adapter.absolute())))
-        return Served(adapted, without, dtype)
+        adapted = _read(engine, prompts, LoRARequest(served.name, 1, str(adapter.absolute())))
+        return Computed(adapted, without, dtype)
     except (ValueError, RuntimeError, OSError) as error:
         said = shorten(" ".join(str(error).split()), 500)
         raise UserError(f"--runtime vllm: {adapter} on {base.name}: {said}") from error
-
-
-def _size(adapter: Path) -> tuple[int, list[str]]:
-    """The rank that vLLM has to make room for, and the linears by the last part of their names.
-
-    Raises:
-        ValueError: it is damaged, or of a higher rank than vLLM serves.
-    """
-    if read_config(Place(str(adapter))).get("peft_type") == "MOELORA":
-        active = [one for one in read_mixture(adapter) if one.position is not None]
-        per_expert = max(pool.rank for one in active for pool in one.pools.values())
-        rank = per_expert * sum(one.num_experts for one in active)
-        linears = {linear for one in active for linear in one.pools}
-    else:
-        factors = {key: tensor for key, tensor in read_adapter(adapter).weights.items() if FACTOR.fullmatch(key)}
-        rank = max((tensor.shape[0] for key, tensor in factors.items() if ".lora_A." in key), default=1)
-        linears = {match["module"] for key in factors if (match := FACTOR.fullmatch(key))}
-    room = next((size for size in RANKS if size >= rank), None)
-    if room is None:
-        raise ValueError(f"its ranks are {rank} together, and vLLM serves {RANKS[-1]} at most; prune or distil it")
-    # With the head wrapped, prompt log-probabilities end vLLM's engine on the CPU.
-    return room, sorted({linear.rpartition(".")[2] for linear in linears} - {_HEAD})
 
 
 def _dtype(base: ModelOptions) -> str:
