@@ -82,10 +82,12 @@ class EngineRouting:
 
     # ---- what is in the slots ----------------------------------------------------------------------------------------
 
-    def set(self, slot: int, mixture: ServedMixture | None, rank: int) -> None:
-        """Note what has been put into a slot: a mixture, or a plain LoRA, of this rank."""
+    def set(self, slot: int, mixture: ServedMixture | None, rank: int, has_head: bool) -> None:
+        """Note what has been put into a slot: a mixture, or a plain LoRA, of this rank, that may act on the logits."""
         self.clear(slot)
         self.wrapper.ranks[slot] = rank
+        if has_head:
+            self.wrapper.heads.add(slot)
         if mixture is None or not mixture.routers:
             return
         if self.tables is None or not self.tables.take(slot, mixture, self.blocks):
@@ -97,6 +99,7 @@ class EngineRouting:
     def clear(self, slot: int) -> None:
         """Note that a slot is empty."""
         self.wrapper.ranks.pop(slot, None)
+        self.wrapper.heads.discard(slot)
         self.slots.clear(slot)
         if self.tables is not None:
             self.tables.clear(slot)

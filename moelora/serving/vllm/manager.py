@@ -16,7 +16,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from ...schema import UserError
 from ..mixture import ServedMixture, read_served_mixture
-from .contract import SERVED_RANKS, least_rank
+from .contract import HEAD, SERVED_RANKS, least_rank
 from .engine import EngineRouting
 from .fit import check_base, check_targets, empty_base
 from .refusal import is_mixture
@@ -57,7 +57,9 @@ class MixtureModelManager(LRUCacheLoRAModelManager):
         is_new = super().activate_adapter(lora_id)
         if is_new:
             lora = self._registered_adapters[lora_id]
-            self.routing.set(self.lora_index_to_id.index(lora_id), getattr(lora, "mixture", None), _rank(lora))
+            has_head = any(name.rpartition(".")[2] == HEAD for name in lora.loras)
+            slot, mixture = self.lora_index_to_id.index(lora_id), getattr(lora, "mixture", None)
+            self.routing.set(slot, mixture, _rank(lora), has_head)
         return is_new
 
     def _deactivate_adapter(self, lora_id: int) -> None:

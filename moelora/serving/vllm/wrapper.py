@@ -74,9 +74,11 @@ class ProductsBySlot(Weighed):
 
     Attributes:
         ranks: of the LoRA in each slot; beyond it factors are zero.
+        heads: the slots whose LoRA acts on the logits.
     """
 
     ranks: dict[int, int]
+    heads: set[int]
     sampler_indices: Tensor  # vLLM's
 
     def add_lora_linear(
@@ -120,14 +122,16 @@ class ProductsBySlot(Weighed):
         Raises:
             NotImplementedError: that would have to be known, because a LoRA acts on the logits.
         """
-        if self.sampler_indices.shape[0] != x.shape[0]:
-            if any(lora_b_stacked[slot].any() for slot in self.ranks):
-                raise NotImplementedError(
-                    "log-probabilities of prompts beside a LoRA of lm_head: vLLM does not say which rows are whose; "
-                    "unload that LoRA, or do not ask for them"
-                )
+        if not self.heads:
             return
+        if self.sampler_indices.shape[0] != x.shape[0]:
+            raise NotImplementedError(
+                "log-probabilities of prompts beside a LoRA of lm_head: vLLM does not say which rows are whose; "
+                "unload that LoRA, or do not ask for them"
+            )
         for slot, rows in groups_of(self.sampler_indices.tolist()):
+            if slot not in self.heads:
+                continue
             own, B_VR = y[rows], lora_b_stacked[slot, 0]  # logits beyond the vocabulary fill a multiple of 64
             _add_product(own[:, : len(B_VR)], x[rows].float() @ lora_a_stacked[slot, 0].float().t(), B_VR)
             _write_back(y, rows, own)
@@ -153,5 +157,5 @@ def weighed(wrapper: Any) -> Any:
     made: Any = object.__new__(type(f"Weighed{cls.__name__}", (own, cls), {}))
     made.__dict__ = wrapper.__dict__
     made.gate = made.gates_of_linear = made._gates = made._groups = None
-    made.multiply, made.ranks = Tensor.mul_, {}
+    made.multiply, made.ranks, made.heads = Tensor.mul_, {}, set()
     return made
