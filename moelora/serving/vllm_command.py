@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -58,8 +59,15 @@ def vllm_command(
         options["--dtype"] = [cpu_dtype]
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     words = [word for flag, values in options.items() if flag not in given for word in (flag, *values)]
-    adapters = [f"{one.name}={one.folder}" for one in served]
+    adapters = [_as_argument(one) for one in served]
     return [vllm, "serve", base.name, "--enable-lora", "--lora-modules", *adapters, *words, *arguments]
+
+
+def _as_argument(one: Served) -> str:
+    """NAME=FOLDER, or JSON: vLLM parts a pair at its first `=`, and takes what has a comma for JSON."""
+    pair = f"{one.name}={one.folder}"
+    is_pair = "," not in pair and "=" not in one.name
+    return pair if is_pair else json.dumps({"name": one.name, "path": str(one.folder)})
 
 
 def _max_rank(served: Sequence[Served]) -> int:
