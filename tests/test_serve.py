@@ -112,6 +112,13 @@ def test_what_is_given_is_not_set_twice():
     assert command[-3:] == ["--max-lora-rank=64", "--dtype", "float16"]
 
 
+@pytest.mark.parametrize("name", ["a,b", "a=b"])
+def test_names_that_vllm_would_part_elsewhere(name):
+    command = built([served(8, name=name)])
+    given = json.loads(command[command.index("--lora-modules") + 1])
+    assert given == {"name": name, "path": f"/adapters/{name}"}
+
+
 def test_a_head_is_refused_on_a_cpu_alone():
     with pytest.raises(UserError, match="adapts lm_head: on a CPU vLLM's engine ends when a client asks"):
         built([served(8, ["lm_head"])], cpu_dtype="float32")
@@ -154,6 +161,12 @@ def test_names_that_cannot_be(folder, capsys):
     assert "two adapters are named 'adapter'" in refusal(capsys, "adapter", "./adapter")
     assert "--name 'x' goes with one adapter" in refusal(capsys, "adapter", "b=adapter", "--name", "x")
     assert "has the name of the base model" in refusal(capsys, "adapter", "--name", str(folder / "model"))
+
+
+@pytest.mark.parametrize("flag", ["--lora-modules", "--lora_modules=b=adapter"])
+def test_adapters_that_would_take_the_place_of_others(folder, capsys, flag):
+    error = refusal(capsys, "adapter", "--", flag, "b=adapter")
+    assert "would take the place of the adapters: give NAME=FOLDER before the `--`" in " ".join(error.split())
 
 
 def test_adapters_of_two_base_models(folder, capsys):

@@ -86,12 +86,16 @@ def _common_base(folders: Sequence[Path], given: str | None) -> ModelOptions:
     return bases[0]
 
 
+_OURS = {
+    "--host": "is an option of `moelora serve` itself: give it before the `--`",
+    "--port": "is an option of `moelora serve` itself: give it before the `--`",
+    "--lora-modules": "would take the place of the adapters: give NAME=FOLDER before the `--`",  # vLLM takes the last
+}
+
+
 def _check_arguments(arguments: Sequence[str]) -> list[Problem]:
-    return [
-        Problem("--", argument, "is an option of `moelora serve` itself: give it before the `--`")
-        for argument in arguments
-        if argument.partition("=")[0] in ("--host", "--port")
-    ]
+    flags = [(argument, argument.partition("=")[0].replace("_", "-")) for argument in arguments]
+    return [Problem("--", argument, _OURS[flag]) for argument, flag in flags if flag in _OURS]
 
 
 def _check_port(host: str, port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -54,8 +55,15 @@ def vllm_command(
         options["--dtype"] = [cpu_dtype]
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     words = [word for flag, values in options.items() if flag not in given for word in (flag, *values)]
-    modules = [f"{one.name}={one.folder}" for one in adapters]
+    modules = [_as_argument(one) for one in adapters]
     return [vllm, "serve", base.name, "--enable-lora", "--lora-modules", *modules, *words, *arguments]
+
+
+def _as_argument(one: ServedAdapter) -> str:
+    """NAME=FOLDER, or JSON: vLLM parts a pair at its first `=`, and takes what has a comma for JSON."""
+    pair = f"{one.name}={one.folder}"
+    is_pair = "," not in pair and "=" not in one.name
+    return pair if is_pair else json.dumps({"name": one.name, "path": str(one.folder)})
 
 
 def _refuse_head(adapters: Sequence[ServedAdapter]) -> None:

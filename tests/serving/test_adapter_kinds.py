@@ -1,6 +1,7 @@
 """Every kind of adapter that moelora saves, on one engine with fewer slots than adapters."""
 
 import pytest
+import torch
 from adapters import KINDS
 from harness import BASE, assert_greedy, for_all, prompts
 
@@ -34,3 +35,19 @@ def test_all_kinds_and_the_base_in_one_batch(llama, engine):
     llama.assert_same(requests, outputs)
     assert_greedy(llama, requests, outputs)
     assert len(engine.llm_engine.list_loras()) < len(KINDS)
+
+
+@pytest.fixture
+def dirty_memory():
+    """New memory holds no numbers until it is written; what an engine leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "few_layers", "per_model", "per_module", "domains"])
+def test_reads_no_memory_that_it_has_not_written(llama, engine, dirty_memory, kind):
+    requests = for_all([kind], TEXTS[1:3])
+    outputs = llama.ask(engine, requests)
+    llama.assert_same(requests, outputs)
+    assert_greedy(llama, requests, outputs)

@@ -1,10 +1,14 @@
 """However vLLM cuts a batch: prompts in parts, kept prefixes, preempted requests, several answers, new slots."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from harness import BASE, TOLERANCE, Request, assert_greedy, for_all, prompts
 from vllm.sampling_params import BeamSearchParams
+
+from moelora.serving.vllm import densities
 
 ADAPTERS = [BASE, "plain", "sparse", "dense", "domains"]  # all four slots are taken, and the base is asked beside them
 TEXTS = prompts((3, 40, 77, 131))
@@ -84,7 +88,6 @@ def test_an_adapter_that_is_removed_and_added_while_it_serves(llama, engine):
     llama.assert_same(requests, llama.ask(engine, requests))
 
 
-@pytest.fixture
 def test_prompts_that_are_read_in_parts(llama):
     requests = for_all(ADAPTERS, [*TEXTS, *prompts((300,), seed=1)])
     outputs = llama.ask(llama.engine(max_num_batched_tokens=32), requests)
@@ -132,3 +135,17 @@ def test_slots_that_are_emptied_and_filled_again(llama):
         llama.assert_same(requests, outputs)
         assert_greedy(llama, requests, outputs)
         assert len(engine.llm_engine.list_loras()) <= 2
+
+
+def test_a_page_that_was_kept_above_all_new_ones(monkeypatch):
+    """Of an adapter that learned domains after its folder was first served: nothing of the page is known."""
+    batch = SimpleNamespace(
+        slot_mapping=torch.tensor([0]),
+        query_start_loc=torch.tensor([0, 1]),
+        seq_lens=torch.tensor([33]),
+        block_table=torch.tensor([[9, 0]]),
+    )
+    monkeypatch.setattr(densities, "is_forward_context_available", lambda: True)
+    monkeypatch.setattr(densities, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"attention": batch}))
+    kept = densities.KeptDensities("attention", SimpleNamespace(block_size=32))
+    assert kept.over_context("router", slice(0, 1), torch.ones(1, 2)).tolist() == [[1.0, 1.0]]

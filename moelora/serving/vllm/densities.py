@@ -25,6 +25,7 @@ class Places:
     own_T: Tensor
     window_TW: Tensor
     is_there_TW: Tensor  # bool, False before the beginning of the text
+    end: int  # one more than the largest place; a page that is kept may stand above all new ones
 
 
 class KeptDensities:
@@ -51,7 +52,7 @@ class KeptDensities:
         places = self._places(rows)
         if places is None:
             return densities_TA  # vLLM measures its memory: there is no text
-        kept = self._room(router, int(places.own_T.max()) + 1, densities_TA)
+        kept = self._room(router, places.end, densities_TA)
         kept[places.own_T] = densities_TA
         return (kept[places.window_TW] * places.is_there_TW[..., None]).sum(1)
 
@@ -91,7 +92,8 @@ class KeptDensities:
         back_TW = position_T[:, None] - torch.arange(WINDOW, device=own.device)
         at_TW = back_TW.clamp(min=0)
         pages_TW = batch.block_table.long()[request_T[:, None], at_TW // self.page_size]
-        places = Places(own[token_T], pages_TW * self.page_size + at_TW % self.page_size, back_TW >= 0)
+        window_TW = pages_TW * self.page_size + at_TW % self.page_size
+        places = Places(own[token_T], window_TW, back_TW >= 0, int(window_TW.max()) + 1)
         if not torch.equal(places.own_T, places.window_TW[:, 0]):
             raise RuntimeError(
                 f"moelora: vLLM's KV cache has other pages than of {self.page_size} tokens, so texts cannot be followed"

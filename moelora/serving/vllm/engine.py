@@ -155,11 +155,11 @@ class EngineRouting:
         in_tables = self.tables is not None and self.tables.in_use
         if not routed and not in_tables:
             return None
-        gate_TR = self._blank(hidden_TH)
+        # Not every rank of every token is written: not those of a mixture in a block that it leaves alone, nor those
+        # beyond its own. Their factors are zero, but what memory happens to hold may be no number.
+        gate_TR = self._blank(hidden_TH).fill_(1.0)
         if in_tables:
             self.route(hidden_TH, residual_TH, gate_TR, block)
-        elif routed[0][1] != slice(0, hidden_TH.shape[0]):
-            gate_TR.fill_(1.0)
         entering = hidden_TH if residual_TH is None else hidden_TH + residual_TH
         self.slots.weigh_block(self.blocks[block], block == 0, entering, self.wrapper.groups, gate_TR)
         return gate_TR
