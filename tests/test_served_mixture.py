@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from types import ModuleType
 
@@ -256,8 +257,16 @@ def test_mixtures_are_told_from_plain_loras(tmp_path):
         assert is_mixture(str(tmp_path)) is expected
     for text in ("{", "[]"):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"adapter_config.json.*save the adapter again"):
+        with pytest.raises(ValueError, match=r"adapter_config.json.*restore it from a copy"):
             is_mixture(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_in_place_of_a_configuration_does_not_hold_up_the_engine(tmp_path):
+    """A client names the folder: what never ends would stop the server for all."""
+    os.mkfifo(tmp_path / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"adapter_config.json.*no regular file"):
+        is_mixture(str(tmp_path))
 
 
 def test_another_version_of_vllm_refuses_mixtures_and_takes_plain_loras(tmp_path, monkeypatch, caplog):
