@@ -14,6 +14,7 @@ from test_domain_classifier import mixture_of_domains
 from torch import nn
 
 from moelora.experts import build, grow
+from moelora.files.atomic_save import PENDING, ROUTER_NAME
 from moelora.routing import route
 from moelora.routing.domain_classifier import over_context
 from moelora.routing.pooled import score
@@ -180,6 +181,16 @@ def test_an_attached_router_is_refused(tmp_path):
     model = mixture_of("llama")
     model.base_model.attach_router(nn.Sequential(nn.Linear(32, 4), nn.Softmax(dim=-1)))
     model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"an attached router \(router.safetensors\) decides"):
+        read_served_mixture(tmp_path)
+
+
+def test_an_attached_router_of_a_save_that_was_cut_short_is_refused(tmp_path):
+    model = mixture_of("llama")
+    model.base_model.attach_router(nn.Sequential(nn.Linear(32, 4), nn.Softmax(dim=-1)))
+    model.save_pretrained(str(tmp_path))
+    (tmp_path / PENDING).mkdir()
+    (tmp_path / ROUTER_NAME).rename(tmp_path / PENDING / ROUTER_NAME)  # before it took its place
     with pytest.raises(ValueError, match=r"an attached router \(router.safetensors\) decides"):
         read_served_mixture(tmp_path)
 
