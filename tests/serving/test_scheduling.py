@@ -84,7 +84,6 @@ def test_an_adapter_that_is_removed_and_added_while_it_serves(llama, engine):
     llama.assert_same(requests, llama.ask(engine, requests))
 
 
-@pytest.fixture
 def test_prompts_that_are_read_in_parts(llama):
     requests = for_all(ADAPTERS, [*TEXTS, *prompts((300,), seed=1)])
     outputs = llama.ask(llama.engine(max_num_batched_tokens=32), requests)
