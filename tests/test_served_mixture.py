@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +19,11 @@ from moelora.routing import route
 from moelora.routing.domain_classifier import over_context
 from moelora.routing.pooled import score
 from moelora.schema import UserError
-from moelora.serving.mixture import read_served_mixture
+from moelora.serving.mixture import ServedMixture, read_served_mixture
 from moelora.serving.slots import Slots, groups_of
 from moelora.serving.vllm.blocks import BlockInput, adapted_blocks
 from moelora.serving.vllm.contract import is_known, least_rank
+from moelora.serving.vllm.fit import check_base, check_targets
 from moelora.serving.vllm.refusal import is_mixture, refusal, refusing_manager
 
 TEXT = torch.randint(2, VOCAB, (1, 21), generator=torch.Generator().manual_seed(0))
@@ -242,6 +243,64 @@ def test_what_enters_a_block_is_found_by_place_and_by_name(is_split):
 def test_a_block_of_another_version_is_refused():
     with pytest.raises(ValueError, match="has no such arguments among input"):
         BlockInput.of(nn.Identity(), False)
+
+
+def manager_of(applied, blocks=("model.layers.0", "model.layers.1"), pipeline=1, packed=None):
+    """What of vLLM's manager says which linears get a LoRA, and in which blocks."""
+    parallel = SimpleNamespace(pipeline_parallel_size=pipeline)
+    routing = SimpleNamespace(blocks=list(blocks), config=SimpleNamespace(parallel_config=parallel))
+    return SimpleNamespace(modules=dict.fromkeys(applied), packed_modules=packed or {}, routing=routing)
+
+
+def served_with(*linears, scope="block", routers=("model.layers.0",)):
+    factors = {name: (torch.zeros(4, 3), torch.zeros(5, 4)) for name in linears}
+    return ServedMixture(2, 2, scope, factors, dict.fromkeys(routers), {})
+
+
+UP, GATE, LATER = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.7.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("served", "manager"),
+    [
+        (served_with(UP), manager_of([UP])),
+        (
+            served_with(UP, GATE),
+            manager_of(["model.layers.0.mlp.gate_up_proj"], packed={"model.layers.0.mlp.gate_up_proj": [GATE, UP]}),
+        ),
+        (served_with(UP, LATER), manager_of([UP], pipeline=2)),  # in the blocks of another worker
+        (served_with("connector", scope="module"), manager_of(["connector"])),
+        (served_with("lm_head", routers=()), manager_of(["lm_head"])),
+    ],
+)
+def test_linears_that_have_their_lora_layer(served, manager):
+    check_targets(served, manager, str)
+
+
+@pytest.mark.parametrize(
+    ("served", "manager", "message"),
+    [
+        (served_with(UP, GATE), manager_of([UP]), "no LoRA layer for `.*gate_proj`; serve with .* include `gate_proj`"),
+        (served_with(UP, LATER), manager_of([UP]), "no LoRA layer for `model.layers.7"),
+        (served_with(UP, GATE), manager_of([UP], pipeline=2), "no LoRA layer for `.*gate_proj`"),
+        (served_with("lm_head", scope="module"), manager_of(["lm_head"]), "`lm_head` is computed where nothing weighs"),
+        (served_with("connector"), manager_of(["connector"]), "`connector` is in no block, where nothing routes"),
+    ],
+)
+def test_linears_that_would_be_passed_over_are_refused(served, manager, message):
+    with pytest.raises(ValueError, match=message):
+        check_targets(served, manager, str)
+
+
+def test_a_base_of_other_linears_is_refused():
+    base = nn.ModuleDict({"up": nn.Linear(3, 5), "down": nn.Linear(3, 7)})
+    check_base(served_with("up"), base, "models/base")
+    for linears, message in (
+        (["up", "down"], "`down` is 3 to 7 wide, the adapter's 3 to 5"),
+        (["out"], "no linear `out`"),
+    ):
+        with pytest.raises(ValueError, match=f"not trained on models/base: .*{message}"):
+            check_base(served_with(*linears), base, "models/base")
 
 
 @pytest.mark.parametrize(
