@@ -77,11 +77,10 @@ class Engine:
             "enable_lora": True,
             "max_loras": 2,
             "max_lora_rank": args.experts * args.rank,
-            "lora_target_modules": [*"qkvo", "gate", "up", "down"],
+            "lora_target_modules": [f"{name}_proj" for name in (*"qkvo", "gate", "up", "down")],
             "disable_log_stats": True,
             "enforce_eager": args.eager,
         }
-        options["lora_target_modules"] = [f"{name}_proj" for name in options["lora_target_modules"]]
         if args.device == "cuda":
             options["gpu_memory_utilization"] = 0.4
         command = [sys.executable, "-m", MODULE, "--worker", json.dumps(options | args.engine)]

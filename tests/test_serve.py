@@ -143,6 +143,18 @@ def test_experts_of_several_adapters_count_together(folder):
     assert found.rank == 4 * 5 and "q_proj" in found.linears
 
 
+def test_a_mixture_that_is_switched_off_is_a_plain_lora(folder):
+    from helpers import mixture_of
+
+    from moelora.recipe import ModelOptions
+    from moelora.serving.adapters import read_served_adapter
+
+    with pytest.warns(UserWarning, match="is plain LoRA"):
+        mixture_of("llama", r=3, use_moe_routing=False).save_pretrained("off")
+    found = read_served_adapter("x", Path("off"), ModelOptions(name="model"))
+    assert found.rank == 3 and "q_proj" in found.linears
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

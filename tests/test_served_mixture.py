@@ -1,9 +1,6 @@
 """A mixture as servers take it: one LoRA, routers beside it, and the weights of a batch in which slots are mixed."""
 
 import copy
-import json
-import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,15 +10,13 @@ from test_domain_classifier import mixture_of_domains
 from torch import nn
 
 from moelora.experts import build, grow
+from moelora.files.atomic_save import PENDING, ROUTER_NAME
 from moelora.routing import route
 from moelora.routing.domain_classifier import over_context
 from moelora.routing.pooled import score
 from moelora.schema import UserError
 from moelora.serving.mixture import read_served_mixture
 from moelora.serving.slots import Slots, groups_of
-from moelora.serving.vllm.blocks import BlockInput, adapted_blocks
-from moelora.serving.vllm.contract import is_known, least_rank
-from moelora.serving.vllm.refusal import is_mixture, refusal, refusing_manager
 
 TEXT = torch.randint(2, VOCAB, (1, 21), generator=torch.Generator().manual_seed(0))
 
@@ -183,6 +178,16 @@ def test_an_attached_router_is_refused(tmp_path):
         read_served_mixture(tmp_path)
 
 
+def test_an_attached_router_of_a_save_that_was_cut_short_is_refused(tmp_path):
+    model = mixture_of("llama")
+    model.base_model.attach_router(nn.Sequential(nn.Linear(32, 4), nn.Softmax(dim=-1)))
+    model.save_pretrained(str(tmp_path))
+    (tmp_path / PENDING).mkdir()
+    (tmp_path / ROUTER_NAME).rename(tmp_path / PENDING / ROUTER_NAME)  # before it took its place
+    with pytest.raises(ValueError, match=r"an attached router \(router.safetensors\) decides"):
+        read_served_mixture(tmp_path)
+
+
 def test_what_is_more_than_experts_is_refused(tmp_path):
     mixture_of("llama", modules_to_save=["norm"]).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="more than experts and routers"):
@@ -192,103 +197,3 @@ def test_what_is_more_than_experts_is_refused(tmp_path):
 def test_what_is_no_mixture_is_refused(tmp_path):
     with pytest.raises(UserError, match="no adapter"):
         read_served_mixture(tmp_path)
-
-
-# ---- vLLM's side, without vLLM ---------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.experts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)})])
-
-    def forward(self, positions, hidden_states, residual=None):
-        return hidden_states
-
-
-def test_blocks_are_the_outermost_that_hold_an_adapted_linear():
-    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block(), nn.Identity()]), "head": nn.Linear(4, 4)})
-    linears = ["layers.0.linear", "layers.1.experts.0.up", "head"]
-    assert list(adapted_blocks(model, linears)) == ["layers.0", "layers.1"]
-    assert list(adapted_blocks(model, linears[:1])) == ["layers.0"]
-
-
-@pytest.mark.parametrize("is_split", [True, False])
-def test_what_enters_a_block_is_found_by_place_and_by_name(is_split):
-    hidden, residual = torch.zeros(1, 3, 4), torch.ones(3, 4)
-    find = BlockInput.of(Block(), is_split).find
-    for args, kwargs in (((0, hidden, residual), {}), ((0, hidden), {"residual": residual})):
-        first, second = find(args, kwargs)
-        assert first.shape == (3, 4)
-        assert second is (residual if is_split else None)
-    first, second = find((0,), {"hidden_states": residual})
-    assert first is residual
-    assert second is None
-
-
-def test_a_block_of_another_version_is_refused():
-    with pytest.raises(ValueError, match="has no such arguments among input"):
-        BlockInput.of(nn.Identity(), False)
-
-
-@pytest.mark.parametrize(
-    ("version", "known"), [("0.32.0", True), ("0.32", True), ("0.32.1+cpu", True), ("0.320", False), ("0.33.0", False)]
-)
-def test_versions(version, known):
-    assert is_known(version) is known
-
-
-@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (64, 64), (65, 128), (400, 512), (513, None)])
-def test_the_least_rank_that_vllm_serves(rank, served):
-    assert least_rank(rank) == served
-
-
-def test_mixtures_are_told_from_plain_loras(tmp_path):
-    assert not is_mixture(str(tmp_path))
-    file = tmp_path / "adapter_config.json"
-    for config, expected in (
-        ({"peft_type": "LORA"}, False),
-        ({"peft_type": "MOELORA"}, True),
-        ({"peft_type": "MOELORA", "use_moe_routing": False}, False),
-    ):
-        file.write_text(json.dumps(config))
-        assert is_mixture(str(tmp_path)) is expected
-    for text in ("{", "[]"):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=r"adapter_config.json.*save the adapter again"):
-            is_mixture(str(tmp_path))
-
-
-def test_another_version_of_vllm_refuses_mixtures_and_takes_plain_loras(tmp_path, monkeypatch, caplog):
-    class Stock:
-        def _load_adapter(self, request):
-            return "a plain LoRA"
-
-    vllm, runner = ModuleType("vllm"), ModuleType("vllm.v1.worker.lora_model_runner_mixin")
-    vllm.__version__, runner.LRUCacheWorkerLoRAManager = "0.45.0", Stock
-    worker = ModuleType("vllm.v1.worker")
-    worker.lora_model_runner_mixin = runner
-    for name, module in {"vllm": vllm, "vllm.v1": ModuleType("vllm.v1"), "vllm.v1.worker": worker}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, runner.__name__, runner)
-
-    from moelora.serving.vllm import register
-
-    register()
-    register()
-    assert "this is 0.45.0" in caplog.text
-    manager = runner.LRUCacheWorkerLoRAManager()
-    assert manager.takes_mixtures is False
-    request = type("Request", (), {"lora_path": str(tmp_path), "lora_name": "mix"})
-    assert manager._load_adapter(request) == "a plain LoRA"
-    mixture_of("llama").save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match=r"'mix' is a mixture of LoRA experts: .*pip install 'vllm==0.32"):
-        manager._load_adapter(request)
-
-
-def test_the_refusing_manager_is_of_the_stock_class():
-    class Stock:
-        pass
-
-    assert issubclass(refusing_manager(Stock, refusal("0.1")), Stock)

@@ -41,10 +41,11 @@ def read_served_adapter(name: str, folder: Path, base: ModelOptions) -> ServedAd
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(missing_adapter(folder))
     with telling_user():
-        kind = read_config(Place(str(folder))).get("peft_type")
-    if kind == "MOELORA":
+        config = read_config(Place(str(folder)))
+    kind = config.get("peft_type")
+    if kind == "MOELORA" and config.get("use_moe_routing") is not False:
         rank, modules = _read_mixture(folder, base)
-    elif kind == "LORA":
+    elif kind in ("LORA", "MOELORA"):
         rank, modules = _read_lora(folder)
     else:
         raise UserError(f"the adapter {folder}: `peft_type` is {kind!r}; only mixtures and plain LoRAs can be served")

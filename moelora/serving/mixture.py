@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoELoraConfig
-from ..files.atomic_save import PICKLED_ROUTER_NAME, ROUTER_NAME
+from ..files.atomic_save import PICKLED_ROUTER_NAME, ROUTER_NAME, part
 from ..ops.norm_linear import EPS
 from ..ops.pool import ExpertPool
 from ..routing import FixedRouter, Router, route
@@ -178,7 +178,7 @@ def read_served_mixture(folder: str | Path) -> ServedMixture:
 
 def _refuse_unserved(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
     for name in (ROUTER_NAME, PICKLED_ROUTER_NAME):
-        if (folder / name).exists():
+        if part(folder, name).exists():
             raise ValueError(
                 f"{folder}: an attached router ({name}) decides, which no server can run; detach it and save again, or "
                 "export a plain LoRA with `moelora export`"

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
+
+from ...files.adapter_files import parse_config
 from .contract import VERSIONS
 
 
 def is_mixture(folder: str) -> bool:
-    """Whether a folder holds a mixture; False for one that holds nothing, which vLLM has its own message for."""
-    file = Path(folder) / "adapter_config.json"
+    """Whether a folder holds a mixture; False for one that holds nothing, which vLLM has its own message for.
+
+    Raises:
+        ValueError: its configuration cannot be read.
+    """
+    path = Path(folder) / CONFIG_NAME
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_config(path)
     except FileNotFoundError:
         return False
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file}: {error}; save the adapter again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: it holds no JSON object; save the adapter again")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     return config.get("peft_type") == "MOELORA" and config.get("use_moe_routing", True) is not False
 
 
