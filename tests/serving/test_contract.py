@@ -1,5 +1,6 @@
 """What the plug-in relies on in vLLM is there, and is called what it calls it."""
 
+import ast
 import inspect
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -14,7 +15,7 @@ from vllm.v1.worker import lora_model_runner_mixin as runner
 import moelora
 from moelora.serving.vllm import register
 from moelora.serving.vllm.blocks import IS_SPLIT, BlockInput
-from moelora.serving.vllm.contract import NAMES, PARAMETERS, SERVED_RANKS, is_known
+from moelora.serving.vllm.contract import ATTRIBUTES, NAMES, PARAMETERS, SERVED_RANKS, is_known
 
 PLUG_IN = Path(moelora.__file__).parent / "serving" / "vllm"
 
@@ -37,6 +38,17 @@ def test_names(path):
     holder = find(path)
     known = {*dir(holder), *getattr(holder, "__annotations__", {})}
     assert [name for name in NAMES[path] if name not in known] == []
+
+
+@pytest.mark.parametrize("path", ATTRIBUTES)
+def test_attributes(path):
+    """Read, not imported: some need a GPU."""
+    module, _, name = path.rpartition(".")
+    file = Path(vllm.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    (source,) = (node for node in ast.parse(file.read_text()).body if getattr(node, "name", None) == name)
+    fields = {node.target.id for node in source.body if isinstance(node, ast.AnnAssign)}
+    set_on_self = {node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute)}
+    assert [name for name in ATTRIBUTES[path] if name not in fields | set_on_self] == []
 
 
 @pytest.mark.parametrize("path", PARAMETERS)

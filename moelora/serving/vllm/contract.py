@@ -40,6 +40,25 @@ NAMES = {
 }
 """By module or class."""
 
+ATTRIBUTES = {
+    "vllm.config.compilation.CompilationConfig": ("cudagraph_mode", "mode", "static_forward_context"),
+    "vllm.config.vllm.VllmConfig": (
+        *("additional_config", "cache_config", "compilation_config", "kv_transfer_config", "lora_config"),
+        *("model_config", "parallel_config"),
+    ),
+    "vllm.lora.model_manager.LoRAModelManager": (
+        *("_registered_adapters", "lora_index_to_id", "model", "modules", "packed_modules", "punica_wrapper_mapping"),
+    ),
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata.LoRAKernelMeta": ("no_lora_flag_cpu", "token_lora_mapping"),
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata": (
+        *("block_table", "query_start_loc", "seq_lens", "slot_mapping"),
+    ),
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadata": (
+        *("block_table", "query_start_loc", "seq_lens", "slot_mapping"),
+    ),
+}
+"""Of objects, by class."""
+
 PARAMETERS = {
     "vllm.lora.lora_model.LoRAModel": ("lora_model_id", "rank", "loras"),
     "vllm.lora.lora_weights.LoRALayerWeights": ("module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"),
