@@ -22,6 +22,7 @@ from ..slot_lora import TokensBySlot
 
 MAX_SLICES = 3
 DTYPES = {torch.bfloat16, torch.float16}
+FULL_DEVICE = 512  # programs of expand that run at once
 OVERLAP = False  # let expand load its factors while shrink ends: programmatic dependent launch, from Hopper on
 
 
@@ -54,9 +55,11 @@ def tiling_of(T: int, R: int, slices: int) -> Tiling:
     """
     if T <= 64:
         programs = slices * triton.cdiv(R, 16)
-        tokens = 1 if T == 1 else 16 if T <= 16 else 64
-        splits = min(16 if T <= 16 else 8, _power_of_2_below(96 // programs))
-        return Tiling(tokens, 16, 256 if T <= 16 else 128, 64 if T <= 16 else 128, 3, splits)
+        if T == 1:
+            return Tiling(1, 16, 256, 64, 3, min(32, _power_of_2_below(192 // programs)))
+        if T <= 16:
+            return Tiling(16, 16, 256, 64, 4, min(16, _power_of_2_below(96 // programs)))
+        return Tiling(64, 16, 128, 128, 3, min(8, _power_of_2_below(96 // programs)))
     ranks = min(64, max(16, triton.next_power_of_2(R)))
     programs = slices * triton.cdiv(R, ranks) * triton.cdiv(T, 64)
     return Tiling(64, ranks, 64, 128, 4, min(8 if T <= 512 else 4, _power_of_2_below(132 // programs)))
@@ -79,21 +82,24 @@ def blocks_of(T: int, S: int, tokens: int) -> int:
 
 
 @triton.jit
-def _find_tokens(
-    slots_ptr, counts_ptr, starts_ptr, tokens_ptr, block, T, S: tl.constexpr, G: tl.constexpr, BT: tl.constexpr
-):  # fmt: skip
-    """A block's slot, its tokens [BT, 1], and which of them exist; the slot is -1 where there are no more blocks."""
+def _read_groups(slots_ptr, counts_ptr, starts_ptr, S: tl.constexpr, G: tl.constexpr, BT: tl.constexpr):
+    """Of every group its slot, where it starts and ends among the sorted tokens, and its blocks' end and number."""
     group = tl.arange(0, triton.next_power_of_2(G))
     slot = tl.load(slots_ptr + group, group < G, -1)
     count = tl.load(counts_ptr + group, group < G, 0)
     start = tl.load(starts_ptr + group, group < G, 0)
     blocks = tl.where((slot >= 0) & (slot < S), (count + BT - 1) // BT, 0)
-    end = tl.cumsum(blocks, axis=0)
+    return slot, start, start + count, tl.cumsum(blocks, axis=0), blocks
+
+
+@triton.jit
+def _find_tokens(groups, tokens_ptr, block, T, BT: tl.constexpr):
+    """A block's slot, its tokens [BT, 1], and which of them exist; the slot is -1 where there are no more blocks."""
+    slot, start, stop, end, blocks = groups
     mine = (block < end) & (block >= end - blocks)
     first = tl.sum(tl.where(mine, start + (block - end + blocks) * BT, 0), axis=0)
-    last = tl.sum(tl.where(mine, start + count, 0), axis=0)
     at = first + tl.arange(0, BT)[:, None]
-    t = tl.load(tokens_ptr + at, at < last, -1)
+    t = tl.load(tokens_ptr + at, at < tl.sum(tl.where(mine, stop, 0), axis=0), -1)
     exists = (t >= 0) & (t < T)
     return tl.max(tl.where(mine, slot, -1), axis=0), tl.where(exists, t, 0).to(tl.int64), exists
 
@@ -121,7 +127,8 @@ def shrink_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     piece = tl.program_id(0) // tl.cdiv(R, BR)
     r = (tl.program_id(0) % tl.cdiv(R, BR)) * BR + tl.arange(0, BR)[None, :]
-    slot, t, exists = _find_tokens(slots_ptr, counts_ptr, starts_ptr, tokens_ptr, tl.program_id(2), T, S, G, BT)
+    groups = _read_groups(slots_ptr, counts_ptr, starts_ptr, S, G, BT)
+    slot, t, exists = _find_tokens(groups, tokens_ptr, tl.program_id(2), T, BT)
     if slot < 0:
         return
     x_ptr += t * x_stride
@@ -148,6 +155,17 @@ def shrink_kernel(
     tl.store(parts_ptr + (part * T + t) * R + r, total, there)
 
 
+@triton.jit
+def _add_parts(
+    parts_ptr, piece, t, r, exists, T, SLICES: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """The shrunk activations of a slice, [BT, BR], from all splits in their order."""
+    total = tl.load(parts_ptr + (piece.to(tl.int64) * T + t) * R + r, exists & (r < R), 0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts_ptr + ((piece + split * SLICES).to(tl.int64) * T + t) * R + r, exists & (r < R), 0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["T"])
 def expand_kernel(
     y_ptr, parts_ptr, b0_ptr, b1_ptr, b2_ptr, slots_ptr, counts_ptr, starts_ptr, tokens_ptr, T, y_stride,
@@ -155,37 +173,35 @@ def expand_kernel(
     G: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds to y [T, O0 + O1 + O2]."""
-    slot, t, exists = _find_tokens(slots_ptr, counts_ptr, starts_ptr, tokens_ptr, tl.program_id(1), T, S, G, BT)
-    if slot < 0:
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()  # this launch must not be over before shrink is
-        return
     second = tl.cdiv(O0, BO)
     third = second + tl.cdiv(O1, BO)
     block = tl.program_id(0)
     piece = (block >= second).to(tl.int32) + (block >= third).to(tl.int32)
     o = (block - tl.where(piece == 0, 0, tl.where(piece == 1, second, third))) * BO + tl.arange(0, BO)[None, :]
     width = tl.where(piece == 0, O0, tl.where(piece == 1, O1, O2))
-    y_ptr += t * y_stride + tl.where(piece == 0, 0, tl.where(piece == 1, O0, O0 + O1)) + o
-    y = tl.load(y_ptr, exists & (o < width), 0.0)
-    b_ptr = _of_slice(piece, b0_ptr, b1_ptr, b2_ptr) + (slot.to(tl.int64) * width + o) * R
-    total = tl.zeros((BT, BO), tl.float32)
-    for start in range(0, R, BR):
-        r = start + tl.arange(0, BR)
-        across, down = r[None, :], r[:, None]
-        b = tl.load(b_ptr + down, (o < width) & (down < R), 0.0)
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-        shrunk = tl.zeros((BT, BR), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = parts_ptr + ((piece + split * SLICES).to(tl.int64) * T + t) * R
-            shrunk += tl.load(part + across, exists & (across < R), 0.0)
-        shrunk = shrunk.to(b.dtype)
-        if BT == 1:
-            total += tl.sum(tl.trans(shrunk).to(tl.float32) * b.to(tl.float32), axis=0, keep_dims=True)
-        else:
-            total = tl.dot(shrunk, b, total)
-    tl.store(y_ptr, (y.to(tl.float32) + total).to(y_ptr.dtype.element_ty), exists & (o < width))
+    y_ptr += tl.where(piece == 0, 0, tl.where(piece == 1, O0, O0 + O1)) + o
+    b_ptr = _of_slice(piece, b0_ptr, b1_ptr, b2_ptr) + o * R
+    groups = _read_groups(slots_ptr, counts_ptr, starts_ptr, S, G, BT)
+    # As many programs as fit at once, and a loop: a program for every block that there may be waits its turn for nothing.
+    for tokens in tl.range(tl.program_id(1), tl.sum(groups[4], axis=0), tl.num_programs(1), num_stages=1):
+        slot, t, exists = _find_tokens(groups, tokens_ptr, tokens, T, BT)
+        there = exists & (o < width)
+        y = tl.load(y_ptr + t * y_stride, there, 0.0)
+        total = tl.zeros((BT, BO), tl.float32)
+        for start in tl.static_range(0, R, BR):
+            r = start + tl.arange(0, BR)
+            down = r[:, None]
+            b = tl.load(b_ptr + slot.to(tl.int64) * width * R + down, (o < width) & (down < R), 0.0)
+            if OVERLAP:
+                tl.extra.cuda.gdc_wait()
+            shrunk = _add_parts(parts_ptr, piece, t, r[None, :], exists, T, SLICES, R, SPLITS).to(b.dtype)
+            if BT == 1:
+                total += tl.sum(tl.trans(shrunk).to(tl.float32) * b.to(tl.float32), axis=0, keep_dims=True)
+            else:
+                total = tl.dot(shrunk, b, total)
+        tl.store(y_ptr + t * y_stride, (y.to(tl.float32) + total).to(y_ptr.dtype.element_ty), there)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # also without any tokens: this launch must not be over before shrink is
 
 
 def takes(y_TO: Tensor, x_TD: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -259,8 +275,10 @@ def _launch(
         D=D, SPAN=span, BR=tiling.ranks, BD=width, num_warps=4, num_stages=tiling.stages, **sizes,
     )  # fmt: skip
     later = {"launch_pdl": True} if overlap else {}
-    expand_kernel[(sum(triton.cdiv(out, tiling.outputs) for out in outs), blocks)](
+    programs = sum(triton.cdiv(out, tiling.outputs) for out in outs)
+    at_once = min(blocks, max(triton.cdiv(T, tiling.tokens), FULL_DEVICE // programs))
+    expand_kernel[(programs, at_once)](
         y, parts, *b, *none, *tokens, T, y.stride(0), *outs,
-        SPLITS=splits, BO=tiling.outputs, BR=min(64, max(16, triton.next_power_of_2(R))), num_warps=4,
-        **sizes, **later,
+        SPLITS=splits, BO=tiling.outputs, BR=min(64, max(16, triton.next_power_of_2(R))),
+        num_warps=8 if tiling.tokens == 64 else 4, **sizes, **later,
     )  # fmt: skip
