@@ -99,7 +99,7 @@ class TestKernels:
         assert torch.equal(y[:, 24:], right)
 
     def test_groups_may_come_in_any_order_and_tokens_be_none(self, kernel_device):
-        """Slots that do not exist, rows beyond the batch, and what an earlier batch left, as in vLLM's padded buffers."""
+        """Slots and rows that do not exist, and what an earlier batch left, as in vLLM's padded buffers."""
         a, b = factors([24], 8, 32, kernel_device)
         y, x, _ = batch(6, [24], 32, kernel_device)
         slot_T = torch.tensor([3, 1, NONE, 3, NONE, NONE], device=kernel_device)

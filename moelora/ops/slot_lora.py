@@ -3,7 +3,7 @@
 The factors of all slots are stacked and never move, so that a CUDA graph captured once multiplies by whatever they hold
 later. `add_slot_lora_reference` says what is correct; triton/slot_lora.py does it on a GPU.
 
-Shapes: T tokens, D width of the input, O of an output, R rank, S slots, n outputs that share the input (slices), G groups.
+Shapes: T tokens, D width of the input, O of an output, R rank, S slots, n outputs of one input (slices), G groups.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def add_slot_lora_reference(
 ) -> None:
     """Add ``B (gate * (A x))`` of each token's slot to y, output by output. The host waits for the slots' tokens.
 
-    Products are summed in float32; the shrunk activations are rounded to the dtype of B before they are expanded, and the
-    sum with y to that of y, once.
+    Products are summed in float32; the shrunk activations are rounded to the dtype of B before they are expanded, as in
+    vLLM, and the sum with y to that of y, once, where vLLM rounds the product before it adds it, too.
 
     Args:
         y_TO: [T, sum of O], in place; the outputs lie side by side.

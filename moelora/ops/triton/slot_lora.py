@@ -1,7 +1,7 @@
 """Triton form of `ops.slot_lora.add_slot_lora_reference`: two launches a linear, whatever the slots hold.
 
-shrink: a program multiplies a block of tokens of one slot with a few rows of one A over a span of columns, weighs its part
-        of the products by the gate, and leaves it; nothing is added atomically, so that results repeat bit for bit.
+shrink: a program multiplies a block of tokens of one slot with a few rows of one A over a span of columns, weighs the
+        products by the gate, and leaves them; nothing is added atomically, so that results repeat bit for bit.
 expand: a program adds up the parts of a block of tokens, multiplies them with rows of one B, and adds that to y.
 A program finds its slot and tokens on the device, so a captured graph follows whatever a batch brings later.
 Letters: T tokens, D width, R rank, O outputs, S slots, G groups, n slices; BT, BD, BR, BO are blocks of them.
@@ -78,7 +78,7 @@ def cuts(tiling: Tiling, D: int) -> tuple[int, int, int]:
 
 def blocks_of(T: int, S: int, tokens: int) -> int:
     """The most blocks that T tokens of S slots fill, none of which holds tokens of two."""
-    return min(T, triton.cdiv(T, tokens) + S - 1) if T > tokens else min(T, S)
+    return min(T, triton.cdiv(T, tokens) + S - 1) if tokens < T else min(T, S)
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def expand_kernel(
     y_ptr += tl.where(piece == 0, 0, tl.where(piece == 1, O0, O0 + O1)) + o
     b_ptr = _of_slice(piece, b0_ptr, b1_ptr, b2_ptr) + o * R
     groups = _read_groups(slots_ptr, counts_ptr, starts_ptr, S, G, BT)
-    # As many programs as fit at once, and a loop: a program for every block that there may be waits its turn for nothing.
+    # As many programs as run at once, and a loop: of one for every block that there may be, most would find nothing.
     for tokens in tl.range(tl.program_id(1), tl.sum(groups[4], axis=0), tl.num_programs(1), num_stages=1):
         slot, t, exists = _find_tokens(groups, tokens_ptr, tokens, T, BT)
         there = exists & (o < width)
@@ -258,7 +258,13 @@ def add_slot_lora(
 
 
 def _launch(
-    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], order: TokensBySlot, gate: Tensor | None, overlap: bool
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    order: TokensBySlot,
+    gate: Tensor | None,
+    overlap: bool,
 ) -> None:
     T, n, (S, _, R, D) = len(x), len(a), a[0].shape
     tiling = tiling_of(T, R, n)

@@ -9,7 +9,7 @@ NAMES = {
     "vllm": ("__version__",),
     "vllm.config.CUDAGraphMode": ("NONE",),
     "vllm.config.CompilationMode": ("NONE",),
-    "vllm.envs": ("VLLM_LORA_ENABLE_DUAL_STREAM",),
+    "vllm.envs": ("VLLM_BATCH_INVARIANT", "VLLM_LORA_ENABLE_DUAL_STREAM"),
     "vllm.forward_context": ("get_forward_context", "is_forward_context_available"),
     "vllm.forward_context.ForwardContext": ("attn_metadata",),
     "vllm.logger": ("init_logger",),
@@ -20,6 +20,14 @@ NAMES = {
         "_init_punica_wrapper",
         "activate_adapter",
         "lora_slots",
+    ),
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata.LoRAKernelMeta": (
+        "active_lora_ids",
+        "lora_token_start_loc",
+        "no_lora_flag_cpu",
+        "num_tokens_per_lora",
+        "token_indices_sorted_by_lora_ids",
+        "token_lora_mapping",
     ),
     "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase": (
         "add_expand",
