@@ -138,7 +138,7 @@ class TestKernels:
         pytest.importorskip("triton")
         from moelora.ops.triton.slot_lora import cuts, tiling_of
 
-        tiling = tiling_of(tokens, rank, 3)
+        tiling = tiling_of(tokens, rank, width, [width, 64, 64])
         block, span, splits = cuts(tiling, width)
         assert span % block == 0 and splits * span >= width > (splits - 1) * span and splits <= tiling.splits
 

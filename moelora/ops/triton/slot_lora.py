@@ -9,6 +9,7 @@ Letters: T tokens, D width, R rank, O outputs, S slots, G groups, n slices; BT, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,26 +48,29 @@ class Tiling:
     splits: int
 
 
-def tiling_of(T: int, R: int, slices: int) -> Tiling:
+def tiling_of(T: int, R: int, D: int, outs: Sequence[int]) -> Tiling:
     """Few tokens: many programs that each read a little, for the factors alone take time; else blocks that reuse them.
 
-    More splits let more programs read A, but every program of expand reads all of their parts. As few kinds as will do:
-    each is compiled when it is first met.
+    As few kinds as will do: each is compiled when it is first met.
     """
+    if T == 1:
+        programs = len(outs) * triton.cdiv(R, 16)
+        return Tiling(1, 16, 256, 64, 3, min(32, 1 << max(0, (192 // programs).bit_length() - 1)))
+    if T <= 16:
+        return Tiling(16, 16, 256, 64, 4, _splits(120 * D / sum(outs), 16))
+    splits = _splits(100 * D / (triton.cdiv(T, 64) * sum(outs)), 8)
     if T <= 64:
-        programs = slices * triton.cdiv(R, 16)
-        if T == 1:
-            return Tiling(1, 16, 256, 64, 3, min(32, _power_of_2_below(192 // programs)))
-        if T <= 16:
-            return Tiling(16, 16, 256, 64, 4, min(16, _power_of_2_below(96 // programs)))
-        return Tiling(64, 16, 128, 128, 3, min(8, _power_of_2_below(96 // programs)))
-    ranks = min(64, max(16, triton.next_power_of_2(R)))
-    programs = slices * triton.cdiv(R, ranks) * triton.cdiv(T, 64)
-    return Tiling(64, ranks, 64, 128, 4, min(8 if T <= 512 else 4, _power_of_2_below(132 // programs)))
+        return Tiling(64, 16, 128, 128, 3, splits)
+    return Tiling(64, min(64, max(16, triton.next_power_of_2(R))), 64, 128, 4, splits)
 
 
-def _power_of_2_below(number: int) -> int:
-    return 1 << max(0, number.bit_length() - 1)
+def _splits(ratio: float, most: int) -> int:
+    """The power of 2 next to the root: what a program of shrink reads is divided by it, what expand reads multiplied.
+
+    Args:
+        ratio: of the times that the two would take with one split; its constants are estimates for an H200.
+    """
+    return min(most, 1 << max(0, round(math.log2(ratio) / 2)))
 
 
 def cuts(tiling: Tiling, D: int) -> tuple[int, int, int]:
@@ -159,11 +163,10 @@ def shrink_kernel(
 def _add_parts(
     parts_ptr, piece, t, r, exists, T, SLICES: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
-    """The shrunk activations of a slice, [BT, BR], from all splits in their order."""
-    total = tl.load(parts_ptr + (piece.to(tl.int64) * T + t) * R + r, exists & (r < R), 0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(parts_ptr + ((piece + split * SLICES).to(tl.int64) * T + t) * R + r, exists & (r < R), 0.0)
-    return total
+    """The shrunk activations of a slice, [BT, BR], from all splits; they are loaded at once, so that none waits."""
+    split = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None, None]
+    at = ((piece + split * SLICES).to(tl.int64) * T + t[None, :, :]) * R + r[None, :, :]
+    return tl.sum(tl.load(parts_ptr + at, (split < SPLITS) & (exists & (r < R))[None, :, :], 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -186,12 +189,13 @@ def expand_kernel(
     for tokens in tl.range(tl.program_id(1), tl.sum(groups[4], axis=0), tl.num_programs(1), num_stages=1):
         slot, t, exists = _find_tokens(groups, tokens_ptr, tokens, T, BT)
         there = exists & (o < width)
-        y = tl.load(y_ptr + t * y_stride, there, 0.0)
         total = tl.zeros((BT, BO), tl.float32)
         for start in tl.static_range(0, R, BR):
             r = start + tl.arange(0, BR)
             down = r[:, None]
             b = tl.load(b_ptr + slot.to(tl.int64) * width * R + down, (o < width) & (down < R), 0.0)
+            if start == 0:  # after the factors, whose place is known before the tokens'
+                y = tl.load(y_ptr + t * y_stride, there, 0.0)
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()
             shrunk = _add_parts(parts_ptr, piece, t, r[None, :], exists, T, SLICES, R, SPLITS).to(b.dtype)
@@ -267,11 +271,11 @@ def _launch(
     overlap: bool,
 ) -> None:
     T, n, (S, _, R, D) = len(x), len(a), a[0].shape
-    tiling = tiling_of(T, R, n)
+    outs = [factor.shape[2] for factor in b]
+    tiling = tiling_of(T, R, D, outs)
     width, span, splits = cuts(tiling, D)
     blocks = blocks_of(T, S, tiling.tokens)
     parts = torch.empty(splits, n, T, R, dtype=torch.float32, device=x.device)
-    outs = [factor.shape[2] for factor in b] + [0] * (MAX_SLICES - n)
     none: list[Any] = [None] * (MAX_SLICES - n)
     tokens = (order.slots, order.counts, order.starts, order.tokens)
     sizes = {"SLICES": n, "R": R, "S": S, "G": len(order.slots), "BT": tiling.tokens, "OVERLAP": overlap}
@@ -284,7 +288,7 @@ def _launch(
     programs = sum(triton.cdiv(out, tiling.outputs) for out in outs)
     at_once = min(blocks, max(triton.cdiv(T, tiling.tokens), FULL_DEVICE // programs))
     expand_kernel[(programs, at_once)](
-        y, parts, *b, *none, *tokens, T, y.stride(0), *outs,
+        y, parts, *b, *none, *tokens, T, y.stride(0), *outs, *[0] * (MAX_SLICES - n),
         SPLITS=splits, BO=tiling.outputs, BR=min(64, max(16, triton.next_power_of_2(R))),
         num_warps=8 if tiling.tokens == 64 else 4, **sizes, **later,
     )  # fmt: skip
