@@ -58,7 +58,9 @@ def tiling_of(T: int, R: int, D: int, outs: Sequence[int]) -> Tiling:
         return Tiling(1, 16, 256, 64, 3, min(32, 1 << max(0, (192 // programs).bit_length() - 1)))
     if T <= 16:
         return Tiling(16, 16, 256, 64, 4, _splits(120 * D / sum(outs), 16))
-    splits = _splits(100 * D / (triton.cdiv(T, 64) * sum(outs)), 8)
+    splits = _splits(
+        100 * D / (triton.cdiv(T, 64) * sum(outs)), 8 if R <= 64 else 4
+    )  # expand keeps all parts in registers
     if T <= 64:
         return Tiling(64, 16, 128, 128, 3, splits)
     return Tiling(64, min(64, max(16, triton.next_power_of_2(R))), 64, 128, 4, splits)
@@ -189,13 +191,12 @@ def expand_kernel(
     for tokens in tl.range(tl.program_id(1), tl.sum(groups[4], axis=0), tl.num_programs(1), num_stages=1):
         slot, t, exists = _find_tokens(groups, tokens_ptr, tokens, T, BT)
         there = exists & (o < width)
+        y = tl.load(y_ptr + t * y_stride, there, 0.0)
         total = tl.zeros((BT, BO), tl.float32)
-        for start in tl.static_range(0, R, BR):
+        for start in tl.range(0, R, BR, num_stages=1):  # unrolled, or ahead, it would not fit into registers
             r = start + tl.arange(0, BR)
             down = r[:, None]
             b = tl.load(b_ptr + slot.to(tl.int64) * width * R + down, (o < width) & (down < R), 0.0)
-            if start == 0:  # after the factors, whose place is known before the tokens'
-                y = tl.load(y_ptr + t * y_stride, there, 0.0)
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()
             shrunk = _add_parts(parts_ptr, piece, t, r[None, :], exists, T, SLICES, R, SPLITS).to(b.dtype)
