@@ -1,9 +1,7 @@
-"""LoRA and routing of a Llama block in serving: our kernels beside vLLM's own, replayed as CUDA graphs.
+"""What routing adds to the LoRA of a Llama block in serving: our kernels beside vLLM's own, replayed as CUDA graphs.
 
-Needs a GPU. Where vLLM cannot be imported, our kernels are timed alone. "lora" and "mixture" are vLLM's kernels without
-and with routing, "ours-plain" and "ours" are ours; "ours-overlap" is "ours" with each expand launched before its shrink
-has ended. Tokens are of one slot, of all slots in turn and at random (decoding), or of all slots one after the other
-(prompts).
+Needs a GPU. Where vLLM cannot be imported, our kernels are timed alone. Tokens are of one slot, of all slots in turn
+and at random (decoding), or of all slots one after the other (prompts).
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelora.ops.slot_lora import TokensBySlot, add_slot_lora_reference
 from moelora.ops.slot_tables import SlotTables, route_slots_reference
 
 from .correctness import CorrectnessError
@@ -33,7 +30,6 @@ MODULE = "benchmarks.serving_kernels"
 EXAMPLES = (
     "",
     "--tokens 1 8 32 --cases mixed --repeats 7",
-    "--tokens 1 8 32 --overlap",
     "--experts 16 --rank 4 --top-k 4 --slots 4",
 )
 CASES = {
@@ -42,7 +38,6 @@ CASES = {
     "runs": lambda T, S: torch.arange(T) * S // T,
 }
 ARMS_OF_OURS = ("route", "weight")
-PRODUCTS_OF_OURS = ("ours-plain", "ours", "ours-overlap")
 ARMS_WITH_VLLM = ("lora", "mixture")
 
 
@@ -106,95 +101,8 @@ def make_tables(args: argparse.Namespace) -> SlotTables:
     return tables
 
 
-Factors = list[list[tuple[list[Tensor], list[Tensor]]]]
-"""A and B of the slices of each group of linears, by block and group."""
-
-
-def make_factors(args: argparse.Namespace, dtype: torch.dtype) -> Factors:
-    """Random LoRAs in all slots of all blocks."""
-    rank = args.experts * args.rank
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(args.slots, 1, *shape, dtype=dtype) / shape[-1] ** 0.5
-
-    def of_group(group: Group) -> tuple[list[Tensor], list[Tensor]]:
-        return [random(rank, group.width_in) for _ in group.outs], [random(out, rank) for out in group.outs]
-
-    return [[of_group(group) for group in groups_of(args)] for _ in range(args.blocks)]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tokens for the linears of any block."""
-
-    factors: Factors
-    slot_T: Tensor
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-    @classmethod
-    def of(cls, factors: Factors, slot_T: Tensor) -> Batch:
-        """Random inputs."""
-        T, dtype = len(slot_T), factors[0][0][0][0].dtype
-        inputs = [torch.randn(T, a[0].shape[3], dtype=dtype) for a, _ in factors[0]]
-        outputs = [torch.zeros(T, sum(part.shape[2] for part in b), dtype=dtype) for _, b in factors[0]]
-        return cls(factors, slot_T, inputs, outputs)
-
-    def check(self, name: str, products: Callable[[], None], gate_TR: Tensor | None, tokens: int = 16) -> None:
-        """Raise a CorrectnessError unless the first tokens' outputs of block 0 are the LoRAs', times the gate."""
-        for y in self.outputs:
-            y.zero_()
-        products()
-        few = slice(0, tokens)
-        for (a, b), x, y in zip(self.factors[0], self.inputs, self.outputs, strict=True):
-            expected = torch.zeros_like(y[few])
-            gate = None if gate_TR is None else gate_TR[few]
-            add_slot_lora_reference(expected, x[few], a, b, self.slot_T[few], gate)
-            error = (y[few].float() - expected.float()).norm() / expected.float().norm()
-            if not error < 3e-2:
-                raise CorrectnessError(f"{name}: {error:.1e} of the output differ")
-
-
-class OurProducts:
-    """Our shrink and expand."""
-
-    def __init__(self, batch: Batch, num_slots: int) -> None:
-        self.batch = batch
-        self.order = TokensBySlot.of(batch.slot_T, num_slots)
-
-    def add(self, block: int, gate_TR: Tensor | None = None, overlap: bool = False) -> None:
-        """Add the LoRAs of one block to the outputs, their shrunk activations weighted by the gate."""
-        from moelora.ops.triton.slot_lora import add_slot_lora  # imports triton
-
-        for (a, b), x, y in zip(self.batch.factors[block], self.batch.inputs, self.batch.outputs, strict=True):
-            add_slot_lora(y, x, a, b, self.order, gate_TR, overlap)
-
-    def mixture(self, ours: Ours, block: int, overlap: bool = False) -> None:
-        """Route, then the same with weights."""
-        ours.route(block)
-        self.add(block, ours.gate_TR, overlap)
-
-    def check(self, ours: Ours, overlap: bool) -> None:
-        """Raise a CorrectnessError unless the outputs are right without a gate, with one, and overlapping."""
-        ours.route(0)
-        for gate in (None, ours.gate_TR):
-            self.batch.check("our kernels", partial(self.add, 0, gate), gate)
-        if overlap:
-            self.batch.check("our kernels, overlapping", partial(self.add, 0, gate, True), gate)
-
-    def steps(self, ours: Ours, overlap: bool) -> dict[str, Callable[[int], None]]:
-        """By arm, what one block takes."""
-        steps: dict[str, Callable[[int], None]] = {
-            "ours": partial(self.mixture, ours),
-            "ours-plain": self.add,
-        }
-        if overlap:
-            steps["ours-overlap"] = partial(self.mixture, ours, overlap=True)
-        return steps
-
-
 class VllmKernels:
-    """vLLM's shrink and expand.
+    """vLLM's shrink and expand, with random LoRAs in all slots of all blocks.
 
     Its functions are called, not the torch operators made of them: those are registered for vLLM's platform alone,
     which is the CPU in a copy built for it.
@@ -203,35 +111,45 @@ class VllmKernels:
         Exception: whatever importing vLLM raises.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, args: argparse.Namespace, dtype: torch.dtype) -> None:
         ops = "vllm.lora.ops.triton_ops"
         if not importlib.import_module("vllm.triton_utils").HAS_TRITON:
             raise ImportError("vLLM found no use for Triton here")
         self.shrink = importlib.import_module(f"{ops}.lora_shrink_op")._lora_shrink
         self.expand = importlib.import_module(f"{ops}.lora_expand_op")._lora_expand
         self.meta = importlib.import_module(f"{ops}.lora_kernel_metadata").LoRAKernelMeta
-        self.num_slots = num_slots
+        self.slots, self.rank, self.dtype, self.groups = args.slots, args.experts * args.rank, dtype, groups_of(args)
+        self.blocks = [[self._factors(group) for group in self.groups] for _ in range(args.blocks)]
 
-    def products(self, batch: Batch) -> VllmProducts:
+    def _factors(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(self.slots, 1, *shape, dtype=self.dtype) / shape[-1] ** 0.5
+
+        return [random(self.rank, group.width_in) for _ in group.outs], [random(out, self.rank) for out in group.outs]
+
+    def batch(self, slot_T: Tensor) -> VllmBatch:
         """What it takes to run these tokens."""
-        T = len(batch.slot_T)
-        meta = self.meta.make(self.num_slots, T, batch.slot_T.device)
-        meta.prepare_tensors(batch.slot_T)
-        return VllmProducts(self, batch, meta.meta_args(T, False))
+        T, kind = len(slot_T), {"dtype": self.dtype}
+        meta = self.meta.make(self.slots, T, slot_T.device)
+        meta.prepare_tensors(slot_T)
+        inputs = [torch.randn(T, group.width_in, **kind) for group in self.groups]
+        outputs = [torch.zeros(T, sum(group.outs), **kind) for group in self.groups]
+        return VllmBatch(self, meta.meta_args(T, False), inputs, outputs)
 
 
 @dataclass(frozen=True)
-class VllmProducts:
-    """vLLM's kernels on a batch."""
+class VllmBatch:
+    """Tokens for vLLM's kernels."""
 
     kernels: VllmKernels
-    batch: Batch
     meta: tuple[Any, ...]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
     def lora(self, block: int, gate_TR: Tensor | None = None) -> None:
         """Add the LoRAs of one block to the outputs, their shrunk activations weighted by the gate."""
-        for (a, b), x, y in zip(self.batch.factors[block], self.batch.inputs, self.batch.outputs, strict=True):
-            shrunk = torch.empty(len(a), len(x), a[0].shape[2], dtype=torch.float32)
+        for (a, b), x, y in zip(self.kernels.blocks[block], self.inputs, self.outputs, strict=True):
+            shrunk = torch.empty(len(a), len(x), self.kernels.rank, dtype=torch.float32)
             self.kernels.shrink(x, a, shrunk, *self.meta, 1.0)
             if gate_TR is not None:
                 shrunk.mul_(gate_TR)
@@ -242,10 +160,17 @@ class VllmProducts:
         ours.route(block)
         self.lora(block, ours.gate_TR)
 
-    def check(self, ours: Ours) -> None:
-        """Raise a CorrectnessError unless the outputs are the mixtures'."""
+    def check(self, ours: Ours, tokens: int = 16) -> None:
+        """Raise a CorrectnessError unless the first tokens' output of the last linear is the mixture's."""
         ours.route(0)
-        self.batch.check("vLLM's kernels with our gate", partial(self.lora, 0, ours.gate_TR), ours.gate_TR)
+        self.outputs[-1].zero_()
+        self.lora(0, ours.gate_TR)
+        ((a,), (b,)), slots = self.kernels.blocks[0][-1], ours.slot_T[:tokens]
+        shrunk = torch.einsum("ti,tri->tr", self.inputs[-1][:tokens].float(), a[slots, 0].float())
+        expected = torch.einsum("tr,tor->to", shrunk * ours.gate_TR[:tokens], b[slots, 0].float())
+        error = (self.outputs[-1][:tokens].float() - expected).norm() / expected.norm()
+        if not error < 3e-2:
+            raise CorrectnessError(f"vLLM's kernels with our gate: {error:.1e} of the output differ")
 
 
 def over_blocks(step: Callable[[int], None], blocks: int) -> Callable[[], None]:
@@ -259,26 +184,17 @@ def over_blocks(step: Callable[[int], None], blocks: int) -> Callable[[], None]:
 
 
 def measure(
-    tables: SlotTables,
-    kernels: VllmKernels | None,
-    factors: Factors,
-    row: Row,
-    slot_T: Tensor,
-    args: argparse.Namespace,
-    out: Recorder,
+    tables: SlotTables, kernels: VllmKernels | None, row: Row, slot_T: Tensor, args: argparse.Namespace, out: Recorder
 ) -> None:
     """Check, then record the seconds that one block takes in every arm."""
-    ours = Ours(tables, slot_T, getattr(torch, row.dtype), groups_of(args))
+    dtype = getattr(torch, row.dtype)
+    ours = Ours(tables, slot_T, dtype, groups_of(args))
     ours.check()
-    batch = Batch.of(factors, slot_T)
-    products = OurProducts(batch, args.slots)
-    products.check(ours, args.overlap)
     steps: dict[str, Callable[[int], None]] = {"route": ours.route, "weight": ours.weight}
-    steps |= products.steps(ours, args.overlap)
     if kernels is not None:
-        theirs = kernels.products(batch)
-        theirs.check(ours)
-        steps |= {"lora": theirs.lora, "mixture": partial(theirs.mixture, ours)}
+        batch = kernels.batch(slot_T)
+        batch.check(ours)
+        steps |= {"lora": batch.lora, "mixture": partial(batch.mixture, ours)}
     arms: Arms = {arm: over_blocks(step, args.blocks) for arm, step in steps.items()}
     take_turns(arms, out, row, "cuda", args.repeats, args.min_time, calls=args.blocks)
 
@@ -290,7 +206,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         setting = comparison.setting
         medians = {
             arm: statistics.median(times.values()) * 1e6
-            for arm in (*ARMS_OF_OURS, *PRODUCTS_OF_OURS, *ARMS_WITH_VLLM)
+            for arm in (*ARMS_OF_OURS, *ARMS_WITH_VLLM)
             if (times := comparison.values(arm, "seconds"))
         }
         if not medians.keys() >= set(ARMS_OF_OURS):
@@ -299,11 +215,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         if medians.keys() >= set(ARMS_WITH_VLLM):
             lora, added = medians["lora"], medians["mixture"] - medians["lora"]
             text += f" plain LoRA of rank {setting.experts * setting.rank} costs {lora:.1f} us,"
-            text += f" routing and weighting add {added:.1f} us = {added / lora:.1%};"
-        if ours := [f"{arm} {medians[arm]:.1f} us" for arm in PRODUCTS_OF_OURS if arm in medians]:
-            text += f" our kernels: {', '.join(ours)};"
-        if text[-1] == ";":
-            text += " alone,"
+            text += f" routing and weighting add {added:.1f} us = {added / lora:.1%}; alone,"
         lines.append(f"{text} routing takes {medians['route']:.1f} us, weighting {medians['weight']:.1f} us")
     return lines
 
@@ -316,7 +228,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 256, 2048, 8192])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--overlap", action="store_true", help='also the arm "ours-overlap", from Hopper on')
     parser.add_argument("--blocks", type=int, default=8, help="that one graph runs through, each with its own weights")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--experts", type=int, default=8)
@@ -340,12 +251,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     recorder = recorder_of(args, MODULE, argv)
     make_row = partial(row_of, args, "serving_kernels")
     tables = make_tables(args)
-    factors = make_factors(args, getattr(torch, args.dtype))
-    kernels = attempt(partial(VllmKernels, args.slots), recorder, make_row("vLLM", 0), "lora", errors=Exception)
+    make_kernels = partial(VllmKernels, args, getattr(torch, args.dtype))
+    kernels = attempt(make_kernels, recorder, make_row("vLLM", 0), "lora", errors=Exception)
     rows = [make_row(case, tokens) for tokens in args.tokens for case in args.cases if tokens > 1 or case == "one"]
     for row in rows:
         slot_T = CASES[row.case](row.tokens, args.slots).to(torch.int32)
-        measure(tables, kernels, factors, row, slot_T, args, recorder)
+        measure(tables, kernels, row, slot_T, args, recorder)
     measured = [row for row in read([recorder.path])[1] if row.benchmark == "serving_kernels"]
     print(*summary(measured), sep="\n")
 

@@ -57,28 +57,13 @@ def batch(args, monkeypatch, kernel_device):
         slot_T = serving_kernels.CASES["mixed"](8, args.slots).to(torch.int32)
         tables, groups = serving_kernels.make_tables(args), serving_kernels.groups_of(args)
         ours = serving_kernels.Ours(tables, slot_T, torch.float16, groups)
-        tokens = serving_kernels.Batch.of(serving_kernels.make_factors(args, torch.float16), slot_T)
-        yield serving_kernels.VllmKernels(args.slots).products(tokens), ours
+        yield serving_kernels.VllmKernels(args, torch.float16).batch(slot_T), ours
 
 
-@pytest.fixture
-def products(batch, args):
-    return serving_kernels.OurProducts(batch[0].batch, args.slots)
-
-
-def test_all_checks_pass(batch, products):
+def test_both_checks_pass(batch):
     theirs, ours = batch
     ours.check()
     theirs.check(ours)
-    products.check(ours, overlap=False)
-
-
-def test_every_arm_of_ours_adds_to_the_outputs(batch, products):
-    for arm, step in products.steps(batch[1], overlap=False).items():
-        for y in products.batch.outputs:
-            y.zero_()
-        step(1)
-        assert all(y.any() for y in products.batch.outputs), arm
 
 
 def test_a_wrong_gate_stops_everything(batch, monkeypatch):
@@ -98,20 +83,13 @@ def test_a_gate_that_does_not_arrive_stops_everything(batch, monkeypatch):
         theirs.check(ours)
 
 
-def test_kernels_of_ours_that_forget_the_gate_stop_everything(batch, products, monkeypatch):
-    plain = products.add
-    monkeypatch.setattr(products, "add", lambda block, gate_TR=None, overlap=False: plain(block))
-    with pytest.raises(CorrectnessError, match=r"our kernels: .* of the output differ"):
-        products.check(batch[1], overlap=False)
-
-
 def test_the_summary_says_what_routing_adds():
     row = Row("serving_kernels", "mixed", 8, experts=8, rank=8, top_k=2, dtype="bfloat16")
-    micros = {"route": 8, "weight": 6, "lora": 50, "mixture": 60, "ours": 30, "ours-plain": 20}
+    micros = {"route": 8, "weight": 6, "lora": 50, "mixture": 60}
     rows = [dataclasses.replace(row, arm=arm, value=value * 1e-6) for arm, value in micros.items()]
     assert serving_kernels.summary(rows) == [
         "8 tokens, mixed: a block's plain LoRA of rank 64 costs 50.0 us, routing and weighting add 10.0 us = 20.0%; "
-        "our kernels: ours-plain 20.0 us, ours 30.0 us; alone, routing takes 8.0 us, weighting 6.0 us"
+        "alone, routing takes 8.0 us, weighting 6.0 us"
     ]
     alone = ["8 tokens, mixed: a block's routing takes 8.0 us, weighting 6.0 us"]
     assert serving_kernels.summary([*rows[:2], dataclasses.replace(row, tokens=0, metric="failed")]) == alone

@@ -9,7 +9,7 @@ NAMES = {
     "vllm": ("__version__",),
     "vllm.config.CUDAGraphMode": ("NONE",),
     "vllm.config.CompilationMode": ("NONE",),
-    "vllm.envs": ("VLLM_BATCH_INVARIANT", "VLLM_LORA_ENABLE_DUAL_STREAM"),
+    "vllm.envs": ("VLLM_LORA_ENABLE_DUAL_STREAM",),
     "vllm.forward_context": ("get_forward_context", "is_forward_context_available"),
     "vllm.forward_context.ForwardContext": ("attn_metadata",),
     "vllm.logger": ("init_logger",),
@@ -49,10 +49,7 @@ ATTRIBUTES = {
     "vllm.lora.model_manager.LoRAModelManager": (
         *("_registered_adapters", "lora_index_to_id", "model", "modules", "packed_modules", "punica_wrapper_mapping"),
     ),
-    "vllm.lora.ops.triton_ops.lora_kernel_metadata.LoRAKernelMeta": (
-        *("active_lora_ids", "lora_token_start_loc", "no_lora_flag_cpu", "num_tokens_per_lora"),
-        *("token_indices_sorted_by_lora_ids", "token_lora_mapping"),
-    ),
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata.LoRAKernelMeta": ("no_lora_flag_cpu", "token_lora_mapping"),
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata": (
         *("block_table", "query_start_loc", "seq_lens", "slot_mapping"),
     ),

@@ -66,9 +66,8 @@ class EngineRouting:
 
     def _hook(self, blocks: Iterable[nn.Module]) -> None:
         if self.is_captured:
-            self.wrapper.trace_as(self.number)  # what is traced may hold a number, and not this object
-        else:
-            self.wrapper.run_now()
+            number = self.number  # what is traced may hold a number, and not this object
+            self.wrapper.multiply = lambda shrunk, gate: torch.ops.moelora.weigh(shrunk, gate, number)
         for index, block in enumerate(blocks):
             hook = BlockHook(self, index, BlockInput.of(block, IS_SPLIT[class_name(block)]))
             block.register_forward_pre_hook(hook.before, with_kwargs=True)
@@ -177,10 +176,6 @@ class EngineRouting:
         """Multiply shrunk activations [n, T, R] by the gate, in place."""
         assert self.tables is not None
         self.tables.weigh(shrunk, gate_TR)
-
-    def add_products(self, y: Tensor, x: Tensor, gate: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        """Add the LoRAs of a linear to y [T, O]; the gate is [T, R] or [n, T, R]."""
-        self.wrapper.add_products_now(y, x, gate, a, b)
 
     def _over_context(self, router: str, rows: Rows, densities_TA: Tensor) -> Tensor:
         assert self.densities is not None

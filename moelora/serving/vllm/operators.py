@@ -6,7 +6,6 @@ What is traced would bake in what happens to be served then, and vLLM drops the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,15 +21,11 @@ class Routing(Protocol):
     def weigh(self, shrunk: Tensor, gate_TR: Tensor) -> None:
         """Multiply shrunk activations by the gate, in place."""
 
-    def add_products(self, y: Tensor, x: Tensor, gate: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        """Add the LoRAs of a linear to y, in place; `a` and `b` are the factors by slice."""
-
 
 _engines: weakref.WeakValueDictionary[int, Routing] = weakref.WeakValueDictionary()
 _library = torch.library.Library("moelora", "FRAGMENT")
 _library.define("route(Tensor hidden, Tensor? residual, Tensor(a!) gate, int engine, int block) -> ()")
 _library.define("weigh(Tensor(a!) shrunk, Tensor gate, int engine) -> ()")
-_library.define("add_products(Tensor(a!) y, Tensor x, Tensor? gate, Tensor[] a, Tensor[] b, int engine) -> ()")
 
 
 def number(engine: Routing) -> int:
@@ -48,13 +43,8 @@ def _weigh(shrunk: Tensor, gate: Tensor, engine: int) -> None:
     _engines[engine].weigh(shrunk, gate)
 
 
-def _add_products(
-    y: Tensor, x: Tensor, gate: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], engine: int
-) -> None:
-    _engines[engine].add_products(y, x, gate, a, b)
-
-
-for _name, _operator in (("route", _route), ("weigh", _weigh), ("add_products", _add_products)):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _operator, _device)
+for _device in ("CPU", "CUDA"):
+    _library.impl("route", _route, _device)
+    _library.impl("weigh", _weigh, _device)
+for _name in ("route", "weigh"):
     torch.library.register_fake(f"moelora::{_name}", lambda *arguments: None, lib=_library)

@@ -1,4 +1,4 @@
-"""vLLM's LoRA products, with the ranks of mixtures weighed between the two; on a CPU and a GPU, products of our own.
+"""vLLM's LoRA products, with the ranks of mixtures weighed between the two; on a CPU, products of our own.
 
 vLLM computes ``y += B (A x)`` for each token with its LoRA's factors by an object that it calls a punica wrapper. A
 mixture is ``y += B (gate * (A x))``: one multiplication more. Shapes: T tokens, R rank, S slots, n slices of a linear.
@@ -6,20 +6,14 @@ mixture is ``y += B (gate * (A x))``: one multiplication more. Shapes: T tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import vllm.envs as envs
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from ...ops.slot_lora import TokensBySlot
-from ...ops.triton import kernels_for
 from ..slots import Group, Rows, groups_of
-
-FUSED = True
-"""Whether a GPU's LoRA products are our kernels; else they are vLLM's, and a multiplication between them."""
 
 Stacked = tuple[Tensor, ...]
 """A linear's factors by slice, each [S, 1, ...]."""
@@ -41,13 +35,6 @@ class Weighed:
     multiply: Callable[[Tensor, Tensor], object]
     _gates: list[Tensor] | None  # by slice, of the linear that runs
     _groups: list[Group] | None
-
-    def trace_as(self, number: int) -> None:
-        """Have what is traced, or captured, call the operators of this engine."""
-        self.multiply = lambda shrunk, gate: torch.ops.moelora.weigh(shrunk, gate, number)
-
-    def run_now(self) -> None:
-        """Nothing is traced, and nothing captured."""
 
     @property
     def groups(self) -> list[Group]:
@@ -77,71 +64,6 @@ class Weighed:
         elif self.gate is not None:
             self.multiply(x, self.gate)
         return super().add_expand(y, x, *args, **kwargs)  # type: ignore[misc]
-
-
-class FusedProducts(Weighed):
-    """On a GPU: two launches for a linear, in which ranks are weighed, where vLLM has two and a pass over the result.
-
-    What the kernels do not take is left to vLLM's: float32, more than three linears in one. Fully sharded LoRA is, too,
-    because it calls `add_shrink` and `add_expand` by itself.
-
-    Attributes:
-        add_products: `add_products_now`, or an operator that calls it; None lets vLLM compute everything, as in parts
-            of a model that no routing serves.
-    """
-
-    token_mapping_meta: Any  # vLLM's
-    add_products: Callable[[Tensor, Tensor, Tensor | None, list[Tensor], list[Tensor]], object] | None
-
-    def trace_as(self, number: int) -> None:
-        """See Weighed."""
-        super().trace_as(number)
-        self.add_products = lambda y, x, gate, a, b: torch.ops.moelora.add_products(y, x, gate, a, b, number)
-
-    def run_now(self) -> None:
-        """See Weighed."""
-        self.add_products = self.add_products_now
-
-    def add_lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: Stacked,
-        lora_b_stacked: Stacked,
-        scale: float,
-        output_slices: tuple[int, ...],
-        **kwargs: Any,
-    ) -> Any:
-        """See vLLM. y [T, O], in place; the scale is in the factors and 1 here."""
-        if self.add_products is None or scale != 1 or kwargs:
-            return super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
-        gates = None if self.gates_of_linear is None else self.gates_of_linear(lora_a_stacked, x)
-        gate = self.gate if gates is None else torch.stack(gates)
-        return self.add_products(y, x, gate, list(lora_a_stacked), list(lora_b_stacked))
-
-    def add_products_now(
-        self, y: Tensor, x: Tensor, gate: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]
-    ) -> None:
-        """Add ``B (gate * (A x))`` to y; the gate is [T, R] or [n, T, R]."""
-        meta = self.token_mapping_meta
-        if meta.no_lora_flag_cpu.item():
-            return  # vLLM captures a graph of its own of such batches
-        if kernels_for(x):
-            from ...ops.triton.slot_lora import add_slot_lora, takes
-
-            if takes(y, x, a, b):
-                slots, counts, starts = meta.active_lora_ids, meta.num_tokens_per_lora, meta.lora_token_start_loc
-                order = TokensBySlot(slots, counts, starts, meta.token_indices_sorted_by_lora_ids)
-                add_slot_lora(y, x, a, b, order, gate)
-                return
-        self._add_as_vllm(y, x, gate, a, b)
-
-    def _add_as_vllm(self, y: Tensor, x: Tensor, gate: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        of_block, self.gate = self.gate, gate
-        try:
-            super().add_lora_linear(y, x, tuple(a), tuple(b), 1.0, tuple(factor.shape[2] for factor in b))
-        finally:
-            self.gate = of_block
 
 
 class ProductsBySlot(Weighed):
@@ -228,18 +150,12 @@ def _write_back(y: Tensor, rows: Rows, own: Tensor) -> None:
         y[rows] = own
 
 
-def _is_fused(wrapper: Any) -> bool:
-    """Not where results must not depend on the batch: our kernels cut a product by the number of tokens."""
-    return FUSED and torch.device(wrapper.device).type == "cuda" and not envs.VLLM_BATCH_INVARIANT
-
-
 def weighed(wrapper: Any) -> Any:
     """The same wrapper, of a class that weighs; it shares what the other has."""
     cls = type(wrapper)
-    own = ProductsBySlot if cls is PunicaWrapperCPU else FusedProducts if _is_fused(wrapper) else Weighed
+    own = ProductsBySlot if cls is PunicaWrapperCPU else Weighed
     made: Any = object.__new__(type(f"Weighed{cls.__name__}", (own, cls), {}))
     made.__dict__ = wrapper.__dict__
     made.gate = made.gates_of_linear = made._gates = made._groups = None
-    made.add_products = None
     made.multiply, made.ranks, made.heads = Tensor.mul_, {}, set()
     return made
