@@ -47,7 +47,8 @@ class PooledRouter:
         kind, routers = self.config.router_kind, self.routers
         self.first_NH = first_weights(routers).detach()
         self.maturity_E = torch.cat([router.maturity for router in routers]) if kind.matures else None
-        self.outside_E = None if self.maturity_E is None else 1.0 - self.maturity_E
+        outside_E = None if self.maturity_E is None else 1.0 - self.maturity_E
+        self.outside_E = None if outside_E is None or not outside_E.any() else outside_E  # of its p; None: nothing
         biases = [router.selection_bias for router in routers if router.selection_bias is not None]
         moves_bias = self.config.balancing.moves_bias and len(biases) == len(routers)
         self.bias_E = torch.cat(biases) if moves_bias else None
@@ -95,10 +96,15 @@ class PooledRouter:
         hidden_TH = hidden_TH.float()
         norm_T1 = torch.linalg.vector_norm(hidden_TH, dim=-1, keepdim=True)
         rstd_T1 = torch.addcmul(self._eps, norm_T1, norm_T1, value=1 / hidden_TH.shape[-1]).rsqrt_()
-        probs_TE = torch.mm(hidden_TH, self._over_temperature_HE).mul_(rstd_T1).softmax(dim=-1)
+        z_TE = torch.mm(hidden_TH, self._over_temperature_HE).mul_(rstd_T1)
+        if self.top_k == self.num_experts:
+            return z_TE.softmax(dim=-1).mul_(self.config.routing_scale)
+        if self.outside_E is None:
+            top_TK, chosen_TK = z_TE.topk(self.top_k, dim=-1)
+            return torch.zeros_like(z_TE).scatter_(-1, chosen_TK, top_TK.softmax(-1).mul_(self.config.routing_scale))
+        probs_TE = z_TE.softmax(dim=-1)
         top_TK, chosen_TK = probs_TE.topk(self.top_k, dim=-1)
-        shares_TE = torch.zeros_like(probs_TE) if self.outside_E is None else probs_TE * self.outside_E
-        shares_TE.scatter_(-1, chosen_TK, top_TK)
+        shares_TE = (probs_TE * self.outside_E).scatter_(-1, chosen_TK, top_TK)
         return shares_TE.mul_(self.config.routing_scale / shares_TE.sum(dim=-1, keepdim=True))
 
 
