@@ -73,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("qwen3"),
     "gemma2": Architecture(
         "gemma2",
-        {**_WINDOWS, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        {**_WINDOWS, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0}
         | {"tie_word_embeddings": True},
     ),
     "gemma3": Architecture("gemma3_text", {**_WINDOWS, "query_pre_attn_scalar": 24, "tie_word_embeddings": True}),
