@@ -16,7 +16,7 @@ from moelora.routing.domain_classifier import over_context
 from moelora.routing.pooled import score
 from moelora.schema import UserError
 from moelora.serving.mixture import read_served_mixture
-from moelora.serving.slots import Slots, groups_of
+from moelora.serving.slots import Slots, groups_of, write_gates
 
 TEXT = torch.randint(2, VOCAB, (1, 21), generator=torch.Generator().manual_seed(0))
 
@@ -80,7 +80,7 @@ class Server(nn.Module):
         super().__init__()
         self.base, self.slots, self.served = base, Slots(of_one_text), served
         self.slots.set(3, served)
-        self.gate = None
+        self.gates = {}
         for index, (name, block) in enumerate(base.model.layers.named_children()):
             block.register_forward_pre_hook(self.enter(f"model.layers.{name}", index == 0), with_kwargs=True)
         for name in served.factors:
@@ -89,10 +89,10 @@ class Server(nn.Module):
     def enter(self, name, is_first):
         def before(block, args, kwargs):
             hidden = args[0][0]
-            self.gate = torch.ones(hidden.shape[0], self.served.rank + 2)
+            self.gates = {}
             if self.served.routers:
                 groups = [(3, slice(0, hidden.shape[0]))]
-                self.slots.weigh_block(name, is_first, hidden, groups, self.gate)
+                self.gates = self.slots.block_gates(name, is_first, hidden, groups)
 
         return before
 
@@ -100,9 +100,8 @@ class Server(nn.Module):
         def after(linear, args, output):
             A, B = self.served.factors[name]
             x = args[0][0]
-            gate = self.gate.clone()
-            self.slots.weigh_linear(name, x, [(3, slice(0, x.shape[0]))], gate)
-            return output + (x @ A.t() * gate[:, : self.served.rank]) @ B.t()
+            gates = self.gates | self.slots.linear_gates(name, x, [(3, slice(0, x.shape[0]))])
+            return output + (x @ A.t() * gates.get(3, 1.0)) @ B.t()
 
         return after
 
@@ -159,7 +158,8 @@ def test_slots_do_not_mix(tmp_path):
     of_token = [2, 0, -1, 0, 1, 2, 2, -1]
     hidden = torch.randn(len(of_token), 32, generator=torch.Generator().manual_seed(2))
     gate = torch.full((len(of_token), 20), 7.0)
-    slots.weigh_block("model.layers.1", False, hidden, groups_of(of_token), gate)
+    groups = groups_of(of_token)
+    write_gates(slots.block_gates("model.layers.1", False, hidden, groups), groups, gate)
     for token, slot in enumerate(of_token):
         mixture = served.get(slot)
         if mixture is None:

@@ -136,13 +136,12 @@ class ServedMixture:
         """Whether the text decides between adapters."""
         return any(router.routes_by_domain for router in self.routers.values())
 
-    def write_gate(self, router: str, weights_TE: Tensor, gate_TR: Tensor) -> None:
-        """Write what multiplies each rank, from the weights of a router's experts."""
-        ranks_TEr = gate_TR[:, : self.rank].unflatten(1, (self.num_experts, self.expert_rank))
-        if (columns := self.columns.get(router)) is None:
-            ranks_TEr.copy_(weights_TE[..., None])
-        else:
-            ranks_TEr.zero_()[:, columns] = weights_TE[..., None]
+    def gate(self, router: str, weights_TE: Tensor) -> Tensor:
+        """[T, E * r]: what multiplies each rank, from the weights of a router's experts."""
+        if (columns := self.columns.get(router)) is not None:
+            whole = weights_TE.new_zeros(weights_TE.shape[0], self.num_experts)
+            weights_TE = whole.index_copy_(1, columns.to(weights_TE.device), weights_TE)
+        return weights_TE[..., None].expand(-1, -1, self.expert_rank).flatten(1)
 
 
 def active_adapters(stored: Sequence[StoredAdapter]) -> list[StoredAdapter]:

@@ -39,6 +39,8 @@ def _as_rows(indices: list[int]) -> Rows:
     return slice(first, last + 1) if last - first + 1 == len(indices) else torch.tensor(indices)
 
 
+Gates = dict[int, Tensor]
+"""By slot, [its tokens, E * r]: what their ranks are multiplied by; slots that are not there, by ones."""
 OverContext = Callable[[str, Rows, Tensor], Tensor]
 """Sums a router's densities [T, A] of some of a batch's tokens over the context of each."""
 
@@ -56,9 +58,6 @@ class Slots:
         self._of_model: dict[int, Tensor] = {}  # "model" scope: what the first block's input has decided
         self._batch: Sequence[Group] = ()
         self._found: dict[str, list[tuple[int, Rows, ServedMixture]]] = {}  # in that batch
-
-    def __getitem__(self, slot: int) -> ServedMixture:
-        return self._mixtures[slot]
 
     def set(self, slot: int, mixture: ServedMixture) -> None:
         """Put a mixture into a slot."""
@@ -85,40 +84,40 @@ class Slots:
             self._batch = groups
         return self._found[by]
 
-    def weigh_block(
-        self, block: str, is_first: bool, hidden_TH: Tensor, groups: Sequence[Group], gate_TR: Tensor
-    ) -> None:
-        """Write what multiplies the ranks of the tokens of mixtures in a block; other tokens' rows stay as they are.
+    def block_gates(self, block: str, is_first: bool, hidden_TH: Tensor, groups: Sequence[Group]) -> Gates:
+        """What multiplies the ranks of the tokens of mixtures in a block.
 
         Args:
             is_first: of the model; its input decides where the model has one router.
             hidden_TH: what enters the block.
         """
+        gates = {}
         for slot, rows, mixture in self.routed(groups, "block"):
             name = "" if mixture.scope == "model" else block
             if (router := mixture.routers.get(name)) is None:
                 continue  # no expert in this block
-            if name:
-                weights_TE = router.weights(hidden_TH[rows], self._add_up(block, rows))
-            elif is_first:
-                weights_TE = self._of_model[slot] = router.weights(hidden_TH[rows], self._add_up(block, rows))
+            if name or is_first:
+                gates[slot] = mixture.gate(name, router.weights(hidden_TH[rows], self._add_up(block, rows)))
             else:
-                weights_TE = self._of_model[slot]
-            _write(mixture, name, weights_TE, rows, gate_TR)
+                gates[slot] = self._of_model[slot]
+            if not name:
+                self._of_model[slot] = gates[slot]
+        return gates
 
-    def weigh_linear(self, linear: str, x_TD: Tensor, groups: Sequence[Group], gate_TR: Tensor) -> None:
+    def linear_gates(self, linear: str, x_TD: Tensor, groups: Sequence[Group]) -> Gates:
         """The same for a linear and the mixtures of which each linear has a router of its own."""
-        for _, rows, mixture in self.routed(groups, "linear"):
+        gates = {}
+        for slot, rows, mixture in self.routed(groups, "linear"):
             if (router := mixture.routers.get(linear)) is not None:
-                weights_TE = router.weights(x_TD[rows], self._add_up(linear, rows))
-                _write(mixture, linear, weights_TE, rows, gate_TR)
+                gates[slot] = mixture.gate(linear, router.weights(x_TD[rows], self._add_up(linear, rows)))
+        return gates
 
     def _add_up(self, router: str, rows: Rows) -> AddUp:
         return lambda densities_TA: self.over_context(router, rows, densities_TA)
 
 
-def _write(mixture: ServedMixture, router: str, weights_TE: Tensor, rows: Rows, gate_TR: Tensor) -> None:
-    own_TR = gate_TR[rows]  # a view of consecutive rows, a copy of others
-    mixture.write_gate(router, weights_TE, own_TR)
-    if not isinstance(rows, slice):
-        gate_TR[rows] = own_TR
+def write_gates(gates: Gates, groups: Sequence[Group], gate_TR: Tensor) -> None:
+    """Write gates by slot into that of a whole batch, [T, R]; all else stays as it is."""
+    for slot, rows in groups:
+        if slot in gates:
+            gate_TR[rows, : gates[slot].shape[1]] = gates[slot]

@@ -37,9 +37,10 @@ in_use: list["OpaqueProducts"] = []
 
 def _linear(y, x, gate, a, b, sizes):
     wrapper = in_use[-1]
-    wrapper.gate, traced = gate, wrapper.gate
+    gates = {} if gate is None else {slot: gate[rows, : wrapper.ranks[slot]] for slot, rows in wrapper.groups}
+    wrapper.gates, traced = gates, wrapper.gates
     ProductsBySlot.add_lora_linear(wrapper, y, x, a, b, 1.0, tuple(sizes))
-    wrapper.gate = traced
+    wrapper.gates = traced
 
 
 library.impl("linear", _linear, "CPU")

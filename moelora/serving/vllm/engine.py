@@ -17,7 +17,7 @@ from vllm.config import CompilationMode, CUDAGraphMode
 
 from ...routing.domain_classifier import WINDOW
 from ..mixture import ServedMixture
-from ..slots import Rows, Slots
+from ..slots import Gates, Rows, Slots, write_gates
 from . import operators
 from .blocks import IS_SPLIT, BlockInput, adapted_blocks, class_name
 from .densities import KeptDensities
@@ -142,27 +142,37 @@ class EngineRouting:
 
     # ---- what a batch is multiplied by -------------------------------------------------------------------------------
 
-    def gate(self, block: int, hidden_TH: Tensor, residual_TH: Tensor | None) -> Tensor | None:
-        """[T, R] for a block; None where all are ones, but never where that may be captured.
-
-        What enters the block is hidden_TH, plus residual_TH where that is given.
-        """
-        if self.is_captured:
-            gate_TR = self._blank(hidden_TH)
+    def enter(self, block: int, hidden_TH: Tensor, residual_TH: Tensor | None) -> None:
+        """Have the wrapper weigh the ranks in a block, which hidden_TH enters, plus residual_TH where that is given."""
+        if self.is_captured:  # nobody knows now what will be served then
+            self.wrapper.gate = gate_TR = self._blank(hidden_TH)
             torch.ops.moelora.route(hidden_TH, residual_TH, gate_TR, self.number, block)
-            return gate_TR
-        routed = self.slots.routed(self.wrapper.groups, "block")
+            return
+        self.wrapper.gates = self._gates(block, hidden_TH, residual_TH)
+        if not self.wrapper.reads_gates_by_slot:
+            self.wrapper.gate = self._whole_gate(block, hidden_TH, residual_TH, self.wrapper.gates)
+
+    def leave(self) -> None:
+        """Have it weigh nothing."""
+        self.wrapper.gate, self.wrapper.gates = None, {}
+
+    def _whole_gate(self, block: int, hidden_TH: Tensor, residual_TH: Tensor | None, gates: Gates) -> Tensor | None:
+        """[T, R]; None where all are ones."""
         in_tables = self.tables is not None and self.tables.in_use
-        if not routed and not in_tables:
+        if not gates and not in_tables:
             return None
-        # Not every rank of every token is written: not those of a mixture in a block that it leaves alone, nor those
-        # beyond its own. Their factors are zero, but what memory happens to hold may be no number.
-        gate_TR = self._blank(hidden_TH).fill_(1.0)
+        gate_TR = self._blank(hidden_TH).fill_(1.0)  # not every rank of every token is written
         if in_tables:
             self.route(hidden_TH, residual_TH, gate_TR, block)
-        entering = hidden_TH if residual_TH is None else hidden_TH + residual_TH
-        self.slots.weigh_block(self.blocks[block], block == 0, entering, self.wrapper.groups, gate_TR)
+        write_gates(gates, self.wrapper.groups, gate_TR)
         return gate_TR
+
+    def _gates(self, block: int, hidden_TH: Tensor, residual_TH: Tensor | None) -> Gates:
+        groups = self.wrapper.groups
+        if not self.slots.routed(groups, "block"):
+            return {}
+        entering = hidden_TH if residual_TH is None else hidden_TH + residual_TH
+        return self.slots.block_gates(self.blocks[block], block == 0, entering, groups)
 
     def _blank(self, hidden_TH: Tensor) -> Tensor:
         return torch.empty(hidden_TH.shape[0], self.max_rank, dtype=torch.float32, device=hidden_TH.device)
@@ -181,18 +191,12 @@ class EngineRouting:
         assert self.densities is not None
         return self.densities.over_context(router, rows, densities_TA)
 
-    def _gates_of_linear(self, lora_a_stacked: tuple[Tensor, ...], x: Tensor) -> list[Tensor] | None:
+    def _gates_of_linear(self, lora_a_stacked: tuple[Tensor, ...], x: Tensor) -> list[Gates] | None:
         """By slice, for the linears that have routers of their own."""
         groups, names = self.wrapper.groups, self._linears.get(id(lora_a_stacked), ())
-        if not names or not self.slots.routed(groups, "linear"):
+        if not self.slots.routed(groups, "linear"):
             return None
-        gates = []
-        for name in names:
-            of_block = self.wrapper.gate
-            gate_TR = self._blank(x).fill_(1.0) if of_block is None else of_block.clone()
-            self.slots.weigh_linear(name, x, groups, gate_TR)
-            gates.append(gate_TR)
-        return gates
+        return [self.slots.linear_gates(name, x, groups) for name in names] or None
 
 
 class BlockHook:
@@ -204,8 +208,8 @@ class BlockHook:
     def before(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Runs before the block's forward; traced where that is compiled."""
         hidden, residual = self.input.find(args, kwargs)
-        self.routing.wrapper.gate = self.routing.gate(self.index, hidden, residual)
+        self.routing.enter(self.index, hidden, residual)
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Runs after it."""
-        self.routing.wrapper.gate = None
+        self.routing.leave()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from ..slots import Group, Rows, groups_of
+from ..slots import Gates, Group, Rows, groups_of, write_gates
 
 Stacked = tuple[Tensor, ...]
 """A linear's factors by slice, each [S, 1, ...]."""
@@ -24,16 +24,20 @@ class Weighed:
 
     Attributes:
         gate: [T, R] float32 in force in the block that runs; None outside of blocks, and where no token is a mixture's.
-        gates_of_linear: gives the gates by slice of a linear, from its A factors and its input; None where no mixture
-            has a router for each linear.
+        gates: the same by slot, where nothing is captured.
+        gates_of_linear: gives them by slice of a linear, from its A factors and its input; None where no mixture has a
+            router for each linear.
+        reads_gates_by_slot: whether `gate` is not needed.
         multiply: multiplies shrunk activations by a gate, in place.
     """
 
     token_lora_indices: Tensor  # vLLM's
+    reads_gates_by_slot = False
     gate: Tensor | None
-    gates_of_linear: Callable[[Stacked, Tensor], list[Tensor] | None] | None
+    gates: Gates
+    gates_of_linear: Callable[[Stacked, Tensor], list[Gates] | None] | None
     multiply: Callable[[Tensor, Tensor], object]
-    _gates: list[Tensor] | None  # by slice, of the linear that runs
+    _of_linear: Tensor | None  # [n, T, R], of the linear that runs
     _groups: list[Group] | None
 
     @property
@@ -52,15 +56,21 @@ class Weighed:
         self, y: Tensor, x: Tensor, lora_a_stacked: Stacked, lora_b_stacked: Stacked, *args: Any, **kwargs: Any
     ) -> Any:
         """See vLLM."""
-        self._gates = None if self.gates_of_linear is None else self.gates_of_linear(lora_a_stacked, x)
+        by_slice = None if self.gates_of_linear is None else self.gates_of_linear(lora_a_stacked, x)
+        if by_slice is not None:
+            whole = x.new_ones(x.shape[0], lora_a_stacked[0].shape[2], dtype=torch.float32)
+            gates = [(whole if self.gate is None else self.gate).clone() for _ in by_slice]
+            for own, gate_TR in zip(by_slice, gates, strict=True):
+                write_gates(own, self.groups, gate_TR)
+            self._of_linear = torch.stack(gates)
         added = super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, *args, **kwargs)  # type: ignore[misc]
-        self._gates = None
+        self._of_linear = None
         return added
 
     def add_expand(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See vLLM. x [n, T, R] is overwritten."""
-        if self._gates is not None:
-            self.multiply(x, torch.stack(self._gates))
+        if self._of_linear is not None:
+            self.multiply(x, self._of_linear)
         elif self.gate is not None:
             self.multiply(x, self.gate)
         return super().add_expand(y, x, *args, **kwargs)  # type: ignore[misc]
@@ -77,6 +87,7 @@ class ProductsBySlot(Weighed):
         heads: the slots whose LoRA acts on the logits.
     """
 
+    reads_gates_by_slot = True
     ranks: dict[int, int]
     heads: set[int]
     sampler_indices: Tensor  # vLLM's
@@ -92,16 +103,16 @@ class ProductsBySlot(Weighed):
         **kwargs: Any,
     ) -> None:
         """See vLLM. y [T, O], in place; the scale is in the factors and 1 here."""
-        gates = None if self.gates_of_linear is None else self.gates_of_linear(lora_a_stacked, x)
+        by_slice = None if self.gates_of_linear is None else self.gates_of_linear(lora_a_stacked, x)
         for slot, rows in self.groups:
             tokens, own = x[rows].float(), y[rows]  # views of consecutive rows, copies of others
             rank = self.ranks.get(slot, lora_a_stacked[0].shape[2])
-            gate = None if self.gate is None else self.gate[rows, :rank]
+            gate = self.gates.get(slot)
             for index, part in enumerate(own.split(output_slices, dim=1)):
+                if by_slice is not None:
+                    gate = by_slice[index].get(slot, self.gates.get(slot))
                 shrunk = tokens @ lora_a_stacked[index][slot, 0, :rank].float().t()
-                if gates is not None:
-                    shrunk *= gates[index][rows, :rank]
-                elif gate is not None:
+                if gate is not None:
                     shrunk *= gate
                 _add_product(part, shrunk, lora_b_stacked[index][slot, 0, :, :rank])
             _write_back(y, rows, own)
@@ -156,6 +167,7 @@ def weighed(wrapper: Any) -> Any:
     own = ProductsBySlot if cls is PunicaWrapperCPU else Weighed
     made: Any = object.__new__(type(f"Weighed{cls.__name__}", (own, cls), {}))
     made.__dict__ = wrapper.__dict__
-    made.gate = made.gates_of_linear = made._gates = made._groups = None
+    made.gate = made.gates_of_linear = made._of_linear = made._groups = None
+    made.gates = {}
     made.multiply, made.ranks, made.heads = Tensor.mul_, {}, set()
     return made
