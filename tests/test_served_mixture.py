@@ -29,7 +29,7 @@ def grown(**options):
 
 
 def of_every_age():
-    model = mixture_of("llama")
+    model = mixture_of("llama", router_type="learned_with_maturity")
     for expert, value in enumerate((0.0, 0.3, 1.0, 0.7)):
         model.set_expert_maturity(expert, value)
     return model
