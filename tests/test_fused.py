@@ -316,7 +316,9 @@ def test_saved_are_x_once_h_and_the_weights():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         together(x, weights, readers)
     known = {t.data_ptr() for t in leaves_of(x, weights, readers)} | {r.base_layer.weight.data_ptr() for r in readers}
-    assert [t.shape for t in saved if t.data_ptr() not in known] == [(10, 3 * 6)]  # h of three linears
+    made = [t.shape for t in saved if t.data_ptr() not in known]
+    # h of three linears, the weights times their scaling, and the factors A on top of each other.
+    assert made == [(10, 3 * 6), (10, 3), (3 * 6, 7)]
 
 
 @pytest.mark.parametrize("change", ["experts", "rank", "scaling", "dropout"])

@@ -22,14 +22,14 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 @pytest.fixture
 def groups(monkeypatch):
     """Sizes of the groups that were computed together."""
-    sizes, original = [], module.mixture_fused
+    sizes, original = [], module.FusedGroup.__call__
 
-    def noted(x, readers, weights):
-        if len(readers) > 1:
-            sizes.append(len(readers))
-        return original(x, readers, weights)
+    def noted(self, x, *args):
+        if self.num_readers > 1:
+            sizes.append(self.num_readers)
+        return original(self, x, *args)
 
-    monkeypatch.setattr(module, "mixture_fused", noted)
+    monkeypatch.setattr(module.FusedGroup, "__call__", noted)
     return sizes
 
 

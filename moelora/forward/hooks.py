@@ -72,7 +72,7 @@ class ForwardHook:
         context = mine.context
         if context is None:
             return None
-        if context.call.copies is not None:
+        if context.call.is_generate:
             context.call.prefilled = True
         context.densities.keep_on(kv_cache(output) if context.cache is None else context.cache)
         return None if output is None else finish_forward(context, module, output)

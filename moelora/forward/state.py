@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
+from ..ops import scaled_weights
 from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
@@ -28,7 +29,7 @@ from .interfaces import MixtureRouter, Pool
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .overflow import StepRollback
 from .packed_requests import PROBED, PackedRequests, check_reads_tokens_alone
-from .shared_input import SharedInput
+from .shared_input import BoundGroup, SharedInput
 from .training_loop import TrainingLoop
 
 
@@ -178,6 +179,7 @@ class ForwardContext:
         self.past_length = past_length(self.cache)  # now: the blocks' attention lets it grow
         self.densities = ContextDensities.on(self.cache)
         self.requests = PackedRequests.of(inputs)
+        self.counts = training or not (self.requests or self.call.is_generate)  # whether what routers do is summed up
         has_no_mask = inputs.get("attention_mask") is None and self.requests is None
         self.packed = packed_mask(inputs.get("position_ids")) if has_no_mask else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
@@ -227,12 +229,12 @@ class ForwardContext:
         return self._biases[router.name]
 
     def record(self, router: MixtureRouter, sums: RoutingSums) -> None:
-        """Keep a router's sums, once; not those of a step of continuous batching.
+        """Keep a router's sums, once; not those of a step of generate or of continuous batching.
 
         Raises:
             RuntimeError: inside a reentrant checkpoint, whose side results carry no gradient.
         """
-        if self.recomputing or self is not self.state.in_force.context or self.requests is not None:
+        if self.recomputing or self is not self.state.in_force.context or not self.counts:
             return  # a server's forwards, some of them rehearsals, are no statistics of a text
         loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
         if self.training and loses_gradient and self.config.balancing_coef > 0:
@@ -314,6 +316,7 @@ class BlockRouting:
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
     shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
     encoder_weights: Tensor | None = None
+    _scaled: dict[tuple, Tensor] = field(default_factory=dict, init=False)
     _sole: dict[bool, int | None] = field(default_factory=dict, init=False)  # of the encoder's tokens, of the block's
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
@@ -334,6 +337,19 @@ class BlockRouting:
                 f'{list(self.lead)} entering its block; use router_scope="module" or exclude it from `target_modules`'
             )
         return fitted
+
+    def scaled_weights_for(self, x: Tensor, layer: Any, bound: BoundGroup) -> Tensor:
+        """[T, E] for a linear's input x [..., D]: of its adapters, times their scalings, for all linears alike.
+
+        Raises:
+            ValueError: x holds other tokens than the block's.
+        """
+        key = (x.shape[:-1], self._is_encoder(x), bound.columns)
+        scaled = self._scaled.get(key)
+        if scaled is None:
+            weights = columns(self.weights_for(x, layer.link.name), self.pool, bound.names).to(x.device)
+            scaled = self._scaled[key] = scaled_weights(weights, bound.group.scalings)
+        return scaled
 
     def sole_expert(self, x: Tensor) -> int | None:
         """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""
@@ -366,6 +382,15 @@ class BlockRouting:
         assert self.router is not None
         weights = self.router.decide(x, self.context)
         return weights * self.context.config.routing_scale
+
+
+def columns(weights: Tensor, pool: Pool, names: Sequence[str]) -> Tensor:
+    """The columns of weights [..., E], whose experts are those of pool, of the adapters of these names."""
+    pooled = [name for name, _ in pool]
+    if pooled == names:
+        return weights
+    pieces = dict(zip(pooled, weights.split([count for _, count in pool], dim=-1), strict=True))
+    return torch.cat([pieces[name] for name in names], dim=-1)
 
 
 def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tensor | None:

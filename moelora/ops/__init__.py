@@ -10,22 +10,27 @@ from typing import Any
 
 from torch import Tensor
 
+from .autocast import compute_dtype
 from .concat import mixture_concat
-from .fused import Reader, can_fuse, compute_dtype, is_plain, mixture_fused
-from .pool import ExpertPool
+from .fused import FusedGroup, Operands, Reader, can_fuse, is_plain, mixture_fused, scaled_weights
+from .pool import ExpertPool, drop_rate
 from .reference import mixture_reference
 
 __all__ = [
     "BACKENDS",
     "ExpertPool",
+    "FusedGroup",
+    "Operands",
     "Reader",
     "can_fuse",
     "compute_dtype",
+    "drop_rate",
     "is_plain",
     "mixture",
     "mixture_by_expert",
     "mixture_fused",
     "mixture_linear",
+    "scaled_weights",
 ]
 
 BACKENDS = {"concat": mixture_concat, "reference": mixture_reference}
