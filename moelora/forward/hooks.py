@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .caches import kv_cache
 from .checkpointing import make_checkpoint_routed
 from .finish import finish_forward
-from .interfaces import MixtureRouter
+from .interfaces import MixtureRouter, SharingLinear
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
 
@@ -87,7 +87,12 @@ class BlockHook:
         router: the block's own router ("block" scope), the model's ("model") or None ("module").
         is_decoder: it belongs to the decoder of an encoder-decoder model.
         scope: the router scope.
+
+    Attributes:
+        leaders: the linears that ran last in the block, each for those that read its input after it.
     """
+
+    leaders: Sequence[SharingLinear] = ()
 
     def __init__(
         self,

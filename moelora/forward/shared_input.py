@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..ops import FusedGroup, Operands, Reader, can_fuse, compute_dtype, drop_rate, is_plain
+from ..ops import FusedGroup, Operands, Reader, can_fuse, compute_dtype, drop_rate, is_plain, operands_of
 from .interfaces import SharingLinear
 
 
@@ -103,6 +103,8 @@ class SharedInput:
         self._key: tuple[Any, ...] | None = None
         self._x: Tensor | None = None
         self._outputs: dict[SharingLinear, Tensor] = {}
+        self._leaders: list[SharingLinear] = []  # that have run, each for those that read its input after it
+        self._operands: dict[FusedGroup, Operands] = {}  # of those that are expected to run
 
     def take(self, layer: SharingLinear, x: Tensor) -> Tensor | None:
         """The layer's output [..., O] for x [..., D], if it was computed with an earlier reader of the same x."""
@@ -116,16 +118,32 @@ class SharedInput:
         None where the hand-written form does not serve.
         """
         self.close()
-        call, operands = routing.context.call, None
+        call = routing.context.call
         ready = call.once(layer, lambda: _ready(layer, x)) if call.repeats else None
         if ready is not None:
             bound, operands = ready
         elif (bound := bound_group(layer, x)) is None:
             return None
+        else:
+            operands = self._operands_of(layer, bound)
         first, *others = bound.group(x, routing.scaled_weights_for(x, layer, bound), operands)
         if others:
             self._key, self._x, self._outputs = _key(x), x, dict(zip(bound.others, others, strict=True))
         return first
+
+    def _operands_of(self, layer: SharingLinear, bound: BoundGroup) -> Operands:
+        """What the group multiplies: cast together with what the block's other groups are about to multiply.
+
+        Those are the ones that the block ran the last time.
+        """
+        if not self._leaders:
+            hook = layer.link.hook
+            others = [other.link.bound for other in hook.leaders if other is not layer]
+            groups = [other.group for other in (bound, *others) if other is not None and other.is_cast_with(bound)]
+            self._operands = dict(zip(groups, operands_of([group.stack for group in groups]), strict=True))
+            hook.leaders = self._leaders
+        self._leaders.append(layer)
+        return self._operands.pop(bound.group, None) or operands_of([bound.group.stack])[0]
 
     def close(self) -> None:
         """Let go of the tensors."""
@@ -167,12 +185,19 @@ class BoundGroup:
 
     def holds(self, candidates: Sequence[SharingLinear], x: Tensor, dtype: torch.dtype) -> bool:
         """Whether binding again would come to the same."""
-        if self._candidates is not candidates or self.dtype is not dtype or self.device != x.device:
-            return False
+        is_asked_alike = self._candidates is candidates and self.dtype is dtype and self.device == x.device
+        return is_asked_alike and self._is_current()
+
+    def _is_current(self) -> bool:
         for watch in self._watches:
             if not watch.holds():
                 return False
         return True
+
+    def is_cast_with(self, other: BoundGroup) -> bool:
+        """Whether its factors have to be cast, to what those of the other are, and are there: not a shard of them."""
+        is_alike = self.group.stack.is_cast and self.dtype is other.dtype and self.device == other.device
+        return is_alike and (self is other or self._is_current())
 
 
 def bound_group(layer: SharingLinear, x: Tensor) -> BoundGroup | None:
@@ -192,9 +217,9 @@ def _ready(layer: SharingLinear, x: Tensor) -> tuple[BoundGroup, Operands] | Non
     """The layer's group with what it multiplies; None where that cannot be kept: under ZeRO-3, factors are there only
     while somebody asks for them."""
     bound = bound_group(layer, x)
-    if bound is None or any(hasattr(factor, "ds_id") for factor in bound.group.As):
+    if bound is None or any(hasattr(factor, "ds_id") for factor in bound.group.stack.As):
         return None
-    return bound, bound.group.operands()
+    return bound, operands_of([bound.group.stack])[0]
 
 
 class LinearWatch:

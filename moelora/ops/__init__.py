@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .autocast import compute_dtype
 from .concat import mixture_concat
-from .fused import FusedGroup, Operands, Reader, can_fuse, is_plain, mixture_fused, scaled_weights
+from .fused import FusedGroup, Reader, can_fuse, is_plain, mixture_fused, scaled_weights
+from .operands import Operands, operands_of
 from .pool import ExpertPool, drop_rate
 from .reference import mixture_reference
 
@@ -30,6 +31,7 @@ __all__ = [
     "mixture_by_expert",
     "mixture_fused",
     "mixture_linear",
+    "operands_of",
     "scaled_weights",
 ]
 

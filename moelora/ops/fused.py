@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import compute_dtype, without_autocast
+from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
 from .triton import launches_are_free
 from .weighted import weighted, weighted_backward
@@ -47,14 +48,6 @@ class Reader:
 
 
 Base = tuple[Tensor | None, Tensor | None]
-
-
-class Operands(NamedTuple):
-    """What is multiplied, as it is multiplied, without gradient."""
-
-    A: Tensor  # [G * R, D], the factors of all readers
-    Bs: list[Tensor]  # [O, R], of each
-    bases: list[Base]  # [D, O] and bias [O] of each that is plain
 
 
 class FusedGroup:
@@ -79,89 +72,70 @@ class FusedGroup:
         self.base_layers = [reader.base_layer for reader in readers]
         self.bases = [_base(reader.base_layer, dtype) for reader in readers]
         self.is_plain = all(weight is not None for weight, _ in self.bases)
-        self.As = [pool.lora_A for reader in readers for pool in reader.pools]
-        self.Bs = [pool.lora_B for reader in readers for pool in reader.pools]
         self.num_readers = len(readers)
         self._no_outside = (None,) * self.num_readers
         self.num_pools = len(pools)  # of each reader
         self.rank = pools[0].rank  # of one expert
         self.drop_rate = pools[0].drop_rate
         self.scalings = tuple((pool.num_experts, pool.scaling) for pool in pools)
+        As = [pool.lora_A for reader in readers for pool in reader.pools]
+        Bs = [pool.lora_B for reader in readers for pool in reader.pools]
+        self.stack = FactorStack(As, Bs, self.num_pools, dtype)
 
-    def __call__(self, x: Tensor, weights_TE: Tensor, operands: Operands | None = None) -> Sequence[Tensor]:
+    def __call__(self, x: Tensor, weights: Tensor, operands: Operands | None = None) -> Sequence[Tensor]:
         """base_layer(x) plus the mixture for every reader: x [..., D] -> [..., O] each.
 
         Args:
-            weights_TE: of all tokens, times the scalings.
-            operands: those of an earlier call without gradients, if they are still the same.
+            weights: [..., E], times the scalings.
+            operands: what `operands_of` makes of its `stack`, if somebody has.
         """
         outside = self._outside(x)
         with without_autocast(x.device.type):
             if x.dtype is not self.dtype:
                 x = x.to(self.dtype)
-            x_TD = x if x.dim() == 2 else x.flatten(0, -2)
+            if operands is None:
+                (operands,) = operands_of([self.stack])
             if torch.is_grad_enabled():
-                ys = _Mixture.apply(self, x_TD, weights_TE, *outside, *self.As, *self.Bs)
-            else:  # to one token the way through autograd costs as much as all the arithmetic
-                ys = self.outputs(x_TD, weights_TE, outside, operands or self.operands())[0]
-        if x.dim() == 2:
-            return ys
-        lead = x.shape[:-1]
-        return [y.view(*lead, y.shape[-1]) for y in ys]
+                return _Mixture.apply(self, operands, x, weights, *outside, *self.stack.factors)
+            # To one token the way through autograd costs as much as all the arithmetic.
+            return self.outputs(x, weights, outside, operands)[0]
 
     def _outside(self, x: Tensor) -> Sequence[Tensor | None]:
-        """[T, O] that base layers make of x which are more than plain linears; None of others."""
+        """[..., O] that base layers make of x which are more than plain linears; None of others."""
         if self.is_plain:
             return self._no_outside
         pairs = zip(self.base_layers, self.bases, strict=True)
-        return [layer(x).flatten(0, -2) if weight is None else None for layer, (weight, _) in pairs]
-
-    @torch.no_grad()
-    def operands(self) -> Operands:
-        """What is multiplied; the factors are cast by one operation where they have to be."""
-        bases = [(None if weight is None else weight.t(), bias) for weight, bias in self.bases]
-        As, Bs, pools, dtype = self.As, self.Bs, self.num_pools, self.dtype
-        if all(factor.dtype == dtype for factor in (*As, *Bs)):
-            stacked = Bs if pools == 1 else [torch.cat(Bs[i : i + pools], dim=1) for i in range(0, len(Bs), pools)]
-            return Operands(As[0] if len(As) == 1 else torch.cat(As), stacked, bases)
-        A = As[0].new_empty((sum(factor.shape[0] for factor in As), As[0].shape[1]), dtype=dtype)
-        stacked = [
-            Bs[i].new_empty((Bs[i].shape[0], sum(B.shape[1] for B in Bs[i : i + pools])), dtype=dtype)
-            for i in range(0, len(Bs), pools)
-        ]
-        parts = [A] if len(As) == 1 else list(A.split([factor.shape[0] for factor in As]))
-        for i, B in enumerate(stacked):
-            widths = [factor.shape[1] for factor in Bs[i * pools : (i + 1) * pools]]
-            parts += [B] if pools == 1 else B.split(widths, dim=1)
-        torch._foreach_copy_(parts, [*As, *Bs])
-        return Operands(A, stacked, bases)
+        return [layer(x) if weight is None else None for layer, (weight, _) in pairs]
 
     def outputs(
         self, x: Tensor, weights: Tensor, outside: Sequence[Tensor | None], operands: Operands
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-        """y [T, O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
-        read, kept = torch.native_dropout(x, self.drop_rate, True) if self.drop_rate > 0 else (x, None)
+        """y [..., O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
+        x_TD, weights_TE, lead = flat(x), flat(weights), x.shape[:-1]
+        read, kept = torch.native_dropout(x_TD, self.drop_rate, True) if self.drop_rate > 0 else (x_TD, None)
         h = F.linear(read, operands.A)
         if h.shape[0] <= FEW_TOKENS and launches_are_free(h):
-            small, expand = h, partial(_expand_few, weights, self.rank)
+            small, expand = h, partial(_expand_few, weights_TE, self.rank)
         else:
-            small, expand = weighted(h, weights, self.rank), _expand
+            small, expand = weighted(h, weights_TE, self.rank), _expand
         smalls = (small,) if self.num_readers == 1 else small.chunk(self.num_readers, dim=1)
-        parts = zip(smalls, operands.Bs, operands.bases, outside, strict=True)
-        return tuple([expand(x, *part) for part in parts]), h, kept
+        parts = zip(smalls, operands.Bs, self.bases, outside, strict=True)
+        return tuple([expand(x_TD, lead, *part) for part in parts]), h, kept
 
 
 class _Mixture(torch.autograd.Function):
-    """One y [T, O] for each reader of x [T, D], under weights [T, E].
+    """One y [..., O] for each reader of x [..., D], under weights [..., E].
 
-    No y is a view made in here: autograd forbids to change those in place, as some models do with their projections.
+    Tensors come and go in the shape that the model gives them: a view outside costs the host two more steps of
+    autograd. No y is a view made in here: autograd forbids to change those in place, as some models do with their
+    projections.
     """
 
     @staticmethod
-    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Tensor | None):
-        A, Bs, _ = operands = group.operands()
+    def forward(ctx: Any, group: FusedGroup, operands: Operands, x: Tensor, weights: Tensor, *tensors: Tensor | None):
         ys, h, kept = group.outputs(x, weights, tensors[: group.num_readers], operands)
-        ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))
+        frozen = (weight for weight, _ in group.bases)
+        ctx.save_for_backward(x, h, weights, kept, operands.A, *operands.Bs, *frozen)
         ctx.group, ctx.device = group, x.device.type
         ctx.set_materialize_grads(False)
         return ys
@@ -176,59 +150,77 @@ class _Mixture(torch.autograd.Function):
     def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         group: FusedGroup = ctx.group
         x, h, weights, kept, A, *saved = ctx.saved_tensors
+        x_TD = flat(x)
         readers, pools, keep_rate = group.num_readers, group.num_pools, 1 - group.drop_rate
         Bs, Ws = saved[:readers], saved[readers:]
-        _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        needs_A, needs_B = needs[readers : readers + len(group.As)], needs[readers + len(group.As) :]
+        _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
+        As, all_Bs = group.stack.As, group.stack.Bs
+        needs_A, needs_B = needs[readers : readers + len(As)], needs[readers + len(As) :]
 
-        flat = [None if dy is None else dy.to(h.dtype) for dy in dys]
-        hw, dh, dw = weighted_backward(_products(flat, Bs, h), h, weights, group.rank)
-        hws = [hw] if readers == 1 else hw.chunk(readers, dim=1)
-        dBs: list[Tensor | None] = [None] * len(group.Bs)
-        for i, dy in enumerate(flat):
+        dys_TO = [None if dy is None else flat(dy.to(h.dtype)) for dy in dys]
+        hw, dh, dw = weighted_backward(_products(dys_TO, Bs, h), h, flat(weights), group.rank)
+        hws = (hw,) if readers == 1 else hw.chunk(readers, dim=1)
+        dBs: list[Tensor | None] = [None] * len(all_Bs)
+        for i, dy in enumerate(dys_TO):
             mine = slice(i * pools, (i + 1) * pools)
             if dy is not None and any(needs_B[mine]):
-                dBs[mine] = _unstacked(dy.t(), hws[i], group.Bs[mine], dim=1)
-        dAs: list[Tensor | None] = [None] * len(group.As)
+                dBs[mine] = _unstacked(dy.t(), hws[i], all_Bs[mine], dim=1)
+        dAs: list[Tensor | None] = [None] * len(As)
         if any(needs_A):
-            dAs = _unstacked(dh.t(), x if kept is None else (x * kept).div_(keep_rate), group.As, dim=0)
-            if None in flat:
-                dAs = [None if flat[i // pools] is None else dA for i, dA in enumerate(dAs)]
+            dAs = _unstacked(dh.t(), x_TD if kept is None else (x_TD * kept).div_(keep_rate), As, dim=0)
+            if None in dys:
+                dAs = [None if dys[i // pools] is None else dA for i, dA in enumerate(dAs)]
         dx = None
         if needs_x:
             dx = torch.mm(dh, A)
             if kept is not None:
                 dx.mul_(kept).div_(keep_rate)
-            for dy, W in zip(flat, Ws, strict=True):
+            for dy, W in zip(dys_TO, Ws, strict=True):
                 if dy is not None and W is not None:
                     dx.addmm_(dy, W)
+            dx = dx.view(x.shape)
         d_outside = [dy if needed else None for dy, needed in zip(dys, needs, strict=False)]
-        return None, dx, dw if needs_weights else None, *d_outside, *dAs, *dBs
+        return None, None, dx, dw.view(weights.shape) if needs_weights else None, *d_outside, *dAs, *dBs
 
 
-def _expand(x: Tensor, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
-    """hw [T, R] times B^T, plus what is frozen: [T, O]."""
-    weight_t, bias = base
-    if weight_t is not None:
-        return F.linear(hw, B, bias).addmm_(x, weight_t)
-    assert outside is not None
-    return torch.addmm(outside, hw, B.t()) if outside.dtype == hw.dtype else (outside + hw @ B.t()).to(outside.dtype)
+def flat(values: Tensor) -> Tensor:
+    """[..., N] as [T, N]."""
+    return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
+
+
+def _expand(x: Tensor, lead: torch.Size, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
+    """hw [T, R] times B^T, plus what is frozen: [*lead, O]."""
+    weight, bias = base
+    if outside is not None and outside.dtype != hw.dtype:
+        return (outside + (hw @ B.t()).view(outside.shape)).to(outside.dtype)
+    y = hw.new_empty((*lead, B.shape[0]))
+    y_TO = flat(y)
+    onto = bias if outside is None else flat(outside)
+    if onto is None:
+        torch.mm(hw, B.t(), out=y_TO)
+    else:
+        torch.addmm(onto, hw, B.t(), out=y_TO)
+    if weight is not None:
+        y_TO.addmm_(x, weight.t())
+    return y
 
 
 def _expand_few(
-    weights: Tensor, rank: int, x: Tensor, h: Tensor, B: Tensor, base: Base, outside: Tensor | None
+    weights: Tensor,
+    rank: int,
+    x: Tensor,
+    lead: torch.Size,
+    h: Tensor,
+    B: Tensor,
+    base: Base,
+    outside: Tensor | None,
 ) -> Tensor:
     """What _expand makes of weighted(h), in one launch after the frozen product."""
     from .triton.expand import add_expanded
 
-    weight_t, bias = base
-    if weight_t is not None:
-        y = F.linear(x, weight_t.t(), bias)
-    else:
-        assert outside is not None
-        y = outside.clone(memory_format=torch.contiguous_format)
+    y = F.linear(x, *base) if outside is None else flat(outside).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
     add_expanded(y, h, weights, B, rank)
-    return y
+    return y.view(*lead, y.shape[-1])
 
 
 def _products(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -265,13 +257,12 @@ def can_fuse(pools: Sequence[ExpertPool]) -> bool:
 
 
 def scaled_weights(weights: Tensor, scalings: Sequence[tuple[int, float]]) -> Tensor:
-    """Routing weights [..., E] as [T, E], each pool's times its scaling."""
-    weights_TE = weights.flatten(0, -2)
+    """Routing weights [..., E], each pool's times its scaling."""
     scale = scalings[0][1]
     if any(other != scale for _, other in scalings):
-        shares = weights_TE.split([count for count, _ in scalings], dim=-1)
+        shares = weights.split([count for count, _ in scalings], dim=-1)
         return torch.cat([share * own for share, (_, own) in zip(shares, scalings, strict=True)], dim=-1)
-    return weights_TE if scale == 1.0 else weights_TE * scale
+    return weights if scale == 1.0 else weights * scale
 
 
 def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> Sequence[Tensor]:
