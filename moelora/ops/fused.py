@@ -29,9 +29,10 @@ from .autocast import compute_dtype, without_autocast
 from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
 from .triton import launches_are_free
-from .weighted import weighted, weighted_backward
+from .weighted import weighted, weighted_backward, weighted_by_autograd
 
 FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
+MAX_COMPOSED = 2**22  # elements of x up to which the host's time counts
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,28 @@ class FusedGroup:
                 x = x.to(self.dtype)
             if operands is None:
                 (operands,) = operands_of([self.stack])
+            if x.numel() <= MAX_COMPOSED and not (launches_are_free(x) and x.numel() <= FEW_TOKENS * x.shape[-1]):
+                return self._composed(x, weights, outside, operands)
             if torch.is_grad_enabled():
-                return _Mixture.apply(self, operands, x, weights, *outside, *self.stack.factors)
-            # To one token the way through autograd costs as much as all the arithmetic.
+                return _Mixture.apply(self, x, weights, *outside, operands.A, *operands.Bs)
             return self.outputs(x, weights, outside, operands)[0]
+
+    def _composed(
+        self, x: Tensor, weights: Tensor, outside: Sequence[Tensor | None], operands: Operands
+    ) -> Sequence[Tensor]:
+        """The same by operations that autograd differentiates: for little input, where the host's time counts.
+
+        They are run through more often, but a backward of theirs is not Python's.
+        """
+        read = torch.native_dropout(x, self.drop_rate, True)[0] if self.drop_rate > 0 else x
+        hw = weighted_by_autograd(F.linear(read, operands.A), weights, self.rank)
+        hws = (hw,) if self.num_readers == 1 else hw.chunk(self.num_readers, dim=-1)
+        ys = []
+        for part, B, (weight, bias), other in zip(hws, operands.Bs, self.bases, outside, strict=True):
+            y = other if weight is None else F.linear(x, weight, bias)
+            delta = F.linear(part, B)
+            ys.append(y.add_(delta) if weight is not None else (y + delta).to(y.dtype))
+        return ys
 
     def _outside(self, x: Tensor) -> Sequence[Tensor | None]:
         """[..., O] that base layers make of x which are more than plain linears; None of others."""
@@ -132,10 +151,10 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: FusedGroup, operands: Operands, x: Tensor, weights: Tensor, *tensors: Tensor | None):
-        ys, h, kept = group.outputs(x, weights, tensors[: group.num_readers], operands)
-        frozen = (weight for weight, _ in group.bases)
-        ctx.save_for_backward(x, h, weights, kept, operands.A, *operands.Bs, *frozen)
+    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Tensor | None):
+        outside, (A, *Bs) = tensors[: group.num_readers], tensors[group.num_readers :]
+        ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs))
+        ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))
         ctx.group, ctx.device = group, x.device.type
         ctx.set_materialize_grads(False)
         return ys
@@ -151,25 +170,21 @@ class _Mixture(torch.autograd.Function):
         group: FusedGroup = ctx.group
         x, h, weights, kept, A, *saved = ctx.saved_tensors
         x_TD = flat(x)
-        readers, pools, keep_rate = group.num_readers, group.num_pools, 1 - group.drop_rate
+        readers, keep_rate = group.num_readers, 1 - group.drop_rate
         Bs, Ws = saved[:readers], saved[readers:]
-        _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        As, all_Bs = group.stack.As, group.stack.Bs
-        needs_A, needs_B = needs[readers : readers + len(As)], needs[readers + len(As) :]
+        _, needs_x, needs_weights, *needs = ctx.needs_input_grad
+        needs_outside, needs_A, needs_B = needs[:readers], needs[readers], needs[readers + 1 :]
 
         dys_TO = [None if dy is None else flat(dy.to(h.dtype)) for dy in dys]
         hw, dh, dw = weighted_backward(_products(dys_TO, Bs, h), h, flat(weights), group.rank)
         hws = (hw,) if readers == 1 else hw.chunk(readers, dim=1)
-        dBs: list[Tensor | None] = [None] * len(all_Bs)
-        for i, dy in enumerate(dys_TO):
-            mine = slice(i * pools, (i + 1) * pools)
-            if dy is not None and any(needs_B[mine]):
-                dBs[mine] = _unstacked(dy.t(), hws[i], all_Bs[mine], dim=1)
-        dAs: list[Tensor | None] = [None] * len(As)
-        if any(needs_A):
-            dAs = _unstacked(dh.t(), x_TD if kept is None else (x_TD * kept).div_(keep_rate), As, dim=0)
-            if None in dys:
-                dAs = [None if dys[i // pools] is None else dA for i, dA in enumerate(dAs)]
+        dBs = [
+            torch.mm(dy.t(), part) if dy is not None and needed else None
+            for dy, part, needed in zip(dys_TO, hws, needs_B, strict=True)
+        ]
+        dA = None
+        if needs_A:
+            dA = torch.mm(dh.t(), x_TD if kept is None else (x_TD * kept).div_(keep_rate))
         dx = None
         if needs_x:
             dx = torch.mm(dh, A)
@@ -179,8 +194,8 @@ class _Mixture(torch.autograd.Function):
                 if dy is not None and W is not None:
                     dx.addmm_(dy, W)
             dx = dx.view(x.shape)
-        d_outside = [dy if needed else None for dy, needed in zip(dys, needs, strict=False)]
-        return None, None, dx, dw.view(weights.shape) if needs_weights else None, *d_outside, *dAs, *dBs
+        d_outside = [dy if needed else None for dy, needed in zip(dys, needs_outside, strict=True)]
+        return None, dx, dw.view(weights.shape) if needs_weights else None, *d_outside, dA, *dBs
 
 
 def flat(values: Tensor) -> Tensor:
@@ -234,19 +249,6 @@ def _products(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) 
         else:
             torch.mm(dy, B, out=product)
     return products
-
-
-def _unstacked(left: Tensor, right: Tensor, factors: Sequence[Tensor], dim: int) -> list[Tensor]:
-    """left @ right, the gradient of all factors together, for each of them in its dtype."""
-    dtype = factors[0].dtype
-    if left.is_cuda and dtype == torch.float32 != left.dtype:
-        gradient = torch.mm(left, right, out_dtype=dtype)  # summed in float32 anyway: not rounded in between
-    else:
-        gradient = torch.mm(left, right)
-    if len(factors) == 1:
-        return [gradient.to(dtype)]
-    pieces = gradient.split([factor.shape[dim] for factor in factors], dim=dim)
-    return [piece.to(factor.dtype) for piece, factor in zip(pieces, factors, strict=True)]
 
 
 def can_fuse(pools: Sequence[ExpertPool]) -> bool:

@@ -16,6 +16,13 @@ def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:
     return _times(h_TN, weights_TE, rank)
 
 
+def weighted_by_autograd(h: Tensor, weights: Tensor, rank: int) -> Tensor:
+    """The same of h [..., N] and weights [..., E], with a gradient that autograd finds."""
+    lead, E = weights.shape[:-1], weights.shape[-1]
+    blocks = h.view(*lead, h.shape[-1] // (E * rank), E, rank)
+    return (blocks * weights.view(*lead, 1, E, 1)).view(h.shape)
+
+
 def weighted_backward(g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """For g = d loss / d weighted: weighted(h) made again, d loss / d h (both [T, N]) and d loss / d weights [T, E]."""
     if kernels_for(h_TN):
