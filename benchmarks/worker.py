@@ -108,13 +108,14 @@ def answer_to(bench: Bench, line: str) -> dict[str, Any]:
 def main() -> None:
     """Build the arms that the command line names, then answer until standard input ends."""
     package, name, *arguments = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not stand among the answers
+    questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what libraries start must not read the questions,
+    os.dup2(2, 1)  # and what they print must not stand among the answers
     importlib.import_module(package)
     torch, module = importlib.import_module("torch"), importlib.import_module(name)  # the library patches both
     bench = module.Bench(module.parse(arguments))
     print(json.dumps({"value": "ready"}), file=answers)
-    for line in sys.stdin:
+    for line in questions:
         print(json.dumps(answer_to(bench, line)), file=answers)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the other processes need it
