@@ -10,10 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import is_liger_kernel_available
 
 from ..console import console
 from ..schema import Problem
+from .liger import liger_functions
 
 
 def training_arguments(**fields: Any) -> TrainingArguments:
@@ -95,8 +95,8 @@ def _try_checkpointing(arguments: TrainingArguments) -> None:
 
 
 def _find_liger(arguments: TrainingArguments) -> None:
-    if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("needs the package liger-kernel: pip install liger-kernel")
+    if arguments.use_liger_kernel:
+        liger_functions(arguments.device)
 
 
 _PARTS: dict[tuple[str, ...], Callable[[TrainingArguments], None]] = {

@@ -202,6 +202,8 @@ def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]
     tokenizer = load_tokenizer(recipe.model)
     domains = load_domains(recipe, tokenizer)
     arguments = training_arguments(**recipe.training)
+    if arguments.use_liger_kernel:
+        console.print("Training with Liger's kernels; without them: `--set training.use_liger_kernel=false`")
     console.print(f"Loading {printable(recipe.model.name)}", soft_wrap=True)
     set_seed(recipe.seed)
     model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)
