@@ -332,12 +332,24 @@ def test_off_by_default_where_liger_does_not_know_the_model(tmp_path, recipe, on
     assert "of type llama, only for qwen9" in fix
 
 
-def test_off_by_default_where_the_mixture_adapts_the_output_layer(tmp_path, recipe, on_gpu):
+def test_the_fused_loss_is_off_where_the_mixture_adapts_the_output_layer(tmp_path, recipe, on_gpu):
     recipe["mixture"] |= {"target_modules": ["q_proj", "lm_head"], "router_scope": "module"}
-    assert not settled(tmp_path, recipe)
-    fix = problems(tmp_path, recipe, "training.use_liger_kernel=true")["training.use_liger_kernel"]
-    assert "output layer" in fix and "training.liger_kernel_config.fused_linear_cross_entropy" in fix
-    assert settled(tmp_path, recipe, "training.liger_kernel_config.fused_linear_cross_entropy=false")
+    recipe["training"]["liger_kernel_config"] = {"rope": False}
+    training = load_recipe(write_recipe(tmp_path, recipe)).training
+    assert training["use_liger_kernel"]
+    assert training["liger_kernel_config"] == {"rope": False, "fused_linear_cross_entropy": False}
+    key = "training.liger_kernel_config.fused_linear_cross_entropy"
+    assert "past the mixture" in problems(tmp_path, recipe, f"{key}=true")[key]
+
+
+def test_the_fused_loss_is_off_where_parameters_are_sharded(tmp_path, recipe, on_gpu, monkeypatch):
+    """FSDP2 gathers the output layer when it is called, which that loss does not do."""
+    assert load_recipe(write_recipe(tmp_path, recipe)).training["liger_kernel_config"] is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    training = load_recipe(write_recipe(tmp_path, recipe)).training
+    assert training["use_liger_kernel"] and training["liger_kernel_config"] == NO_FUSED_LOSS
+    key = "training.liger_kernel_config.fused_linear_cross_entropy"
+    assert "FSDP" in problems(tmp_path, recipe, f"{key}=true")[key]
 
 
 @pytest.mark.parametrize("asked", [(), ("training.use_liger_kernel=true",)], ids=["default", "asked"])

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..console import console
 from ..schema import Problem
+from .engines import uses_fsdp
 from .liger import liger_functions
 
 
@@ -25,9 +25,7 @@ def training_arguments(**fields: Any) -> TrainingArguments:
     if arguments.n_gpu > 1:
         console.print(f"Training on one of {arguments.n_gpu} GPUs; `accelerate launch -m moelora …` uses them all")
         arguments._n_gpu = 1
-    if arguments.gradient_accumulation_steps > 1 and (
-        arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    ):
+    if arguments.gradient_accumulation_steps > 1 and uses_fsdp(arguments):
         _reduce_each_batch(arguments)
     return arguments
 

@@ -18,6 +18,7 @@ from ..recipe import Recipe
 from ..schema import Problem, did_you_mean
 from ..storage.base_model import empty_model, load_config
 from ..tuner._peft import BaseTunerLayer
+from .engines import shards_parameters
 
 Functions = Mapping[str, Callable[..., None]]
 """What puts the kernels into a model, by `model_type`: Liger's own table."""
@@ -42,7 +43,9 @@ def liger_functions(device: torch.device) -> Functions:
 
 
 def settle_liger(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
-    """The recipe with `use_liger_kernel` as it says, else on where the kernels can work; and what is wrong with it.
+    """The recipe with `use_liger_kernel` as it says, else on where the kernels work; and what is wrong with it.
+
+    Where Liger's fused loss does not work and the recipe does not ask for it, it is switched off.
 
     Args:
         recipe: without problems otherwise.
@@ -50,37 +53,46 @@ def settle_liger(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
     asked = recipe.training.get("use_liger_kernel")
     if asked is False:
         return recipe, []
-    config = recipe.training.get("liger_kernel_config") or {}
+    arguments = TrainingArguments(**recipe.training)
     try:
-        functions = liger_functions(TrainingArguments(**recipe.training).device)
-        apply = _function_for(recipe, functions, uses_fused_loss=config.get(FUSED_LOSS, True))
+        functions = liger_functions(arguments.device)
+        model = empty_model(load_config(recipe.model))
+        apply = _function_for(model.config.model_type, functions)
     except (ImportError, ValueError) as error:
-        problems = [Problem("training.use_liger_kernel", asked, str(error))] if asked else []
-        return _with(recipe, bool(asked)), problems
-    return _with(recipe, True), _check_config(config, apply)
+        problems = [Problem("training.use_liger_kernel", True, str(error))] if asked else []
+        return _with(recipe, use_liger_kernel=bool(asked)), problems
+    config = recipe.training.get("liger_kernel_config") or {}
+    problems = _check_config(config, apply)
+    if obstacle := _obstacle_to_fused_loss(model, recipe, arguments):
+        if config.get(FUSED_LOSS):
+            problems.append(Problem(f"training.liger_kernel_config.{FUSED_LOSS}", True, obstacle))
+        config = config | {FUSED_LOSS: False}
+    return _with(recipe, use_liger_kernel=True, liger_kernel_config=config or None), problems
 
 
-def _with(recipe: Recipe, use: bool) -> Recipe:
-    return dataclasses.replace(recipe, training=recipe.training | {"use_liger_kernel": use})
+def _with(recipe: Recipe, **training: Any) -> Recipe:
+    return dataclasses.replace(recipe, training=recipe.training | training)
 
 
-def _function_for(recipe: Recipe, functions: Functions, uses_fused_loss: bool) -> Callable[..., None]:
-    """The function for the recipe's model.
-
-    Raises:
-        ValueError: Liger does not know the model's type, or its loss would pass over what the mixture does.
-    """
-    model = empty_model(load_config(recipe.model))
-    kind = model.config.model_type
+def _function_for(kind: str, functions: Functions) -> Callable[..., None]:
+    """Raises ValueError where Liger does not know the model's type."""
     if kind not in functions:
         types = ", ".join(sorted(functions))
         raise ValueError(f"Liger has no kernels for models of type {kind}, only for {types}; drop it")
-    if uses_fused_loss and _adapts_output_layer(model, recipe.mixture):
-        raise ValueError(
-            "Liger's loss reads the output layer's frozen weight, and the mixture adapts that layer; exclude it "
-            f"(`mixture.exclude_modules`), or set training.liger_kernel_config.{FUSED_LOSS} to false"
-        )
     return functions[kind]
+
+
+def _obstacle_to_fused_loss(model: PreTrainedModel, recipe: Recipe, arguments: TrainingArguments) -> str | None:
+    """That loss multiplies by the output layer's weight itself, and does not call the layer.
+
+    Args:
+        model: without weights; it gets the mixture.
+    """
+    if shards_parameters(arguments):
+        return "reads the output layer's weight, of which FSDP and ZeRO-3 leave each process a part; drop it"
+    if _adapts_output_layer(model, recipe.mixture):
+        return "reads the output layer's frozen weight, past the mixture on it; drop it, or exclude that layer"
+    return None
 
 
 def _adapts_output_layer(empty: PreTrainedModel, mixture: Mapping[str, Any]) -> bool:
