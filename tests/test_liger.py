@@ -12,7 +12,7 @@ from helpers import ARCHITECTURES, assert_same_grads, awaken, config_for, grads_
 from peft import get_peft_model
 from test_trainer import KeepGradients, Rows, mixture, train
 from tiny import problems, tiny_recipe, tiny_tokenizer, write_recipe
-from transformers import TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
@@ -34,14 +34,20 @@ NO_FUSED_LOSS = {"fused_linear_cross_entropy": False}
 def device(request, monkeypatch):
     """Where Liger's kernels run, the CPU in Triton's interpreter; what they replace comes back after the test."""
     pytest.importorskip("liger_kernel")
-    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    _keep(monkeypatch, modeling_llama)
     if request.param == "cpu":
         if request.getfixturevalue("kernel_device").type != "cpu":
             pytest.skip("Triton compiles its kernels for the GPU here")
         monkeypatch.setattr("moelora.ops.triton.INTERPRET", False)  # the mixture's own are not what is tested
         _teach_interpreter(monkeypatch)
     return request.param
+
+
+def _keep(monkeypatch, module):
+    """Liger changes the functions and classes of transformers' modules for good; here, for a test."""
+    for name, value in list(vars(module).items()):
+        if callable(value):
+            monkeypatch.setattr(module, name, value)
 
 
 def _teach_interpreter(monkeypatch):
@@ -104,6 +110,39 @@ def test_a_step_in_bfloat16(device):
     for name, grad in truth.items():
         error, plains = ((each[name].float() - grad).norm() for each in (grads, plain_grads))
         assert error < 3 * plains + 0.02 * grad.norm(), name
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+KINDS = {"mistral": {}, "qwen3": {}, "phi3": {}, "mixtral": EXPERTS, "qwen3_moe": EXPERTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_models(device, monkeypatch, kind):
+    if device == "cpu" and KINDS[kind]:
+        pytest.skip("Liger measures the GPU for its kernels of experts")
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **size, **heads, **KINDS[kind])
+    mixed = config_for(ARCHITECTURES["llama"], target_modules="all-linear", router_aux_loss_coef=0.5)
+    results = []
+    for use in (False, True):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(config)
+        _keep(monkeypatch, sys.modules[type(base).__module__])
+        model = get_peft_model(base, mixed)
+        awaken(model)
+        model.to(device)
+        if use:
+            apply_liger_kernel(model, None)
+        results.append(step(model))
+    (plain, expected), (output, grads) = results
+    assert output.logits is None and plain.logits is not None
+    torch.testing.assert_close(output.loss, plain.loss, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(output.balancing_loss, plain.balancing_loss, rtol=1e-3, atol=0.0)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (grads[name] - grad).norm() <= 0.02 * grad.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("when", ["before", "after", "in the class"])
