@@ -197,6 +197,22 @@ class BlockHook:
         return kwargs.get("encoder_hidden_states")
 
 
+def refuse_fused_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook on a model whose output layer is routed, which Liger's loss would not be called through.
+
+    Raises:
+        ValueError: that loss is about to be computed, by the output layer's frozen weight alone.
+    """
+    skips = kwargs.get("skip_logits")
+    has_labels = any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
+    if has_labels and (model.training if skips is None else skips) and model.forward.__module__.startswith("liger_"):
+        raise ValueError(
+            "the mixture adapts the model's output layer, and Liger's fused loss would pass its experts over: switch "
+            'that loss off (Trainer: liger_kernel_config={"fused_linear_cross_entropy": False}), or leave the layer '
+            "out with `exclude_modules`"
+        )
+
+
 def encoder_argument_position(block: nn.Module) -> int | None:
     """Where a block's forward takes `encoder_hidden_states`, counted without self; None if it does not."""
     names = list(inspect.signature(type(block).forward).parameters)
