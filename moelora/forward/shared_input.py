@@ -139,7 +139,7 @@ class SharedInput:
         if not self._leaders:
             hook = layer.link.hook
             others = [other.link.bound for other in hook.leaders if other is not layer]
-            groups = [other.group for other in (bound, *others) if other is not None and other.is_cast_with(bound)]
+            groups = [other.group for other in (bound, *others) if other is not None and other.is_made_with(bound)]
             self._operands = dict(zip(groups, operands_of([group.stack for group in groups]), strict=True))
             hook.leaders = self._leaders
         self._leaders.append(layer)
@@ -194,9 +194,9 @@ class BoundGroup:
                 return False
         return True
 
-    def is_cast_with(self, other: BoundGroup) -> bool:
-        """Whether its factors have to be cast, to what those of the other are, and are there: not a shard of them."""
-        is_alike = self.group.stack.is_cast and self.dtype is other.dtype and self.device == other.device
+    def is_made_with(self, other: BoundGroup) -> bool:
+        """Whether its factors have to be cast or stacked, as those of the other, and are there: not a shard of them."""
+        is_alike = self.group.stack.is_made and self.dtype is other.dtype and self.device == other.device
         return is_alike and (self is other or self._is_current())
 
 

@@ -217,8 +217,15 @@ class ForwardContext:
         if not self.training:
             return router.maturity(copy=False)
         if router.name not in self._maturity:
-            self._maturity[router.name] = router.maturity()
+            self._copy_maturity(router)
         return self._maturity[router.name]
+
+    def _copy_maturity(self, router: MixtureRouter) -> None:
+        """Of this router, and of all others on its device: copies cost by their number."""
+        now = {name: each.maturity(copy=False) for name, each in self.state.routers.items() if each.pool}
+        here = {name: value for name, value in now.items() if value.device == now[router.name].device}
+        parts = torch.cat(list(here.values())).split([value.numel() for value in here.values()])
+        self._maturity |= {name: part for name, part in zip(here, parts, strict=True) if name not in self._maturity}
 
     def selection_bias(self, router: MixtureRouter) -> Tensor | None:
         """[E], as of maturity; None where no bias balances the load."""

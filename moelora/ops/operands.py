@@ -35,48 +35,43 @@ class FactorStack:
     def __init__(self, As: Sequence[Tensor], Bs: Sequence[Tensor], num_pools: int, dtype: torch.dtype) -> None:
         self.As, self.Bs, self.num_pools, self.dtype = As, Bs, num_pools, dtype
         self.factors = (*As, *Bs)
-        self.is_cast = any(factor.dtype != dtype for factor in self.factors)
+        self.is_made = len(As) > 1 or any(factor.dtype != dtype for factor in self.factors)
         self._rows = [A.shape[0] for A in As]
         self._widths = [B.shape[1] for B in Bs[:num_pools]]
         self.shapes = [(sum(self._rows), As[0].shape[1])]
         self.shapes += [(B.shape[0], sum(self._widths)) for B in Bs[::num_pools]]
 
-    def stacked(self) -> Operands:
-        """As they are, where nothing has to be cast."""
-        As, Bs, pools = self.As, self.Bs, self.num_pools
-        A = As[0] if len(As) == 1 else torch.cat(list(As))
-        return Operands(A, Bs if pools == 1 else [torch.cat(Bs[i : i + pools], dim=1) for i in range(0, len(Bs), pools)])
-
     def split(self, A: Tensor | None, *Bs: Tensor | None) -> list[Tensor | None]:
-        """Each factor's part of matrices that are stacked like this, in the order of `factors`."""
+        """Each factor's part of matrices that are stacked like this, in the order of `factors`; none of a linear without B."""
+        pools = self.num_pools
         parts: list[Tensor | None] = [None] * len(self.As) if A is None else list(A.split(self._rows))
-        for B in Bs:
-            parts += [None] * self.num_pools if B is None else B.split(self._widths, dim=1)
+        for i, B in enumerate(Bs):
+            if B is None:
+                parts[i * pools : (i + 1) * pools] = [None] * pools
+            parts += [None] * pools if B is None else B.split(self._widths, dim=1)
         return parts
 
 
 def operands_of(stacks: Sequence[FactorStack]) -> list[Operands]:
-    """What each group multiplies. The factors of all that have to be cast are, by one operation into one buffer.
+    """What each group multiplies. All that has to be cast or stacked is, by one operation into one buffer.
 
     Args:
         stacks: on one device, of one dtype.
     """
-    cast = [stack for stack in stacks if stack.is_cast]
-    if not cast:
-        return [stack.stacked() for stack in stacks]
-    matrices = iter(_Cast.apply(cast, *(factor for stack in cast for factor in stack.factors)))
-    made = []
+    to_make = [stack for stack in stacks if stack.is_made]
+    made = iter(_Stack.apply(to_make, *(factor for stack in to_make for factor in stack.factors)) if to_make else ())
+    operands = []
     for stack in stacks:
-        if stack.is_cast:
-            A, *Bs = (next(matrices) for _ in stack.shapes)
-            made.append(Operands(A, Bs))
-        else:
-            made.append(stack.stacked())
-    return made
+        A, *Bs = [next(made) for _ in stack.shapes] if stack.is_made else stack.factors
+        operands.append(Operands(A, Bs))
+    return operands
 
 
-class _Cast(torch.autograd.Function):
-    """The matrices of all stacks, in their order, from the factors of all; one operation each way."""
+class _Stack(torch.autograd.Function):
+    """The matrices of all stacks, in their order, from the factors of all; one operation each way.
+
+    A linear whose B gets no gradient has had no part in the loss, and neither has its A, though the A of its group have.
+    """
 
     @staticmethod
     def forward(ctx: Any, stacks: Sequence[FactorStack], *factors: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 PARTS = (
     ("num_tokens", False),
     ("assignments", True),  # the top-k assignments
@@ -21,6 +23,7 @@ def sizes(num_experts: int) -> list[int]:
     return [num_experts if by_expert else 1 for _, by_expert in PARTS]
 
 
+@cache
 def size(num_experts: int) -> int:
     """How many numbers there are.
 
@@ -37,6 +40,7 @@ def num_experts_of(size: int) -> int:
     return (size - (len(PARTS) - vectors)) // vectors
 
 
+@cache
 def starts(num_experts: int) -> dict[str, int]:
     """Where each part begins, under the name by which the kernels take it: AT_ and the part's.
 

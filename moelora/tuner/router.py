@@ -111,7 +111,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         if config.router_kind.is_constant:
             return self._fixed_weights().expand(*hidden.shape[:-1], -1)
         with without_autocast(hidden.device.type):
-            scored = self._score(self._checked(hidden), self._first_weights(), self._in_context(hidden), without)
+            hidden_TH = self._checked(hidden).flatten(0, -2)
+            scored = self._score(hidden_TH, self._first_weights(), self._in_context(hidden), without)
             weights_TE = self._route(scored, config, *self._kept(config, context)).weights
             return weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1])
 
@@ -156,36 +157,38 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         with without_autocast(hidden.device.type):
             if context.call.repeats and not kernels_for(hidden):
                 pooled = context.call.once(self, lambda: PooledRouter(self.active_routers(), config))
-                hidden_TH = self._checked(hidden).to(pooled.first_NH.device)
-                weights_TE, scale = pooled.weights(hidden_TH, self._in_context(hidden, mask, context)), 1.0
+                hidden_TH = self._checked(hidden).flatten(0, -2).to(pooled.first_NH.device)
+                weights_TE = pooled.weights(hidden_TH, self._in_context(hidden, mask, context))
+                weights, scale = weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1]), 1.0
             else:
-                weights_TE, scale = self._counted_weights(hidden, context, mask)
-            return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], weights_TE.shape[-1])
+                weights, scale = self._counted_weights(self._checked(hidden), context, mask)
+            return self._finish(weights, scale, context)
 
     def _counted_weights(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None) -> tuple[Tensor, float]:
-        """The weights [T, E], and what they are yet to be multiplied by; the sums go to the context."""
+        """The weights [..., E], and what they are yet to be multiplied by; the sums go to the context."""
         config = context.config
         routers = cast("list[Router]", self.active_routers())
-        weight_NH = first_weights(routers)
-        hidden_TH = self._checked(hidden).to(weight_NH.device)
-        mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
-        kept = self._kept(config, context)
-        routes_by_domains = routes_by_domain(routers)
+        weight_NH, decides_by_domain = first_weights(routers), routes_by_domain(routers)
+        maturity_E = context.maturity(self) if config.router_kind.matures else None
+        bias_E = context.selection_bias(self) if config.balancing.moves_bias else None
         # Where domains decide, a batch of one goes to one adapter: a share of the whole pool would drop most of it.
-        is_limited = context.training and not routes_by_domains
-        limit = (self._capacity_factor(config) if is_limited else None, context.over_ranks)
-        is_softmax = config.router_kind.has_kernel and kept[1] is None and not routes_by_domains
+        is_limited = context.training and not decides_by_domain
+        limit = (self._capacity_factor(config) if is_limited else None, is_limited and context.over_ranks)
+        is_softmax = config.router_kind.has_kernel and bias_E is None and not decides_by_domain
         is_linear = is_softmax and all(router.hidden_weight is None for router in routers)
-        if is_linear and self._can_fuse(hidden_TH, weight_NH, limit[0]):
-            weights_TE, sums = self._fused(hidden_TH, weight_NH, config, kept[0], mask_T, *limit)
+        here = hidden.to(weight_NH.device)
+        if is_linear and self._can_fuse(here, weight_NH, limit[0]):
+            mask_T = None if mask is None else mask.to(here.device)
+            weights, sums = self._fused(here, weight_NH, config, maturity_E, mask_T, *limit)
             scale = 1.0
         else:
-            scored = self._score(hidden_TH, weight_NH, self._in_context(hidden, mask, context))
-            routing = self._route(scored, config, *kept, mask_T, *limit)
+            mask_T = None if mask is None else mask.to(here.device).flatten()
+            scored = self._score(here.flatten(0, -2), weight_NH, self._in_context(hidden, mask, context))
+            routing = self._route(scored, config, maturity_E, bias_E, mask_T, *limit)
             sums = RoutingSums.of(routing, scored.logits, mask_T, config.load_balance_loss_type)
-            weights_TE, scale = routing.weights, config.routing_scale
+            weights, scale = routing.weights.view(*hidden.shape[:-1], routing.weights.shape[-1]), config.routing_scale
         context.record(self, sums)
-        return weights_TE, scale
+        return weights, scale
 
     def _capacity_factor(self, config: MoELoraConfig) -> float | None:
         """With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats."""
@@ -198,20 +201,25 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         return weights if scale == 1.0 else weights * scale
 
     def _checked(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H] as [T, H]."""
+        """hidden [..., H].
+
+        Raises:
+            ValueError: of another width than the router.
+        """
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"the router of `{self.name or 'the model'}` reads hidden states of width {self.hidden_size}, but got "
                 f'{hidden.shape[-1]}; use router_scope="module"'
             )
-        return hidden.flatten(0, -2)
+        return hidden
 
     def _first_weights(self) -> Tensor:
         return first_weights(cast("list[Router]", self.active_routers()))
 
     def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
         """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
-        return self._score(self._checked(hidden), self._first_weights(), self._in_context(hidden), without).logits
+        hidden_TH = self._checked(hidden).flatten(0, -2)
+        return self._score(hidden_TH, self._first_weights(), self._in_context(hidden), without).logits
 
     def _score(self, hidden_TH: Tensor, weight_NH: Tensor, add_up: AddUp, without: int | None = None) -> Scored:
         config, routers = self.state.config, cast("list[Router]", self.active_routers())
@@ -234,17 +242,17 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
         return add_up
 
-    def _can_fuse(self, hidden_TH: Tensor, weight_NH: Tensor, capacity_factor: float | None) -> bool:
+    def _can_fuse(self, hidden: Tensor, weight_NH: Tensor, capacity_factor: float | None) -> bool:
         """Whether the Triton router serves these tokens; else steps 1 to 3 run one by one."""
-        if not kernels_for(hidden_TH):
+        if not kernels_for(hidden):
             return False
         from ..ops.triton.router import serves
 
-        return serves(hidden_TH, weight_NH, capacity_factor)
+        return serves(hidden, weight_NH, capacity_factor)
 
     @staticmethod
     def _fused(
-        hidden_TH: Tensor,
+        hidden: Tensor,
         weight_EH: Tensor,
         config: MoELoraConfig,
         maturity_E: Tensor | None,
@@ -252,11 +260,11 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         capacity_factor: float | None,
         over_ranks: bool,
     ) -> tuple[Tensor, RoutingSums]:
-        """Weights [T, E], times routing_scale, and sums by one kernel."""
+        """Weights [..., E], times routing_scale, and sums by one kernel."""
         from ..ops.triton.router import route_fused
 
-        weights_TE, packed, probs, squared_lse = route_fused(
-            hidden_TH,
+        weights, packed, probs, squared_lse = route_fused(
+            hidden,
             weight_EH,
             top_k=min(config.top_k_experts, weight_EH.shape[0]),
             temperature=config.router_temperature,
@@ -266,7 +274,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             over_ranks=over_ranks,
             scale=config.routing_scale,
         )
-        return weights_TE, RoutingSums(packed, probs, squared_lse)
+        return weights, RoutingSums(packed, probs, squared_lse)
 
     @staticmethod
     def _route(

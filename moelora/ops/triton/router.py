@@ -30,6 +30,7 @@ MAX_CAPACITY_TOKENS = 32768  # one program holds an expert's column in registers
 COUNTED_TOKENS = 1024  # whose assignments to one expert a program counts
 MAX_SINGLE_TOKENS = 64  # up to which each token gets a program of its own, without tensor cores: decoding
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}
+_PLAIN = {Tensor, nn.Parameter}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Decision:
     scale: float
     capacity_factor: float | None
     maturity_E: Tensor | None
-    mask_T: Tensor | None  # uint8
+    mask: Tensor | None  # uint8, one for each token
     over_ranks: bool = False
 
 
@@ -94,7 +95,7 @@ class Decision:
 class Result:
     """What the forward kernels write."""
 
-    weights: Tensor  # [T, E]
+    weights: Tensor  # [..., E]
     sums: Tensor  # [F], in the order of sums_layout
     z: Tensor | None  # [T, E], where a backward may follow
     rstd: Tensor | None  # [T]
@@ -102,18 +103,19 @@ class Result:
 
 
 def _forward(hidden: Tensor, weight: Tensor, decision: Decision, keep: bool) -> Result:
-    (T, H), E = hidden.shape, weight.shape[0]
+    (*lead, H), E = hidden.shape, weight.shape[0]
+    T = hidden.numel() // H
     blocks = forward_blocks(T, E, hidden.dtype)
     programs = triton.cdiv(T, blocks.tokens)
-    shapes = (T, E), (programs, sums_layout.size(E))
-    weights, partial = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    weights = hidden.new_empty((*lead, E), dtype=torch.float32)
+    partial = weights.new_empty((programs, sums_layout.size(E)))
     z, rstd = (torch.empty_like(weights), weights.new_empty(T)) if keep else (None, None)
     is_limited = decision.capacity_factor is not None and decision.top_k < E
     priority = weights.new_empty(E, T) if is_limited else None
     with torch.cuda.device_of(hidden):  # a launch goes to the current device, which need not be the tensor's
         forward_kernel[(programs,)](
-            hidden, weight, decision.maturity_E, decision.mask_T, weights, partial, z, rstd, priority, T,
-            hidden.stride(0), decision.temperature, decision.scale, EPS, H=H, E=E, K=decision.top_k,
+            hidden, weight, decision.maturity_E, decision.mask, weights, partial, z, rstd, priority, T,
+            hidden.stride(-2), decision.temperature, decision.scale, EPS, H=H, E=E, K=decision.top_k,
             SUMS=sums_layout.size(E), **sums_layout.starts(E), **blocks.options(H, E),
         )  # fmt: skip
         sums = partial[0] if programs == 1 else partial.sum(0)
@@ -129,7 +131,7 @@ def _limit(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) 
     block, share = max(16, triton.next_power_of_2(T)), decision.capacity_factor / E
     at = sums_layout.starts(E)
     mass = sums[at["AT_MASS"] :]
-    written = (decision.maturity_E, decision.mask_T, weights, dropped, counts, mass, T, decision.scale)
+    written = (decision.maturity_E, decision.mask, weights, dropped, counts, mass, T, decision.scale)
     options = {"E": E, "BT": block, "num_warps": min(32, max(4, block // 512))}
     if decision.over_ranks:
         of_digits = _counts_over_ranks(priority, share)
@@ -169,7 +171,7 @@ class _RouteFused(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, decision):
         result = _forward(hidden, weight, decision, keep=True)
         kept = (result.z, result.rstd, result.dropped)
-        ctx.save_for_backward(hidden, weight, decision.maturity_E, decision.mask_T, *kept)
+        ctx.save_for_backward(hidden, weight, decision.maturity_E, decision.mask, *kept)
         ctx.decision = (decision.top_k, decision.temperature, decision.scale)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.sums)
@@ -183,35 +185,37 @@ class _RouteFused(torch.autograd.Function):
         wants_dh, wants_dw, _ = ctx.needs_input_grad
         if all(gradient is None for gradient in (dweights, dprobs, dlse)):
             return None, None, None
-        (T, H), E = hidden.shape, weight.shape[0]
+        H, E = weight.shape[1], weight.shape[0]
+        T = hidden.numel() // H
         blocks = backward_blocks(T, E, hidden.dtype)
         programs = triton.cdiv(T, blocks.tokens)
         options = blocks.options(H, E)
         span = triton.cdiv(H, blocks.splits * options["BH"]) * options["BH"]
-        dh = hidden.new_empty(T, H) if wants_dh else None
+        dh = torch.empty_like(hidden) if wants_dh else None
         fits = programs * E * H * 4 <= MAX_PARTIAL_BYTES
         partial = rstd.new_empty(programs, E, H) if wants_dw and fits else None
         scaled = rstd.new_empty(T, E) if wants_dw and not fits else None
         gradients = [None if g is None else g.contiguous() for g in (dweights, dprobs, dlse)]
         backward_kernel[(programs, triton.cdiv(H, span))](
-            hidden, weight, maturity, mask, z, rstd, dropped, *gradients, dh, partial, scaled, T, hidden.stride(0),
+            hidden, weight, maturity, mask, z, rstd, dropped, *gradients, dh, partial, scaled, T, hidden.stride(-2),
             temperature, scale, H=H, E=E, K=top_k, SPAN=span, **options,
         )  # fmt: skip
         dw = None if partial is None else partial[0] if programs == 1 else partial.sum(0)
         if scaled is not None:
-            dw = _exact_product(hidden.t(), scaled).t()
+            dw = _exact_product(hidden.view(T, H).t(), scaled).t()
         return dh, None if dw is None else dw.to(weight.dtype), None
 
 
-def serves(hidden_TH: Tensor, weight_EH: Tensor, capacity_factor: float | None) -> bool:
+def serves(hidden: Tensor, weight_EH: Tensor, capacity_factor: float | None) -> bool:
     """Whether the kernels can take these: no float64, which is the references' business, and no shard of a DTensor."""
-    is_small = capacity_factor is None or hidden_TH.shape[0] <= MAX_CAPACITY_TOKENS
-    is_plain = {type(hidden_TH), type(weight_EH)} <= {Tensor, nn.Parameter}
-    return is_small and is_plain and {hidden_TH.dtype, weight_EH.dtype} <= DTYPES and weight_EH.shape[0] <= MAX_EXPERTS
+    is_small = capacity_factor is None or hidden.numel() <= MAX_CAPACITY_TOKENS * hidden.shape[-1]
+    is_plain = type(hidden) in _PLAIN and type(weight_EH) in _PLAIN
+    has_dtypes = hidden.dtype in DTYPES and weight_EH.dtype in DTYPES
+    return is_small and is_plain and has_dtypes and weight_EH.shape[0] <= MAX_EXPERTS
 
 
 def route_fused(
-    hidden_TH: Tensor,
+    hidden: Tensor,
     weight_EH: Tensor,
     *,
     top_k: int,
@@ -222,14 +226,17 @@ def route_fused(
     scale: float = 1.0,
     over_ranks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`moelora.routing.decision.route` on ``norm_linear(hidden_TH, weight_EH)``, and sums over the tokens of mask_T.
+    """`moelora.routing.decision.route` on ``norm_linear(hidden, weight_EH)``, and sums over the tokens of mask_T.
+
+    Args:
+        hidden: [..., H].
+        mask_T: bool, one for each token, in any shape.
 
     Returns:
-        weights [T, E] float32 times scale; the sums [F] float32 in the order of sums_layout, without gradient; of them,
-        with gradient, that of the probabilities [E] and that of the squared logsumexp [].
+        weights [..., E] float32 times scale; the sums [F] float32 in the order of sums_layout, without gradient; of
+        them, with gradient, that of the probabilities [E] and that of the squared logsumexp [].
     """
-    hidden = hidden_TH if hidden_TH.stride(-1) == 1 else hidden_TH.contiguous()
-    weight = weight_EH.contiguous()
+    hidden, weight = hidden.contiguous(), weight_EH.contiguous()
     mask = None if mask_T is None else mask_T.contiguous().view(torch.uint8)
     decision = Decision(top_k, temperature, scale, capacity_factor, maturity_E, mask, over_ranks)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
