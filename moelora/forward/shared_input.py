@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Reader, can_fuse, compute_dtype, is_plain, mixture_fused, mixture_linear
+from ..ops import (
+    ExpertPairs,
+    Reader,
+    can_fuse,
+    compute_dtype,
+    is_plain,
+    mixture_fused,
+    mixture_linear,
+    mixture_sparse,
+)
 from .interfaces import SharingLinear
 
 
@@ -106,7 +115,8 @@ class SharedInput:
         if not can_fuse(reader.pools):
             return mixture_linear(x, reader, weights)
         fused_with = _fused_with(layer, reader, x, weights)
-        first, *others = mixture_fused(x, [reader, *fused_with.values()], weights)
+        readers, pairs = [reader, *fused_with.values()], _pairs_of(layer, reader, x, weights)
+        first, *others = mixture_fused(x, readers, weights) if pairs is None else mixture_sparse(x, readers, pairs)
         if fused_with:
             self._key, self._x, self._outputs = _key(x), x, dict(zip(fused_with, others, strict=True))
         return first
@@ -114,6 +124,10 @@ class SharedInput:
     def close(self) -> None:
         """Let go of the tensors."""
         self._key, self._x, self._outputs = None, None, {}
+
+
+def _pairs_of(layer: SharingLinear, reader: Reader, x: Tensor, weights: Tensor) -> ExpertPairs | None:
+    return layer.link.routing.expert_pairs(x, weights, reader.pools[0].rank)
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:

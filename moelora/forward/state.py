@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
+from ..ops import ExpertPairs, chooses_sparse, serves_sparse
 from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
@@ -206,6 +207,11 @@ class ForwardContext:
         return context
 
     @property
+    def top_k(self) -> int | None:
+        """Experts of a token that the mixture's own routers give any weight to, at most; None: maybe all."""
+        return self.config.top_k_experts if self.config.router_kind.is_sparse else None
+
+    @property
     def over_ranks(self) -> bool:
         """Whether data-parallel ranks share capacity: in a training step, which all of them take together."""
         return self.grad_enabled and num_ranks() > 1
@@ -314,6 +320,8 @@ class BlockRouting:
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
     shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
     encoder_weights: Tensor | None = None
+    top_k: int | None = None  # experts of a token that weights give anything to, at most; None: maybe all
+    _pairs: ExpertPairs | None = field(default=None, init=False)
     _sole: dict[bool, int | None] = field(default_factory=dict, init=False)  # of the encoder's tokens, of the block's
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
@@ -334,6 +342,22 @@ class BlockRouting:
                 f'{list(self.lead)} entering its block; use router_scope="module" or exclude it from `target_modules`'
             )
         return fitted
+
+    def expert_pairs(self, x: Tensor, weights: Tensor, rank: int) -> ExpertPairs | None:
+        """The pairs that a linear of x [..., D] and weights [..., E] computes; None where all experts are faster.
+
+        They are sorted once for all linears. A checkpoint's run has weights, and so pairs, of its own.
+        """
+        if self.top_k is None or weights is not self.weights or not serves_sparse(x):
+            return None
+        num_experts = weights.shape[-1]
+        top_k = min(self.top_k, num_experts)
+        if not chooses_sparse(self.lead.numel(), num_experts, top_k, rank):
+            return None
+        has_gradient = weights.requires_grad and torch.is_grad_enabled()
+        if self._pairs is None or self._pairs.weights.requires_grad != has_gradient:
+            self._pairs = ExpertPairs.of(weights, top_k)
+        return self._pairs
 
     def sole_expert(self, x: Tensor) -> int | None:
         """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""

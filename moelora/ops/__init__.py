@@ -11,21 +11,28 @@ from typing import Any
 from torch import Tensor
 
 from .concat import mixture_concat
+from .expert_pairs import ExpertPairs, chooses_sparse
 from .fused import Reader, can_fuse, compute_dtype, is_plain, mixture_fused
+from .gathered import serves_sparse
 from .pool import ExpertPool
 from .reference import mixture_reference
+from .sparse import mixture_sparse
 
 __all__ = [
     "BACKENDS",
+    "ExpertPairs",
     "ExpertPool",
     "Reader",
     "can_fuse",
+    "chooses_sparse",
     "compute_dtype",
     "is_plain",
     "mixture",
     "mixture_by_expert",
     "mixture_fused",
     "mixture_linear",
+    "mixture_sparse",
+    "serves_sparse",
 ]
 
 BACKENDS = {"concat": mixture_concat, "reference": mixture_reference}
