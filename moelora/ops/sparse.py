@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .expert_pairs import ExpertPairs
-from .fused import Reader, _chunks, _frozen_part, _joined, _without_autocast, compute_dtype
+from .fused import (
+    Reader,
+    _chunks,
+    _frozen_part,
+    _halves,
+    _joined,
+    _unstacked,
+    _without_autocast,
+    compute_dtype,
+)
 from .gathered import expand, factor_gradient, shrink
 from .pool import ExpertPool
 
@@ -34,26 +43,28 @@ class _Call:
 
     pairs: ExpertPairs
     num_readers: int
-    rank: int
+    num_pools: int  # of each reader
+    rank: int  # of one expert
     scale: float
     drop_rate: float
 
     def split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """(outside, weight, bias) of every reader; the factor A of each; the factor B of each."""
-        start, G = 3 * self.num_readers, self.num_readers
-        return _chunks(values[:start], 3), list(values[start : start + G]), list(values[start + G :])
+        """(outside, weight, bias) of every reader; the factors A of each; the factors B of each."""
+        start = 3 * self.num_readers
+        As, Bs = _halves(values[start:])
+        return _chunks(values[:start], 3), _chunks(As, self.num_pools), _chunks(Bs, self.num_pools)
 
     def weighted(self, values_GPr: Tensor, weights_P: Tensor) -> Tensor:
         """[G, P, r] in the dtype of values: each pair's times its weight times scale."""
         return (values_GPr * (weights_P * self.scale)[:, None]).to(values_GPr.dtype)
 
-    def by_input(self, A: Tensor) -> Tensor:
-        """[E * r, D] as [E, r, D]."""
-        return A.unflatten(0, (-1, self.rank))
+    def by_input(self, As: Sequence[Tensor]) -> Tensor:
+        """[E * r, D], of all adapters, as [E, r, D]."""
+        return _whole(As, 0).unflatten(0, (-1, self.rank))
 
-    def by_output(self, B: Tensor) -> Tensor:
-        """[O, E * r] as [E, r, O]."""
-        return B.unflatten(1, (-1, self.rank)).permute(1, 2, 0)
+    def by_output(self, Bs: Sequence[Tensor]) -> Tensor:
+        """[O, E * r], of all adapters, as [E, r, O]."""
+        return _whole(Bs, 1).unflatten(1, (-1, self.rank)).permute(1, 2, 0)
 
 
 class _SparseMixture(torch.autograd.Function):
@@ -63,7 +74,7 @@ class _SparseMixture(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, x: Tensor, weights: Tensor, *tensors: Any):
         frozen, As, Bs = call.split(tensors)
         ys, h, kept = _outputs(call, x, weights, frozen, As, Bs)
-        ctx.save_for_backward(x, weights, kept, h, *(weight for _, weight, _ in frozen), *As, *Bs)
+        ctx.save_for_backward(x, weights, kept, h, *(weight for _, weight, _ in frozen), *tensors[3 * len(frozen) :])
         ctx.call, ctx.device = call, x.device.type
         ctx.set_materialize_grads(False)
         return ys
@@ -76,7 +87,12 @@ class _SparseMixture(torch.autograd.Function):
 
 
 def _outputs(
-    call: _Call, x: Tensor, weights: Tensor, frozen: Sequence[Sequence[Any]], As: Sequence[Tensor], Bs: Sequence[Tensor]
+    call: _Call,
+    x: Tensor,
+    weights: Tensor,
+    frozen: Sequence[Sequence[Any]],
+    As: Sequence[Sequence[Tensor]],
+    Bs: Sequence[Sequence[Tensor]],
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
     """y [T, O] of every reader; h [G, P, r]; what dropout kept of x [T, D], None where it rests."""
     read, kept = torch.native_dropout(x, call.drop_rate, True) if call.drop_rate > 0 else (x, None)
@@ -84,13 +100,13 @@ def _outputs(
     for A, h_i in zip(As, h, strict=True):
         shrink(read, call.by_input(A), call.pairs, h_i)
     hw = call.weighted(h, weights)
-    ys = tuple(_expand(call, x, hw_i, B, *parts) for hw_i, B, parts in zip(hw, Bs, frozen, strict=True))
+    blocks = map(call.by_output, Bs)
+    ys = tuple(_expand(call, x, hw_i, B, *parts) for hw_i, B, parts in zip(hw, blocks, frozen, strict=True))
     return ys, h, kept
 
 
-def _expand(call: _Call, x: Tensor, hw: Tensor, B: Tensor, outside: Any, weight: Any, bias: Any) -> Tensor:
-    """The pairs' hw [P, r] times their B, plus what is frozen: [T, O]."""
-    blocks = call.by_output(B)
+def _expand(call: _Call, x: Tensor, hw: Tensor, blocks: Tensor, outside: Any, weight: Any, bias: Any) -> Tensor:
+    """The pairs' hw [P, r] times their blocks of B [E, r, O], plus what is frozen: [T, O]."""
     if outside is None:
         y = expand(hw, blocks, call.pairs)
         return (y if bias is None else y.add_(bias)).addmm_(x, weight.t())
@@ -102,7 +118,7 @@ def _expand(call: _Call, x: Tensor, hw: Tensor, B: Tensor, outside: Any, weight:
 def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     call: _Call = ctx.call
     x, weights, kept, h, *saved = ctx.saved_tensors
-    Ws, As, Bs = _chunks(saved, call.num_readers)
+    Ws, (As, Bs) = saved[: call.num_readers], (_chunks(f, call.num_pools) for f in _halves(saved[call.num_readers :]))
     _, needs_x, needs_weights, *needs = ctx.needs_input_grad
     needs_outside, needs_A, needs_B = call.split(needs)
     keep_rate = 1 - call.drop_rate
@@ -116,25 +132,32 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, .
             shrink(dy, call.by_output(B), call.pairs, g_i)
     hw, dh = call.weighted(h, weights), call.weighted(g, weights)
     dw = (g.to(weights.dtype) * h).sum(dim=(0, 2)).mul_(call.scale) if needs_weights else None
-    read = x if kept is None or not any(needs_A) else (x * kept).div_(keep_rate)
-    dAs: list[Tensor | None] = [None] * len(As)
-    dBs: list[Tensor | None] = [None] * len(Bs)
+    read = x if kept is None or not any(map(any, needs_A)) else (x * kept).div_(keep_rate)
+    dAs: list[Sequence[Tensor | None]] = [[None] * call.num_pools] * len(As)
+    dBs = list(dAs)
     dx = None
     for i, dy in enumerate(flat):
         if dy is None:
             continue
-        if needs_B[i]:
-            dB = dBs[i] = torch.empty_like(Bs[i])
-            factor_gradient(hw[i], dy, call.pairs, call.by_output(dB))
-        if needs_A[i]:
-            dA = dAs[i] = torch.empty_like(As[i])
-            factor_gradient(dh[i], read, call.pairs, call.by_input(dA))
+        if any(needs_A[i]):
+            dAs[i] = _of_factors(call, dh[i], read, As[i], dim=0)
+        if any(needs_B[i]):
+            dBs[i] = _of_factors(call, hw[i], dy, Bs[i], dim=1)
         if needs_x:
             dx = expand(dh[i], call.by_input(As[i]), call.pairs, onto=dx)
     if dx is not None:
         _add_frozen(dx, flat, Ws, kept, keep_rate)
     d_frozen = [(dy if needed[0] else None, None, None) for dy, needed in zip(dys, needs_outside, strict=True)]
-    return None, dx, dw, *_joined(d_frozen), *dAs, *dBs
+    return None, dx, dw, *_joined(d_frozen), *_joined(dAs), *_joined(dBs)
+
+
+def _of_factors(call: _Call, h: Tensor, rows: Tensor, factors: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """The gradients of factors A (dim 0) or B (dim 1), one of each adapter."""
+    shape = list(factors[0].shape)
+    shape[dim] = call.pairs.num_experts * call.rank
+    gradient = factors[0].new_empty(shape)
+    factor_gradient(h, rows, call.pairs, call.by_output([gradient]) if dim else call.by_input([gradient]))
+    return _unstacked(gradient, factors, dim)
 
 
 def _add_frozen(
@@ -156,10 +179,10 @@ def mixture_sparse(x: Tensor, readers: Sequence[Reader], pairs: ExpertPairs) -> 
     """
     pools, dtype = readers[0].pools, compute_dtype(x)
     scale, weights = _scaled(pools, pairs)
-    call = _Call(pairs, len(readers), pools[0].rank, scale, pools[0].drop_rate)
+    call = _Call(pairs, len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
     frozen = [_frozen_part(reader.base_layer, x, dtype) for reader in readers]
-    As = [_whole([pool.lora_A for pool in reader.pools], 0) for reader in readers]
-    Bs = [_whole([pool.lora_B for pool in reader.pools], 1) for reader in readers]
+    As = [pool.lora_A for reader in readers for pool in reader.pools]
+    Bs = [pool.lora_B for reader in readers for pool in reader.pools]
     x_TD = x.to(dtype).flatten(0, -2)
     with _without_autocast(x.device.type):
         ys = _SparseMixture.apply(call, x_TD, weights, *_joined(frozen), *As, *Bs)
