@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import moelora.forward.state
 import moelora.tuner.layer
 from moelora import MoELoraConfig, ops
 
@@ -30,6 +31,8 @@ ARMS = {
     "ours-fixed": "moelora with constant routing weights",
     "ours-e1": "moelora's kernels with one expert of rank k*r and no router: what LoRA would cost in them",
     "loop": "the same mixture as a loop over experts",
+    "dense": "moelora with router_type=learned, every expert computed for every token",
+    "sparse": "the same, each token's own experts computed alone",
     "mixlora": "MixLoRA / MoE-PEFT, re-implemented from its formula",
     "loramoe": "LoRAMoE, re-implemented from its formula",
     "hydralora": "HydraLoRA, re-implemented from its formula",
@@ -43,6 +46,10 @@ ARMS = {
     "plugin-lora": "the plain LoRA there",
     "mixture": "the mixture there",
 }
+
+
+ROUTER_TYPES = {"ours-fixed": "fixed", "ours-e1": "fixed", "dense": "learned", "sparse": "learned"}
+"""Of the arms that have another than moelora's default."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,25 @@ def _adapt_as_ours(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
         num_experts=max(mixture.experts, 2),
         top_k_experts=mixture.top_k,
         expert_capacity_factor=None if arm == "ours-dropless" else 1.25,
-        router_type="fixed" if arm in ("ours-fixed", "ours-e1") else "learned_with_maturity",
+        router_type=ROUTER_TYPES.get(arm, "learned_with_maturity"),
     )
     name = "expert_0" if is_single else "default"  # an adapter of that name holds one expert
     return get_peft_model(model, config, name, autocast_adapter_dtype=arm == "ours-default")
+
+
+def as_arm(arm: str, run: Callable[[], object]) -> Callable[[], object]:
+    """The same call, computed in the form that an arm is about."""
+    if arm == "loop":
+        return with_loop(run)
+    return _in_form(run, is_sparse=arm == "sparse") if arm in ("dense", "sparse") else run
+
+
+def _in_form(run: Callable[[], object], is_sparse: bool) -> Callable[[], object]:
+    def chosen() -> object:
+        with mock.patch.object(moelora.forward.state, "chooses_sparse", lambda *_: is_sparse):
+            return run()
+
+    return chosen
 
 
 def with_loop(run: Callable[[], object]) -> Callable[[], object]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .arms import adapt, with_loop
+from .arms import adapt, as_arm
 from .models import add_model_options, build_base, case_name, parse_with_preset
 from .options import add_options, make_parser, mixture_of, recorder_of, row_of
 from .record import Recorder, Row
@@ -18,12 +18,13 @@ from .timing import attempt, peak_bytes, take_turns
 MODULE = "benchmarks.model"
 ARM_NAMES = (
     *("frozen", "lora", "lora-default", "lora-equal", "ours", "ours-default", "ours-e1"),
-    *("loop", "mixlora", "loramoe", "hydralora"),
+    *("loop", "mixlora", "loramoe", "hydralora", "dense", "sparse"),
 )
 EXAMPLES = (
     "--device cuda",
     "--device cuda --layers 8 --checkpointing off --arms frozen lora ours mixlora loramoe",
     "--device cuda --batch 1 --length 32768 --answer 1024 --checkpointing on --arms lora ours",
+    "--device cuda --layers 8 --experts 256 --arms frozen lora dense sparse",
     "--preset quickstart --device cpu",
     "--preset tiny --device cpu --repeats 2",
 )
@@ -85,7 +86,7 @@ def make_steps(base: nn.Module, args: argparse.Namespace) -> dict[str, tuple[Tra
         print(f"adapting: {arm}", flush=True)
         model = adapt(base, "ours" if arm == "loop" else arm, mixture_of(args)).train()
         step = TrainingStep(model, embeddings, ids[:, -args.answer :])
-        steps[arm] = (step, with_loop(step) if arm == "loop" else step)
+        steps[arm] = (step, as_arm(arm, step))
     return steps
 
 
@@ -109,7 +110,7 @@ def measure(
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = make_parser(MODULE, __doc__, EXAMPLES)
-    add_options(parser, ARM_NAMES, optional=["ours-e1", "loop"])
+    add_options(parser, ARM_NAMES, optional=["ours-e1", "loop", "dense", "sparse"])
     add_model_options(parser)
     parser.add_argument("--batch", type=int, help="sequences (default: the preset's)")
     parser.add_argument("--length", type=int, help="tokens of a sequence (default: the preset's)")
