@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..expert_pairs import ExpertPairs
 
-SHRINK_COLUMNS = 128  # of a row, in one step of the loop over its width
-EXPAND_BYTES = 256  # of a row of y, for one program
+SHRINK_ELEMENTS = 4096  # of all rows of a tile, in one step of the loop over their width
+EXPAND_BYTES, EXPAND_STEPS = 256, 4  # of a row of y, in one step of the loop of a program, and how many steps
 GRADIENT_COLUMNS, GRADIENT_PAIRS = 128, 32  # of a factor, for one program, and in one step of the loop over its pairs
 
 
@@ -49,21 +49,23 @@ def _shrink_kernel(
 @triton.jit
 def _expand_kernel(
     y_ptr, h_ptr, f_ptr, tokens_ptr, tiles_ptr, W, E, y_row, f_expert, f_rank, f_step,
-    R: tl.constexpr, ADDS: tl.constexpr, BP: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    R: tl.constexpr, ADDS: tl.constexpr, SPAN: tl.constexpr, BP: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     expert, p, there, t = _tile(tiles_ptr, tokens_ptr, BP)
     j = tl.arange(0, BR)
-    w = tl.program_id(1) * BW + tl.arange(0, BW)
     h = tl.load(h_ptr + p[:, None] * R + j[None, :], there[:, None] & (j < R)[None, :], 0.0)
-    at = f_ptr + expert * f_expert + j[:, None] * f_rank + w[None, :].to(tl.int64) * f_step
-    f = tl.load(at, (expert < E) & (j < R)[:, None] & (w < W)[None, :], 0.0).to(h.dtype)
-    total = tl.dot(h, f, input_precision="ieee")
-    at = y_ptr + t[:, None] * y_row + w[None, :]
-    there = there[:, None] & (w < W)[None, :]
     if ADDS:
         there = there & (expert < E)
-        total += tl.load(at, there, 0.0).to(tl.float32)
-    tl.store(at, total.to(y_ptr.dtype.element_ty), there)
+    first = tl.program_id(1) * SPAN
+    for start in tl.range(first, tl.minimum(first + SPAN, W), BW, num_stages=3):
+        w = start + tl.arange(0, BW)
+        at = f_ptr + expert * f_expert + j[:, None] * f_rank + w[None, :].to(tl.int64) * f_step
+        f = tl.load(at, (expert < E) & (j < R)[:, None] & (w < W)[None, :], 0.0).to(h.dtype)
+        total = tl.dot(h, f, input_precision="ieee")
+        at = y_ptr + t[:, None] * y_row + w[None, :]
+        if ADDS:
+            total += tl.load(at, there[:, None] & (w < W)[None, :], 0.0).to(tl.float32)
+        tl.store(at, total.to(y_ptr.dtype.element_ty), there[:, None] & (w < W)[None, :])
 
 
 @triton.jit
@@ -98,7 +100,7 @@ def _blocks(rank: int, pairs: int, width: int, columns: int) -> dict[str, int]:
 def shrink(x_TW: Tensor, factor_ErW: Tensor, pairs: ExpertPairs, out_Pr: Tensor) -> None:
     """See ops/gathered.py; out_Pr is contiguous."""
     E, r, W = factor_ErW.shape
-    blocks = _blocks(r, pairs.tile_rows, W, SHRINK_COLUMNS)
+    blocks = _blocks(r, pairs.tile_rows, W, min(128, SHRINK_ELEMENTS // pairs.tile_rows))
     with torch.cuda.device_of(x_TW):  # a launch goes to the current device, which need not be the tensor's
         _shrink_kernel[(pairs.tiles.shape[0] * pairs.tiles.shape[1],)](
             x_TW, factor_ErW, out_Pr, pairs.tokens, pairs.tiles, W, E, *x_TW.stride(), *factor_ErW.stride(), **blocks,
@@ -111,11 +113,12 @@ def expand(h_Pr: Tensor, factor_ErW: Tensor, pairs: ExpertPairs, onto: Tensor | 
     E, r, W = factor_ErW.shape
     y_TW = h_Pr.new_empty(pairs.num_tokens, W) if onto is None else onto
     blocks = _blocks(r, pairs.tile_rows, W, EXPAND_BYTES // h_Pr.element_size())
+    span = blocks["BW"] * EXPAND_STEPS
     for slot, tiles in enumerate(pairs.tiles):
         with torch.cuda.device_of(h_Pr):
-            _expand_kernel[(len(tiles), triton.cdiv(W, blocks["BW"]))](
+            _expand_kernel[(len(tiles), triton.cdiv(W, span))](
                 y_TW, h_Pr, factor_ErW, pairs.tokens, tiles, W, E, y_TW.stride(0), *factor_ErW.stride(),
-                ADDS=slot > 0 or onto is not None, **blocks,
+                ADDS=slot > 0 or onto is not None, SPAN=span, **blocks,
             )  # fmt: skip
     return y_TW
 
