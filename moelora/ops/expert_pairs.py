@@ -15,6 +15,7 @@ from torch import Tensor
 MIN_EXPERTS = 33  # up to 32 experts, computing all of them was measured to be the faster form
 MIN_TOKENS = 256  # below which the launches cost more than what the arithmetic saves
 MIN_RANKS = 400  # of the whole pool for each slot; see `chooses_sparse`
+MAX_RANK = 128  # of one expert, which a program of the kernels has room for
 
 
 def chooses_sparse(num_tokens: int, num_experts: int, top_k: int, rank: int) -> bool:
@@ -30,7 +31,7 @@ def chooses_sparse(num_tokens: int, num_experts: int, top_k: int, rank: int) -> 
         (True, False)
     """
     is_large = num_tokens >= MIN_TOKENS and num_experts >= MIN_EXPERTS
-    return is_large and num_experts * rank >= MIN_RANKS * top_k
+    return is_large and rank <= MAX_RANK and num_experts * rank >= MIN_RANKS * top_k
 
 
 @dataclass(frozen=True)

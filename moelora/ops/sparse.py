@@ -33,7 +33,7 @@ from .fused import (
     _without_autocast,
     compute_dtype,
 )
-from .gathered import expand, factor_gradient, shrink
+from .gathered import expand, factor_gradients, shrink
 from .pool import ExpertPool
 
 
@@ -97,16 +97,15 @@ def _outputs(
     """y [T, O] of every reader; h [G, P, r]; what dropout kept of x [T, D], None where it rests."""
     read, kept = torch.native_dropout(x, call.drop_rate, True) if call.drop_rate > 0 else (x, None)
     h = x.new_empty(len(As), len(weights), call.rank)
-    for A, h_i in zip(As, h, strict=True):
-        shrink(read, call.by_input(A), call.pairs, h_i)
-    hw = call.weighted(h, weights)
-    blocks = map(call.by_output, Bs)
-    ys = tuple(_expand(call, x, hw_i, B, *parts) for hw_i, B, parts in zip(hw, blocks, frozen, strict=True))
+    shrink(read, [call.by_input(A) for A in As], call.pairs, h)
+    hw = call.weighted(h, weights).split(1)
+    ys = tuple(_expand(call, x, hw_i, B, *parts) for hw_i, B, parts in zip(hw, Bs, frozen, strict=True))
     return ys, h, kept
 
 
-def _expand(call: _Call, x: Tensor, hw: Tensor, blocks: Tensor, outside: Any, weight: Any, bias: Any) -> Tensor:
-    """The pairs' hw [P, r] times their blocks of B [E, r, O], plus what is frozen: [T, O]."""
+def _expand(call: _Call, x: Tensor, hw: Tensor, Bs: Sequence[Tensor], outside: Any, weight: Any, bias: Any) -> Tensor:
+    """The pairs' hw [1, P, r] times their blocks of B, plus what is frozen: [T, O]."""
+    blocks = [call.by_output(Bs)]
     if outside is None:
         y = expand(hw, blocks, call.pairs)
         return (y if bias is None else y.add_(bias)).addmm_(x, weight.t())
@@ -124,40 +123,39 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, .
     keep_rate = 1 - call.drop_rate
 
     flat = [None if dy is None else dy.to(h.dtype) for dy in dys]
-    g = torch.empty_like(h)
-    for dy, B, g_i in zip(flat, Bs, g, strict=True):
-        if dy is None:
-            g_i.zero_()
-        else:
-            shrink(dy, call.by_output(B), call.pairs, g_i)
+    g = torch.zeros_like(h)
+    for dy, B, g_i in zip(flat, Bs, g.split(1), strict=True):
+        if dy is not None:
+            shrink(dy, [call.by_output(B)], call.pairs, g_i)
     hw, dh = call.weighted(h, weights), call.weighted(g, weights)
     dw = (g.to(weights.dtype) * h).sum(dim=(0, 2)).mul_(call.scale) if needs_weights else None
-    read = x if kept is None or not any(map(any, needs_A)) else (x * kept).div_(keep_rate)
+    dBs: list[Sequence[Tensor | None]] = [[None] * call.num_pools] * len(Bs)
+    for i, (dy, needed) in enumerate(zip(flat, needs_B, strict=True)):
+        if dy is not None and any(needed):
+            (dBs[i],) = _of_factors(call, hw[i : i + 1], dy, Bs[i : i + 1], dim=1)
     dAs: list[Sequence[Tensor | None]] = [[None] * call.num_pools] * len(As)
-    dBs = list(dAs)
+    if any(map(any, needs_A)):
+        read = x if kept is None else (x * kept).div_(keep_rate)
+        found = _of_factors(call, dh, read, As, dim=0)
+        dAs = [none if dy is None else dA for dA, none, dy in zip(found, dAs, dys, strict=True)]
     dx = None
-    for i, dy in enumerate(flat):
-        if dy is None:
-            continue
-        if any(needs_A[i]):
-            dAs[i] = _of_factors(call, dh[i], read, As[i], dim=0)
-        if any(needs_B[i]):
-            dBs[i] = _of_factors(call, hw[i], dy, Bs[i], dim=1)
-        if needs_x:
-            dx = expand(dh[i], call.by_input(As[i]), call.pairs, onto=dx)
-    if dx is not None:
+    if needs_x:
+        dx = expand(dh, [call.by_input(A) for A in As], call.pairs)
         _add_frozen(dx, flat, Ws, kept, keep_rate)
     d_frozen = [(dy if needed[0] else None, None, None) for dy, needed in zip(dys, needs_outside, strict=True)]
     return None, dx, dw, *_joined(d_frozen), *_joined(dAs), *_joined(dBs)
 
 
-def _of_factors(call: _Call, h: Tensor, rows: Tensor, factors: Sequence[Tensor], dim: int) -> list[Tensor]:
-    """The gradients of factors A (dim 0) or B (dim 1), one of each adapter."""
-    shape = list(factors[0].shape)
+def _of_factors(
+    call: _Call, h: Tensor, rows: Tensor, factors: Sequence[Sequence[Tensor]], dim: int
+) -> list[list[Tensor]]:
+    """The gradients of the factors A (dim 0) or B (dim 1) of some linears, for h [G, P, r] and rows [T, W]."""
+    shape = list(factors[0][0].shape)
     shape[dim] = call.pairs.num_experts * call.rank
-    gradient = factors[0].new_empty(shape)
-    factor_gradient(h, rows, call.pairs, call.by_output([gradient]) if dim else call.by_input([gradient]))
-    return _unstacked(gradient, factors, dim)
+    wholes = [mine[0].new_empty(shape) for mine in factors]
+    blocks = [call.by_output([whole]) if dim else call.by_input([whole]) for whole in wholes]
+    factor_gradients(h, rows, call.pairs, blocks)
+    return [_unstacked(whole, mine, dim) for whole, mine in zip(wholes, factors, strict=True)]
 
 
 def _add_frozen(
