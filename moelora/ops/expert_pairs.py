@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-MIN_EXPERTS = 33  # up to 32 experts, computing all of them was measured to be the faster form
-MIN_TOKENS = 256  # below which the launches cost more than what the arithmetic saves
-MIN_RANKS = 400  # of the whole pool for each slot; see `chooses_sparse`
+MIN_EXPERTS = 33  # smaller pools are computed as they always were
+MIN_TOKENS = 256  # a guess, not yet measured: below, launches cost more than what the arithmetic saves
+MIN_RANKS = 400  # of the whole pool for each slot, counted, not yet measured; see `chooses_sparse`
 MAX_RANK = 128  # of one expert, which a program of the kernels has room for
 
 
