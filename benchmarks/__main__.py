@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import crossover, decode, growth, layer, model, pool, table
+from . import crossover, decode, generate, growth, layer, model, pool, table
 from .correctness import CorrectnessError, check_correctness
 from .options import add_output_options, make_parser, output_folder
 from .record import CSV_NAME, TABLE_NAME, command_line
 
-MODULES = {"layer": layer, "model": model, "decode": decode, "growth": growth, "crossover": crossover, "pool": pool}
+MODULES = {
+    module.MODULE.rpartition(".")[2]: module for module in (layer, model, decode, generate, growth, crossover, pool)
+}
 EXAMPLES = (
     "",
     "--device cpu --quick",
@@ -23,11 +25,12 @@ CROSSOVER_ON_CPU = "--dtype float32 --tokens 256 --widths 576 576 576 1536"
 POOL_ON_CPU = "--dtype float32 --hidden 576 --intermediate 1536 --kv 192 --rank 8 --num-tokens 256"
 # The options of each benchmark by device and --quick.
 PLANS: dict[tuple[str, bool], dict[str, str]] = {
-    ("cuda", False): {"layer": "", "model": "", "decode": "", "growth": "", "crossover": "", "pool": ""},
+    ("cuda", False): dict.fromkeys(MODULES, ""),
     ("cuda", True): {
         "layer": "--shapes block",
         "model": "--layers 2",
         "decode": "--layers 2 --batches 1 8",
+        "generate": "--layers 2 --steps 16",
         "growth": "--num-experts 2 8 --ranks 8 16 --num-tokens 64 8192",
         "crossover": "--num-experts 8 32",
         "pool": "--num-experts 32 256 --num-tokens 8192",
@@ -36,6 +39,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "layer": f"{SMALL} --tokens 512",
         "model": "--preset quickstart",
         "decode": "--preset quickstart",
+        "generate": "--preset quickstart --steps 8",
         "growth": GROWTH_ON_CPU,
         "crossover": CROSSOVER_ON_CPU,
         "pool": POOL_ON_CPU,
@@ -44,6 +48,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "layer": f"{SMALL} --tokens 128 --shapes block --min-time 0.05",
         "model": "--preset tiny --min-time 0.05",
         "decode": "--preset tiny --min-time 0.05",
+        "generate": "--preset tiny --min-time 0.05 --steps 8",
         "growth": f"{GROWTH_ON_CPU} --min-time 0.01",
         "crossover": f"{CROSSOVER_ON_CPU} --num-experts 8 --min-time 0.01",
         "pool": f"{POOL_ON_CPU} --num-experts 8 64 --min-time 0.01",

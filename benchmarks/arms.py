@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.integrations.liger import apply_liger_kernel
 
 import moelora.forward.state
 import moelora.tuner.layer
@@ -29,7 +30,12 @@ ARMS = {
     "ours-dropless": "the same without a capacity limit",
     "ours-default": "moelora with PEFT's default, adapters in float32",
     "ours-fixed": "moelora with constant routing weights",
+    "ours-fixed-default": "the same with PEFT's default, adapters in float32",
     "ours-e1": "moelora's kernels with one expert of rank k*r and no router: what LoRA would cost in them",
+    "frozen-liger": "the frozen model with Liger's kernels, as Trainer(use_liger_kernel=True) applies them",
+    "lora-liger": "lora-default with them",
+    "ours-liger": "ours-default with them",
+    "unsloth": "Unsloth's LoRA of the active rank, adapters in float32",
     "loop": "the same mixture as a loop over experts",
     "dense": "moelora with router_type=learned, every expert computed for every token",
     "sparse": "the same, each token's own experts computed alone",
@@ -46,10 +52,11 @@ ARMS = {
     "plugin-lora": "the plain LoRA there",
     "mixture": "the mixture there",
 }
-
-
-ROUTER_TYPES = {"ours-fixed": "fixed", "ours-e1": "fixed", "dense": "learned", "sparse": "learned"}
-"""Of the arms that have another than moelora's default."""
+WITH_LIGER = {"frozen-liger": "frozen", "lora-liger": "lora-default", "ours-liger": "ours-default"}
+ROUTER_TYPES = {  # of the arms that have another than moelora's default
+    **dict.fromkeys(("ours-fixed", "ours-fixed-default", "ours-e1"), "fixed"),
+    **dict.fromkeys(("dense", "sparse"), "learned"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,11 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def adapt(base: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
-    """A copy of the base model, around its own weights, as one arm adapts it.
-
-    Factors B that start at zero are filled with noise: arithmetic on zeros draws less power and runs faster.
-    """
+    """A copy of the base model, around its own weights, as one arm adapts it."""
+    if arm in WITH_LIGER:
+        model = adapt(base, WITH_LIGER[arm], mixture)
+        apply_liger_kernel(model, None)
+        return model
     base.requires_grad_(False)
     model = shared_copy(base)
     with torch.device(next(base.parameters()).device):
@@ -93,10 +101,15 @@ def adapt(base: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
             model = _plain_lora(model, rank, ATTENTION + FEED_FORWARD, autocast=arm.endswith("default"))
         else:
             model = _adapt_as_ours(model, arm, mixture)
+    fill_factors(model)
+    return model
+
+
+def fill_factors(model: nn.Module) -> None:
+    """Fill factors B, which start at zero, with noise: arithmetic on zeros draws less power and runs faster."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
-    return model
 
 
 def _present(model: nn.Module, names: tuple[str, ...]) -> list[str]:
@@ -129,7 +142,7 @@ def _adapt_as_ours(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
         router_type=ROUTER_TYPES.get(arm, "learned_with_maturity"),
     )
     name = "expert_0" if is_single else "default"  # an adapter of that name holds one expert
-    return get_peft_model(model, config, name, autocast_adapter_dtype=arm == "ours-default")
+    return get_peft_model(model, config, name, autocast_adapter_dtype=arm.endswith("default"))
 
 
 def as_arm(arm: str, run: Callable[[], object]) -> Callable[[], object]:

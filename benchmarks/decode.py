@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = "eager" if args.eager else "CUDA graph"
     for batch in args.batches:
         prompt = Prompt(base, batch, args.prompt, args.cache)
-        case = case_name(args, base, f"batch {batch}", f"{args.prompt} tokens before", how)
+        case = case_name(args, f"batch {batch}", f"{args.prompt} tokens before", how)
         measure(models, prompt, row_of(args, "decode", case, batch), args, recorder)
 
 

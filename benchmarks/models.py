@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 Options = dict[str, Any]
 
@@ -22,6 +22,7 @@ class Preset:
     options: Options  # of every benchmark of whole models
     training: Options = field(default_factory=dict)
     decoding: Options = field(default_factory=dict)
+    family: str = "llama"  # transformers' name of the architecture
 
 
 PRESETS = {
@@ -55,6 +56,37 @@ PRESETS = {
         {"batch": 4, "length": 128, "arms": ["frozen", "lora-equal", "ours"], "checkpointing": ["off"]},
         {"batches": [1, 8], "prompt": 64, "cache": 128, "steps": 4},
     ),
+    "qwen-0.5b": Preset(  # Qwen2.5-0.5B
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "vocab_size": 151936,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+        {"dtype": "bfloat16", "experts": 8, "rank": 16, "top_k": 2},
+        {"batch": 2, "length": 4096},
+        {"batches": [1, 8, 64], "prompt": 512, "cache": 1024, "steps": 32},
+        family="qwen2",
+    ),
+    "tiny-deep": Preset(  # where starting operations costs more than computing them
+        {
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "num_hidden_layers": 8,
+            "vocab_size": 512,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+        },
+        {"dtype": "float32", "experts": 8, "rank": 4, "top_k": 2},
+        {"batch": 2, "length": 64},
+        {"batches": [1, 8], "prompt": 16, "cache": 32, "steps": 4},
+    ),
     "tiny": Preset(
         {
             "hidden_size": 128,
@@ -79,24 +111,31 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="fewer transformer blocks than the preset has")
 
 
-def parse_with_preset(parser: argparse.ArgumentParser, argv: Sequence[str] | None, purpose: str) -> argparse.Namespace:
-    """Parse; where an option is not given, the preset's value for it holds. purpose: "training" or "decoding"."""
+def parse_with_preset(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, purpose: str | None = None
+) -> argparse.Namespace:
+    """Parse; where an option is not given, the preset's value for it holds. purpose: "training", "decoding" or none."""
     preset = PRESETS[parser.parse_known_args(argv)[0].preset]
-    parser.set_defaults(**preset.options, **getattr(preset, purpose))
+    parser.set_defaults(**preset.options, **(getattr(preset, purpose) if purpose else {}))
     return parser.parse_args(argv)
+
+
+def shape_of(args: argparse.Namespace) -> Options:
+    """The configuration of the model, in transformers' terms."""
+    layers = {} if args.layers is None else {"num_hidden_layers": args.layers}
+    return PRESETS[args.preset].shape | layers
 
 
 def build_base(args: argparse.Namespace) -> nn.Module:
     """The frozen model, made on its device in its dtype."""
-    shape = PRESETS[args.preset].shape
-    if args.layers is not None:
-        shape = shape | {"num_hidden_layers": args.layers}
+    shape = shape_of(args)
     print(f"building {args.preset} with {shape['num_hidden_layers']} blocks on {args.device}", flush=True)
+    config = AutoConfig.for_model(PRESETS[args.preset].family, **shape)
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=getattr(torch, args.dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     return model.requires_grad_(False)
 
 
-def case_name(args: argparse.Namespace, base: nn.Module, *details: str) -> str:
+def case_name(args: argparse.Namespace, *details: str) -> str:
     """What is measured, for tables."""
-    return ", ".join([f"{args.preset}, {base.config.num_hidden_layers} blocks", *details])
+    return ", ".join([f"{args.preset}, {shape_of(args)['num_hidden_layers']} blocks", *details])

@@ -66,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     base = build_base(args)
     ids = torch.randint(base.config.vocab_size, (args.batch, args.length), device=args.device)
-    embeddings = base.get_input_embeddings()(ids).detach().requires_grad_()
-    step = TrainingStep(adapt(base, "ours", mixture_of(args)).train(), embeddings, ids)
+    base.enable_input_require_grads()
+    step = TrainingStep(adapt(base, "ours", mixture_of(args)).train(), ids)
     arms: dict[str, Callable[[], object]] = {
         "unwatched": Logged(step, args.logging_steps, watched=False),
         "watched": Logged(step, args.logging_steps, watched=True),
     }
-    case = case_name(args, base, f"{args.batch} x {args.length}", f"a log every {args.logging_steps} steps")
+    case = case_name(args, f"{args.batch} x {args.length}", f"a log every {args.logging_steps} steps")
     row = row_of(args, "monitor", case, args.batch * args.length)
     take_turns(arms, recorder, row, args.device, args.repeats, args.min_time, calls=args.logging_steps)
     ratio = comparisons(read([recorder.path])[1])[-1].ratio("watched", "unwatched")

@@ -62,12 +62,12 @@ def make_step(arm: str, args: argparse.Namespace) -> TrainingStep:
     base = build_base(args)
     torch.manual_seed(1 + dist.get_rank())
     ids = torch.randint(base.config.vocab_size, (args.batch, args.length), device=args.device)
-    embeddings = base.get_input_embeddings()(ids).detach().requires_grad_()
+    base.enable_input_require_grads()
     torch.manual_seed(2)
     model = adapt(base, arm, mixture_of(args)).train()
     if args.checkpointing:
         checkpoint(model)
-    return TrainingStep(wrap(model, args.engine), embeddings, ids)
+    return TrainingStep(wrap(model, args.engine), ids)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     row = row_of(args, "parallel", ", ".join(case), tokens)
     for arm, step in steps.items():
         if args.device == "cuda":
-            peak = step.peak_bytes(step)
+            peak = step.peak_bytes(step, [other for other in steps.values() if other is not step])
             if recorder:
                 recorder.add(row, arm=arm, metric="peak_bytes", value=peak)
     for repeat in range(args.repeats):

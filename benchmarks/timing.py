@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -57,19 +57,46 @@ def take_turns(
         row: what all arms have in common.
         calls: how many steps one call of an arm makes.
     """
-    arms = dict(arms)
+    clocks = {arm: partial(seconds, function, device, min_time) for arm, function in arms.items()}
+    latest = read_in_turn(clocks, recorder, row, repeats, calls)
+    if device == "cuda" and latest:
+        arm = next(iter(latest))
+        record_clock(arms[arm], latest[arm], recorder, row)
+
+
+def read_in_turn(
+    clocks: Mapping[str, Callable[[], float]],
+    recorder: Recorder,
+    row: Row,
+    repeats: int,
+    calls: int = 1,
+    errors: type[Exception] = torch.OutOfMemoryError,
+) -> dict[str, float]:
+    """The same of arms that measure themselves, wherever they run.
+
+    Args:
+        clocks: by arm, what returns the seconds of one call.
+        errors: with which an arm leaves.
+
+    Returns:
+        The latest seconds of the arms that did not fail.
+    """
+    latest: dict[str, float] = {}
+    clocks = dict(clocks)
     for repeat in range(repeats):
-        for arm, function in list(arms.items()):
-            result = attempt(partial(seconds, function, device, min_time), recorder, row, arm)
+        for arm, clock in list(clocks.items()):
+            result = attempt(clock, recorder, row, arm, errors)
             if result is None:
-                del arms[arm]
+                del clocks[arm]
+                latest.pop(arm, None)
             else:
+                latest[arm] = result
                 recorder.add(row, arm=arm, repeat=repeat, value=result / calls)
-    if device == "cuda" and arms:
-        _record_clock(next(iter(arms.values())), result or 1.0, recorder, row)
+    return latest
 
 
-def _record_clock(function: Callable[[], object], duration: float, recorder: Recorder, row: Row) -> None:
+def record_clock(function: Callable[[], object], duration: float, recorder: Recorder, row: Row) -> None:
+    """Record the GPU's clock under the load of a call that lasts `duration` seconds."""
     for _ in range(math.ceil(0.5 / duration)):  # queued, so that the GPU is busy while it is asked
         function()
     if clock := clock_mhz():

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import moelora.forward.shared_input
 import moelora.ops
 from benchmarks import __main__ as everything
-from benchmarks import correctness, decode, growth, layer, model, monitor, peers, plot, pool, table
+from benchmarks import correctness, decode, generate, growth, layer, model, models, monitor, peers, plot, pool, table
 from benchmarks.arms import Mixture, adapt, shared_copy
 from benchmarks.grouped import grouped_linear, make_plan
+from benchmarks.kits import kit_of
 from benchmarks.record import Recorder, Row, read
 from benchmarks.timing import attempt, take_turns
 
@@ -88,19 +89,30 @@ def test_hydralora_equals_its_formula():
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", model.ARM_NAMES)
-def test_every_arm_trains_around_the_same_weights(arm):
+def gradients_of_embeddings(llama):
+    """A list that every backward adds the gradient of what the embeddings gave out to."""
+    gradients = []
+    embeddings = llama.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: output.register_hook(gradients.append) and None)
+    return gradients
+
+
+@pytest.mark.parametrize("arm", [arm for arm in model.ARM_NAMES if not kit_of(arm)])
+def test_every_arm_trains_around_the_same_weights(arm, monkeypatch):
     args = model.parse(["--preset", "tiny", "--device", "cpu", "--layers", "1", "--arms", arm, "--length", "8"])
     base = model.build_base(args)
-    ((step, call),) = model.make_steps(base, args).values()
+    monkeypatch.setattr(model, "build_base", lambda args: base)
+    bench = model.Bench(args)
+    step = bench.steps[arm]
+    gradients = gradients_of_embeddings(step.model)
     before = {name: weight.clone() for name, weight in base.named_parameters()}
     shared = {id(parameter) for parameter in step.model.parameters()}
     assert all(id(parameter) in shared for parameter in base.parameters())
-    call()
-    without = step.embeddings.grad.clone()
-    model.checkpoint(step.model)
-    call()
-    assert without.abs().sum() > 0 and step.embeddings.grad.abs().sum() > 0
+    for is_checkpointed in (False, True):
+        bench.use(2, 8, is_checkpointed)
+        bench.call(arm)()
+        assert step.model.is_gradient_checkpointing is is_checkpointed
+    assert len(gradients) == 2 and all(gradient.shape[:2] == (2, 8) and gradient.any() for gradient in gradients)
     assert all(torch.equal(weight, before[name]) for name, weight in base.named_parameters())
     idle = [name for name, p in step.model.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
@@ -336,6 +348,7 @@ def test_ratios_are_taken_repeat_by_repeat():
             "layer",
             "model",
             "decode",
+            "generate",
             "growth",
             "crossover",
             "pool",
@@ -358,7 +371,7 @@ def test_help_shows_real_calls(name, capsys):
         assert " ".join(example.split()) in text
 
 
-@pytest.mark.parametrize("name", ["layer", "model", "decode", "growth", "crossover", "pool"])
+@pytest.mark.parametrize("name", ["layer", "model", "decode", "generate", "growth", "crossover", "pool"])
 def test_examples_and_plans_parse(name):
     module = importlib.import_module(f"benchmarks.{name}")
     plans = [plan[name] for plan in everything.PLANS.values()]
@@ -378,11 +391,12 @@ def test_labels_on_the_last_tokens_give_their_loss_alone():
     frozen = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=40)).requires_grad_(False)
     llama = adapt(frozen, "ours", Mixture(experts=3, rank=2, top_k=1)).eval()
     ids = torch.randint(40, (2, 9))
-    embeddings = llama.get_input_embeddings()(ids).detach().requires_grad_()
-    F.cross_entropy(llama(inputs_embeds=embeddings).logits[:, 4:-1].flatten(0, 1), ids[:, 5:].flatten()).backward()
-    expected, embeddings.grad = embeddings.grad, None
-    model.TrainingStep(llama, embeddings, ids[:, -5:])()
-    torch.testing.assert_close(embeddings.grad, expected, rtol=1e-5, atol=1e-7)
+    llama.enable_input_require_grads()
+    gradients = gradients_of_embeddings(llama)
+    F.cross_entropy(llama(input_ids=ids).logits[:, 4:-1].flatten(0, 1), ids[:, 5:].flatten()).backward()
+    model.TrainingStep(llama, ids, answer=5)()
+    expected, answered = gradients
+    torch.testing.assert_close(answered, expected, rtol=1e-5, atol=1e-7)
     assert expected[:, 0].abs().max() > 0  # tokens without a label are read all the same
 
 
@@ -391,3 +405,50 @@ def test_an_answer_without_a_target_is_refused(answer, capsys):
     with pytest.raises(SystemExit):
         model.parse(["--preset", "tiny", "--device", "cpu", "--length", "128", "--answer", answer])
     assert f"--answer {answer}: give 2 to 128" in capsys.readouterr().err
+
+
+def test_sizes_are_measured_without_checkpointing_first():
+    words = "--device cpu --sizes 1x512 2x4096 --recompute 2x4096"
+    assert model.settings(model.parse(words.split())) == [(1, 512, False), (2, 4096, False), (2, 4096, True)]
+    words = "--preset tiny --device cpu --checkpointing on"
+    assert model.settings(model.parse(words.split())) == [(2, 64, True)]
+
+
+@pytest.mark.parametrize("size", ["2", "x8", "0x8", "2x-8", "2xmany"])
+def test_a_size_that_is_none_is_refused(size, capsys):
+    with pytest.raises(SystemExit):
+        model.parse(["--preset", "tiny", "--device", "cpu", "--sizes", size])
+    assert f"'{size}': give sequences and tokens of each, such as 2x4096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", models.PRESETS)
+def test_every_preset_is_a_model_of_its_family(preset):
+    args = model.parse(["--preset", preset, "--device", "cpu", "--layers", "1"])
+    with torch.device("meta"):
+        args.device = "meta"
+        base = models.build_base(args)
+    assert base.config.model_type == models.PRESETS[preset].family and base.config.num_hidden_layers == 1
+    assert (base.model.layers[0].self_attn.q_proj.bias is not None) == (preset == "qwen-0.5b")
+
+
+def test_the_forward_is_under_autocast_where_it_is_asked_for():
+    words = "--preset tiny --device cpu --layers 1 --length 8 --arms ours-default"
+    seen = []
+    for options in (words, f"{words} --autocast"):
+        step = model.Bench(model.parse(options.split())).steps["ours-default"]
+        step.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        step()
+    assert seen == [torch.float32, torch.bfloat16]
+    assert all(parameter.dtype == torch.float32 for parameter in step.trainable)
+
+
+def test_generating_gives_what_a_user_gets():
+    words = "--preset tiny --device cpu --layers 1 --steps 5 --arms frozen ours-fixed"
+    bench = generate.Bench(generate.parse(words.split()))
+    for cache in ("dynamic", "static"):
+        bench.use(2, cache)
+        for arm, llama in bench.models.items():
+            ids = bench.inputs["input_ids"]
+            for _ in range(5):
+                ids = torch.cat([ids, llama(input_ids=ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+            assert torch.equal(bench.call(arm)(), ids)

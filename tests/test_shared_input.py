@@ -1,12 +1,14 @@
 """Linears that read one input are computed together, and never with anything but what they read."""
 
 from contextlib import nullcontext
+from types import MethodType
 
 import pytest
 import torch
 from helpers import ARCHITECTURES, SCOPES, assert_same_grads, awaken, mixture_of, train_step
 from peft import get_peft_model
 from torch import nn
+from torch.nn.functional import silu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora import MoELoraConfig
@@ -22,14 +24,14 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 @pytest.fixture
 def groups(monkeypatch):
     """Sizes of the groups that were computed together."""
-    sizes, original = [], module.mixture_fused
+    sizes, original = [], module.FusedGroup.__call__
 
-    def noted(x, readers, weights):
-        if len(readers) > 1:
-            sizes.append(len(readers))
-        return original(x, readers, weights)
+    def noted(self, x, *args):
+        if self.num_readers > 1:
+            sizes.append(self.num_readers)
+        return original(self, x, *args)
 
-    monkeypatch.setattr(module, "mixture_fused", noted)
+    monkeypatch.setattr(module.FusedGroup, "__call__", noted)
     return sizes
 
 
@@ -135,6 +137,36 @@ def test_equals_each_linear_by_itself(scope, checkpointing, groups, alone):
     runs = 2 if checkpointing is not None else 1
     assert groups == ([] if scope == "module" else [3, 2, 3, 2] * runs)  # q, k, v and gate, up of two blocks
     model.base_model.set_expert_maturity("default", 0.5)
+    alone()
+    expected_loss, expected_grads = train_step(model, INPUTS)
+    torch.testing.assert_close(loss, expected_loss, **EXACT)
+    assert_same_grads(grads, expected_grads, **EXACT)
+
+
+def in_the_same_order(mlp, x):
+    """As Liger's kernels do."""
+    return mlp.down_proj(silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def in_another_order(mlp, x):
+    up = mlp.up_proj(x)
+    return mlp.down_proj(silu(mlp.gate_proj(x)) * up)
+
+
+def of_two_tensors(mlp, x):
+    return mlp.down_proj(silu(mlp.gate_proj(x)) * mlp.up_proj(x.clone()))
+
+
+@pytest.mark.parametrize("forward", [in_the_same_order, in_another_order, of_two_tensors])
+def test_a_forward_that_is_replaced_after_the_adapters_joined(forward, groups, alone):
+    """The Trainer puts Liger's kernels in place when training starts, and the source was read before."""
+    model = mixture_of("llama", router_aux_loss_coef=0.0, expert_capacity_factor=None).double()
+    for block in model.get_base_model().model.layers:
+        block.mlp.forward = MethodType(forward, block.mlp)
+    loss, grads = train_step(model, INPUTS)
+    if forward is in_the_same_order:
+        assert groups == [3, 2, 3, 2]
+    model.base_model.set_expert_maturity("default", 0.0)
     alone()
     expected_loss, expected_grads = train_step(model, INPUTS)
     torch.testing.assert_close(loss, expected_loss, **EXACT)

@@ -7,7 +7,17 @@ import torch
 from helpers import ARCHITECTURES, assert_same_grads, mixture_of, train_step
 from torch import nn
 
-from moelora.ops import ExpertPairs, ExpertPool, Reader, chooses_sparse, mixture, mixture_fused, mixture_sparse
+from moelora.ops import (
+    ExpertPairs,
+    ExpertPool,
+    FusedGroup,
+    Reader,
+    chooses_sparse,
+    compute_dtype,
+    mixture,
+    mixture_fused,
+    mixture_sparse,
+)
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, sums of some hundred terms in another order
@@ -51,7 +61,7 @@ def factors(readers):
 
 
 def sparse(x, weights, readers, top_k=2):
-    return mixture_sparse(x, readers, ExpertPairs.of(weights, top_k))
+    return mixture_sparse(x, FusedGroup(readers, compute_dtype(x)), ExpertPairs.of(weights, top_k))
 
 
 def reference(x, weights, readers):
@@ -135,6 +145,9 @@ def test_a_reader_whose_output_is_not_used(used):
     leaves = [x, *factors([readers[i] for i in used])]
     actual, expected = ([ys[i] for i in used] for ys in (sparse(x, weights, readers), reference(x, weights, readers)))
     assert_same(actual, expected, leaves, weights, **EXACT)
+    sum(y.sum() for y in sparse(x, weights, readers)[used[0] : used[-1] + 1]).backward()
+    for i, reader in enumerate(readers):
+        assert all((factor.grad is not None) == (i in used) for factor in factors([reader]))
 
 
 def test_base_layers_that_are_trained_or_hooked():
@@ -169,7 +182,7 @@ def test_dropout_is_that_of_the_other_form():
     expected = mixture_fused(x, readers, weights)
     torch.manual_seed(3)
     actual, saved = saved_by(sparse, x, weights, readers)
-    like_x = [t for t in saved if t.shape == (40, 6) and t.is_floating_point()]
+    like_x = [t for t in saved if t.numel() == x.numel() and t.is_floating_point()]
     assert like_x and all(t.data_ptr() == x.data_ptr() for t in like_x)
     assert sum(t.dtype == torch.bool for t in saved) == 1
     assert_same(actual, expected, [x, *factors(readers)], weights, **EXACT)
@@ -179,7 +192,7 @@ def test_what_is_saved_does_not_grow_with_the_experts():
     for experts in ((8,), (256,), (3, 40)):
         x, weights, readers = build(tokens=(40,), experts=experts, count=3)
         pairs = ExpertPairs.of(weights, 2)
-        _, saved = saved_by(mixture_sparse, x, readers, pairs)
+        _, saved = saved_by(mixture_sparse, x, FusedGroup(readers, x.dtype), pairs)
         known = {t.data_ptr() for t in (x, *factors(readers), *(r.base_layer.weight for r in readers))}
         shapes = {t.shape for t in saved if t.data_ptr() not in known}
         assert shapes == {(80,), (3, 80, 2)}  # the weights, and h of three linears
@@ -412,7 +425,18 @@ def test_linears_of_a_block_share_their_pairs(chosen):
     model = mixture_of("llama", num_experts=12).train()
     model(**ARCHITECTURES["llama"].batch(3, 9)).loss.backward()
     assert len({id(pairs) for _, _, pairs in calls}) == model.config.num_hidden_layers
-    assert sum(len(readers) for _, readers, _ in calls) == 7 * model.config.num_hidden_layers
+    assert sum(group.num_readers for _, group, _ in calls) == 7 * model.config.num_hidden_layers
+
+
+def test_generate_reads_prompts_in_it(chosen):
+    ids, answers = ARCHITECTURES["llama"].batch(3, 9)["input_ids"], []
+    for is_sparse in (True, False):
+        calls = chosen(is_sparse)
+        model = mixture_of("llama", num_experts=12).eval()
+        options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        answers.append(torch.stack(model.generate(input_ids=ids, **options).logits))
+        assert bool(calls) == is_sparse
+    torch.testing.assert_close(*answers, **CLOSE)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from moelora.training.callback import MoELoraCallback
 VOCAB, LENGTH = 40, 9
 
 
-def mixture(**options):
+def mixture(vocab_size=VOCAB, **options):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16,
@@ -20,7 +20,7 @@ def mixture(**options):
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
     )
     fields = {
         "r": 2,

@@ -29,10 +29,10 @@ def tensors(shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_weighting(kernel_device, shape, dtype, monkeypatch):
     g, h, weights = tensors(shape, dtype, kernel_device)
-    actual = (weighted(h, weights, shape[3], 0.75), *weighted_backward(g, h, weights, shape[3], 0.75))
+    actual = (weighted(h, weights, shape[3]), *weighted_backward(g, h, weights, shape[3]))
     monkeypatch.setattr("moelora.ops.weighted.kernels_for", lambda _: False)
     exact = [t.double() for t in (g, h, weights)]
-    expected = (weighted(*exact[1:], shape[3], 0.75), *weighted_backward(*exact, shape[3], 0.75))
+    expected = (weighted(*exact[1:], shape[3]), *weighted_backward(*exact, shape[3]))
     for mine, its in zip(actual[:3], expected[:3], strict=True):
         torch.testing.assert_close(mine, its.to(dtype), **close(dtype))
     # d loss / d weights is a float32 sum over G * r products of about 1.
@@ -50,10 +50,10 @@ def test_expanding_for_few_tokens(kernel_device, shape, dtype, width):
     share = h[:, -E * r :]  # the last linear's columns
     shared = weights[:1].expand(T, E)  # one row for all tokens
     for w in (weights, shared):
-        products = share.double() * (w.double() * 0.75).repeat_interleave(r, dim=1)
+        products = share.double() * w.double().repeat_interleave(r, dim=1)
         expected = y.double() + products.to(dtype).double() @ B.double().t()
         actual = y.clone()
-        add_expanded(actual, share, w, B, r, 0.75)
+        add_expanded(actual, share, w, B, r)
         largest = (products.abs() @ B.double().abs().t()).max().item()  # each product may be rounded either way
         step = close(dtype)["rtol"]
         torch.testing.assert_close(actual.double(), expected, rtol=step, atol=step * largest)
@@ -61,7 +61,7 @@ def test_expanding_for_few_tokens(kernel_device, shape, dtype, width):
 
 @pytest.mark.parametrize("base", ["plain", "biased", "outside"])
 def test_few_tokens_equal_many(kernel_device, base, monkeypatch):
-    """Outputs and gradients of the group do not depend on which form expands, whatever the frozen part is."""
+    """The output does not depend on which form expands, whatever the frozen part is."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(20, 33, bias=base == "biased").to(kernel_device).requires_grad_(False)
     if base == "outside":
@@ -70,14 +70,13 @@ def test_few_tokens_equal_many(kernel_device, base, monkeypatch):
         ExpertPool(*(torch.randn(*s).to(kernel_device) for s in ((12, 20), (33, 12))), 4, scaling, torch.nn.Identity())
         for scaling in (0.5, 2.0)
     ]
-    leaves = [torch.randn(2, 3, 20).to(kernel_device), torch.rand(2, 3, 8).to(kernel_device)]
-    leaves = [leaf.requires_grad_() for leaf in (*leaves, *(f for p in pools for f in (p.lora_A, p.lora_B)))]
+    x, weights = torch.randn(2, 3, 20).to(kernel_device), torch.rand(2, 3, 8).to(kernel_device)
     results = []
-    for limit in (64, 0):
+    for limit, is_free in ((64, True), (64, False), (0, False)):
         monkeypatch.setattr("moelora.ops.fused.FEW_TOKENS", limit)
-        (y,) = mixture_fused(leaves[0], [Reader(linear, pools)], leaves[1])
-        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
-    for few, many in zip(*results, strict=True):
-        largest = many.abs().max().item()  # float32 sums in another order
-        assert largest > 0
-        torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5 * largest)
+        monkeypatch.setattr("moelora.ops.fused.launches_are_free", lambda _, is_free=is_free: is_free)
+        with torch.no_grad():
+            (y,) = mixture_fused(x, [Reader(linear, pools)], weights)
+        results.append(y)
+    for few in results[:2]:
+        torch.testing.assert_close(few, results[2], rtol=1e-5, atol=1e-5 * results[2].abs().max().item())

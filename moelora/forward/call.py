@@ -1,11 +1,13 @@
 """What the caller of a forward or of generate asked for: routing weights by hand, and which tokens they are for.
 
-Imports torch only. Shapes: B batch, S sequence, E experts of all active adapters.
+Shapes: B batch, S sequence, E experts of all active adapters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,23 @@ class Call:
     routing_weights: Tensor | None = None  # the caller's own
     copies: int | None = None  # rows that generate makes of each prompt, for beams and answers; None in a forward
     prefilled: bool = False  # generate is past the prompt
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def is_generate(self) -> bool:
+        """Whether it is one of generate, and not of a forward."""
+        return self.copies is not None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its forwards are many, and all alike: `once` serves."""
+        return self.copies is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is made once for all forwards of a generate, in which nothing is learned or changed."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def weights_for(
         self, lead: torch.Size, num_experts: int, past_length: int | Tensor, is_encoder_decoder: bool = False
@@ -44,12 +63,12 @@ class Call:
                 f"`routing_weights` has shape {list(weights.shape)}, expected {[batch, num_experts]}: encoder and "
                 "decoder see different tokens, so pass one row per sequence"
             )
-        if self.copies is not None and batch == weights.shape[0] * self.copies:
-            weights = weights.repeat_interleave(self.copies, dim=0)
+        if self.is_generate and batch == weights.shape[0] * (self.copies or 1):
+            weights = weights.repeat_interleave(self.copies or 1, dim=0)
         if weights.dim() == 2 and weights.shape[0] == batch:
             return weights.view(batch, *(1 for _ in lead[1:]), num_experts).expand(*lead, num_experts)
         is_sequence = len(lead) == 2 and weights.dim() == 3 and weights.shape[0] == batch
-        if self.copies is not None and is_sequence and (self.prefilled or weights.shape[1] >= lead[1]):
+        if self.is_generate and is_sequence and (self.prefilled or weights.shape[1] >= lead[1]):
             rows = past_length + torch.arange(lead[1], device=weights.device)
             return weights.index_select(1, rows.clamp(max=weights.shape[1] - 1))  # the last row holds on
         if weights.shape[:-1] != lead:

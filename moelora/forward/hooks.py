@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .caches import kv_cache
 from .checkpointing import make_checkpoint_routed
 from .finish import finish_forward
-from .interfaces import MixtureRouter
+from .interfaces import MixtureRouter, SharingLinear
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
 
@@ -72,7 +72,7 @@ class ForwardHook:
         context = mine.context
         if context is None:
             return None
-        if context.call.copies is not None:
+        if context.call.is_generate:
             context.call.prefilled = True
         context.densities.keep_on(kv_cache(output) if context.cache is None else context.cache)
         return None if output is None else finish_forward(context, module, output)
@@ -87,7 +87,12 @@ class BlockHook:
         router: the block's own router ("block" scope), the model's ("model") or None ("module").
         is_decoder: it belongs to the decoder of an encoder-decoder model.
         scope: the router scope.
+
+    Attributes:
+        leaders: the linears that ran last in the block, each for those that read its input after it.
     """
+
+    leaders: Sequence[SharingLinear] = ()
 
     def __init__(
         self,
@@ -191,6 +196,22 @@ class BlockHook:
         if self.encoder_position is not None and len(args) > self.encoder_position:
             return args[self.encoder_position]
         return kwargs.get("encoder_hidden_states")
+
+
+def refuse_fused_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook on a model whose output layer is routed, which Liger's loss would not be called through.
+
+    Raises:
+        ValueError: that loss is about to be computed, by the output layer's frozen weight alone.
+    """
+    skips = kwargs.get("skip_logits")
+    has_labels = any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
+    if has_labels and (model.training if skips is None else skips) and model.forward.__module__.startswith("liger_"):
+        raise ValueError(
+            "the mixture adapts the model's output layer, and Liger's fused loss would pass its experts over: switch "
+            'that loss off (Trainer: liger_kernel_config={"fused_linear_cross_entropy": False}), or leave the layer '
+            "out with `exclude_modules`"
+        )
 
 
 def encoder_argument_position(block: nn.Module) -> int | None:

@@ -68,9 +68,13 @@ class SharingLinear(Protocol):
 
     base_layer: nn.Module
     link: Any
+    active_adapters: list[str]
+    is_left_to_peft: bool
+    scaling: dict[str, float]
+    _modules: dict[str, Any]
 
     def expert_pools(self) -> list[ExpertPool]:
         """The factors of every routed adapter; none where PEFT computes."""
 
-    def weights_for(self, x: Tensor) -> Tensor:
-        """Routing weights [..., E] for x [..., D]."""
+    def routed_adapters(self) -> list[str]:
+        """Names of the adapters that its weights are for, in expert order."""

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..ops import (
     ExpertPairs,
+    FusedGroup,
+    Operands,
     Reader,
     can_fuse,
     compute_dtype,
+    drop_rate,
     is_plain,
-    mixture_fused,
-    mixture_linear,
     mixture_sparse,
+    operands_of,
 )
 from .interfaces import SharingLinear
+
+
+class RunningBlock(Protocol):
+    """What is asked of a block's routing, [`moelora.forward.state.BlockRouting`]."""
+
+    context: Any
+
+    def scaled_weights_for(self, x: Tensor, layer: SharingLinear, bound: BoundGroup) -> Tensor:
+        """Routing weights [T, E], times the scalings, for x [..., D] that the layer reads."""
+
+    def expert_pairs(self, x: Tensor, layer: SharingLinear, bound: BoundGroup) -> ExpertPairs | None:
+        """What to compute of x in the sparse form; None where all experts are computed."""
 
 
 @cache
@@ -102,6 +117,8 @@ class SharedInput:
         self._key: tuple[Any, ...] | None = None
         self._x: Tensor | None = None
         self._outputs: dict[SharingLinear, Tensor] = {}
+        self._leaders: list[SharingLinear] = []  # that have run, each for those that read its input after it
+        self._operands: dict[FusedGroup, Operands] = {}  # of those that are expected to run
 
     def take(self, layer: SharingLinear, x: Tensor) -> Tensor | None:
         """The layer's output [..., O] for x [..., D], if it was computed with an earlier reader of the same x."""
@@ -109,25 +126,45 @@ class SharedInput:
             return None
         return self._outputs.pop(layer, None)
 
-    def run(self, x: Tensor, layer: SharingLinear, reader: Reader, weights: Tensor) -> Tensor:
-        """The layer's output [..., O] for x [..., D] under weights [..., E]; those of its fused_with are kept."""
+    def run(self, layer: SharingLinear, x: Tensor, routing: RunningBlock) -> Tensor | None:
+        """The layer's output [..., O] for x [..., D]; those of the linears that read x after it are kept.
+
+        None where the hand-written form does not serve.
+        """
         self.close()
-        if not can_fuse(reader.pools):
-            return mixture_linear(x, reader, weights)
-        fused_with = _fused_with(layer, reader, x, weights)
-        readers, pairs = [reader, *fused_with.values()], _pairs_of(layer, reader, x, weights)
-        first, *others = mixture_fused(x, readers, weights) if pairs is None else mixture_sparse(x, readers, pairs)
-        if fused_with:
-            self._key, self._x, self._outputs = _key(x), x, dict(zip(fused_with, others, strict=True))
+        call = routing.context.call
+        ready = call.once(layer, lambda: _ready(layer, x)) if call.repeats else None
+        bound, operands = ready or (bound_group(layer, x), None)
+        if bound is None:
+            return None
+        pairs = routing.expert_pairs(x, layer, bound)
+        if pairs is not None:  # which casts what it multiplies as it goes
+            first, *others = mixture_sparse(x, bound.group, pairs)
+        else:
+            operands = operands or self._operands_of(layer, bound)
+            first, *others = bound.group(x, routing.scaled_weights_for(x, layer, bound), operands)
+        if others:
+            self._key, self._x, self._outputs = _key(x), x, dict(zip(bound.others, others, strict=True))
         return first
+
+    def _operands_of(self, layer: SharingLinear, bound: BoundGroup) -> Operands:
+        """What the group multiplies: cast together with what the block's other groups are about to multiply.
+
+        Those are the ones that the block ran the last time.
+        """
+        if not self._leaders:
+            hook = layer.link.hook
+            others = [other.link.bound for other in hook.leaders if other is not layer]
+            groups = [other.group for other in (bound, *others) if other is not None and other.is_cast_with(bound)]
+            self._operands = dict(zip(groups, operands_of([group.stack for group in groups]), strict=True))
+            hook.leaders = self._leaders
+        self._leaders.append(layer)
+        return self._operands.pop(bound.group, None) or operands_of([bound.group.stack])[0]
 
     def close(self) -> None:
         """Let go of the tensors."""
-        self._key, self._x, self._outputs = None, None, {}
-
-
-def _pairs_of(layer: SharingLinear, reader: Reader, x: Tensor, weights: Tensor) -> ExpertPairs | None:
-    return layer.link.routing.expert_pairs(x, weights, reader.pools[0].rank)
+        if self._x is not None:
+            self._key, self._x, self._outputs = None, None, {}
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:
@@ -135,15 +172,106 @@ def _key(x: Tensor) -> tuple[Any, ...]:
     return (None if x.is_inference() else x._version), torch.is_grad_enabled(), compute_dtype(x)
 
 
-def _fused_with(layer: SharingLinear, reader: Reader, x: Tensor, weights: Tensor) -> dict[SharingLinear, Reader]:
-    """The linears that are about to read x, as their module's source says, and that one product serves as well."""
-    if not layer.link.fused_with or x.is_inference():  # without a version counter, a change of x goes unseen
-        return {}
-    found, dtype = {}, compute_dtype(x)
-    for other in layer.link.fused_with:
-        theirs = Reader(other.base_layer, other.expert_pools())
-        is_near = bool(theirs.pools) and theirs.pools[0].lora_A.device == x.device
-        is_bare = is_plain(theirs.base_layer, dtype)  # others may count how often, or when, they are called
-        if is_near and is_bare and reader.goes_with(theirs) and other.weights_for(x) is weights:
-            found[other] = theirs
-    return found
+class BoundGroup:
+    """A linear and those that are about to read the same x, as its module's source says, ready to be called.
+
+    Bound once, and anew where something of it has changed: adapters, factors, scalings, dropout, hooks on base layers.
+
+    Attributes:
+        others: the linears that are computed with the first.
+        names: the adapters whose experts it computes.
+        columns: what of the routing weights it needs, and how scaled.
+    """
+
+    def __init__(self, layer: SharingLinear, candidates: Sequence[SharingLinear], x: Tensor, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self._candidates = x.device, dtype, candidates
+        self._watches = [LinearWatch(each, dtype) for each in (layer, *candidates)]
+        self.names = layer.routed_adapters()
+        reader = Reader(layer.base_layer, layer.expert_pools())
+        found = {}
+        for other, watch in zip(candidates, self._watches[1:], strict=True):
+            # Others may count how often, or when, they are called: then they are not plain.
+            if watch.is_plain and other.routed_adapters() == self.names and other.link.hook is layer.link.hook:
+                theirs = Reader(other.base_layer, other.expert_pools())
+                if theirs.pools and theirs.pools[0].lora_A.device == x.device and reader.goes_with(theirs):
+                    found[other] = theirs
+        self.others = list(found)
+        self.group = FusedGroup([reader, *found.values()], dtype)
+        self.columns = (*self.names, self.group.scalings)
+
+    def holds(self, candidates: Sequence[SharingLinear], x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether binding again would come to the same."""
+        is_asked_alike = self._candidates is candidates and self.dtype is dtype and self.device == x.device
+        return is_asked_alike and self._is_current()
+
+    def _is_current(self) -> bool:
+        for watch in self._watches:
+            if not watch.holds():
+                return False
+        return True
+
+    def is_cast_with(self, other: BoundGroup) -> bool:
+        """Whether its factors have to be cast, to what those of the other are, and are there: not a shard of them."""
+        is_alike = self.group.stack.is_cast and self.dtype is other.dtype and self.device == other.device
+        return is_alike and (self is other or self._is_current())
+
+
+def bound_group(layer: SharingLinear, x: Tensor) -> BoundGroup | None:
+    """The layer's, as it is now; None where the hand-written form does not serve."""
+    link, dtype = layer.link, compute_dtype(x)
+    candidates = () if x.is_inference() else link.fused_with  # without a version counter, a change of x goes unseen
+    bound = link.bound
+    if torch.compiler.is_compiling():
+        return None
+    if bound is None or not bound.holds(candidates, x, dtype):
+        pools = layer.expert_pools()
+        bound = link.bound = BoundGroup(layer, candidates, x, dtype) if pools and can_fuse(pools) else None
+    return bound
+
+
+def _ready(layer: SharingLinear, x: Tensor) -> tuple[BoundGroup, Operands] | None:
+    """The layer's group with what it multiplies; None where that cannot be kept: under ZeRO-3, factors are there only
+    while somebody asks for them."""
+    bound = bound_group(layer, x)
+    if bound is None or any(hasattr(factor, "ds_id") for factor in bound.group.stack.As):
+        return None
+    return bound, operands_of([bound.group.stack])[0]
+
+
+class LinearWatch:
+    """Tells whether anything has changed that a linear's product depends on, but for what is in its tensors.
+
+    It is asked at every call, so it asks the dictionaries of modules, which takes a tenth of what attributes take.
+    """
+
+    def __init__(self, layer: SharingLinear, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._layer: dict[str, Any] = layer.__dict__
+        self._active = copy.copy(self._layer["_active_adapter"])
+        modules: dict[str, Any] = self._layer["_modules"]
+        self._modules, self._base = modules, modules["base_layer"]
+        self._factors = [modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout")]
+        self._pools = [self._pool(name) for name in layer.routed_adapters()]
+        self.is_plain = is_plain(self._base, dtype)
+        self._frozen = self._base._parameters.copy() if self.is_plain else {}
+
+    def _pool(self, name: str) -> tuple:
+        A, B, dropout = (modules[name] for modules in self._factors)
+        return name, A, A.weight, B, B.weight, dropout, drop_rate(dropout), self._layer["scaling"][name]
+
+    def holds(self) -> bool:
+        """Whether all is as it was, and the experts are neither switched off nor merged."""
+        layer, base = self._layer, self._modules["base_layer"]
+        if layer["_active_adapter"] != self._active or layer["_disable_adapters"] or layer["merged_adapters"]:
+            return False
+        (As, Bs, dropouts), scalings = self._factors, layer["scaling"]
+        for name, A, weight_A, B, weight_B, dropout, rate, scaling in self._pools:
+            # By attribute, as ZeRO-3 then gathers them.
+            if As.get(name) is not A or A.weight is not weight_A or Bs.get(name) is not B or B.weight is not weight_B:
+                return False
+            if dropouts.get(name) is not dropout or drop_rate(dropout) != rate or scalings.get(name) != scaling:
+                return False
+        if base is not self._base or is_plain(base, self._dtype) is not self.is_plain:
+            return False
+        frozen = base._parameters
+        return all(frozen[name] is self._frozen[name] for name in self._frozen)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
-from ..ops import ExpertPairs, chooses_sparse, serves_sparse
+from ..ops import ExpertPairs, chooses_sparse, scaled_weights, serves_sparse
 from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
@@ -29,7 +29,7 @@ from .interfaces import MixtureRouter, Pool
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .overflow import StepRollback
 from .packed_requests import PROBED, PackedRequests, check_reads_tokens_alone
-from .shared_input import SharedInput
+from .shared_input import BoundGroup, SharedInput
 from .training_loop import TrainingLoop
 
 
@@ -179,6 +179,7 @@ class ForwardContext:
         self.past_length = past_length(self.cache)  # now: the blocks' attention lets it grow
         self.densities = ContextDensities.on(self.cache)
         self.requests = PackedRequests.of(inputs)
+        self.counts = training or not (self.requests or self.call.is_generate)  # whether what routers do is summed up
         has_no_mask = inputs.get("attention_mask") is None and self.requests is None
         self.packed = packed_mask(inputs.get("position_ids")) if has_no_mask else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
@@ -233,12 +234,12 @@ class ForwardContext:
         return self._biases[router.name]
 
     def record(self, router: MixtureRouter, sums: RoutingSums) -> None:
-        """Keep a router's sums, once; not those of a step of continuous batching.
+        """Keep a router's sums, once; not those of a step of generate or of continuous batching.
 
         Raises:
             RuntimeError: inside a reentrant checkpoint, whose side results carry no gradient.
         """
-        if self.recomputing or self is not self.state.in_force.context or self.requests is not None:
+        if self.recomputing or self is not self.state.in_force.context or not self.counts:
             return  # a server's forwards, some of them rehearsals, are no statistics of a text
         loses_gradient = self.in_checkpoint and self.grad_enabled and not torch.is_grad_enabled()
         if self.training and loses_gradient and self.config.balancing_coef > 0:
@@ -322,6 +323,7 @@ class BlockRouting:
     encoder_weights: Tensor | None = None
     top_k: int | None = None  # experts of a token that weights give anything to, at most; None: maybe all
     _pairs: ExpertPairs | None = field(default=None, init=False)
+    _scaled: dict[tuple, Tensor] = field(default_factory=dict, init=False)
     _sole: dict[bool, int | None] = field(default_factory=dict, init=False)  # of the encoder's tokens, of the block's
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
@@ -343,21 +345,44 @@ class BlockRouting:
             )
         return fitted
 
-    def expert_pairs(self, x: Tensor, weights: Tensor, rank: int) -> ExpertPairs | None:
-        """The pairs that a linear of x [..., D] and weights [..., E] computes; None where all experts are faster.
+    def scaled_weights_for(self, x: Tensor, layer: Any, bound: BoundGroup) -> Tensor:
+        """[T, E] for a linear's input x [..., D]: of its adapters, times their scalings, for all linears alike.
 
-        They are sorted once for all linears. A checkpoint's run has weights, and so pairs, of its own.
+        Raises:
+            ValueError: x holds other tokens than the block's.
         """
-        if self.top_k is None or weights is not self.weights or not serves_sparse(x):
+        key = (x.shape[:-1], self._is_encoder(x), bound.columns)
+        scaled = self._scaled.get(key)
+        if scaled is None:
+            scaled = self._scaled[key] = scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
+        return scaled
+
+    def expert_pairs(self, x: Tensor, layer: Any, bound: BoundGroup) -> ExpertPairs | None:
+        """The pairs that linears of x [..., D] compute; None where all experts are faster.
+
+        They are sorted once for all linears, whose scalings may differ. A checkpoint's run has weights, and so pairs,
+        of its own.
+
+        Raises:
+            ValueError: x holds other tokens than the block's.
+        """
+        if self.top_k is None or self.weights is None:
             return None
-        num_experts = weights.shape[-1]
+        num_experts = self.weights.shape[-1]
         top_k = min(self.top_k, num_experts)
-        if not chooses_sparse(self.lead.numel(), num_experts, top_k, rank):
+        if not chooses_sparse(self.lead.numel(), num_experts, top_k, bound.group.rank) or not serves_sparse(x):
+            return None
+        weights = self._weights_of(x, layer, bound)
+        if weights is not self.weights:
             return None
         has_gradient = weights.requires_grad and torch.is_grad_enabled()
         if self._pairs is None or self._pairs.weights.requires_grad != has_gradient:
             self._pairs = ExpertPairs.of(weights, top_k)
         return self._pairs
+
+    def _weights_of(self, x: Tensor, layer: Any, bound: BoundGroup) -> Tensor:
+        """[..., E] of the adapters of a group that reads x."""
+        return columns(self.weights_for(x, layer.link.name), self.pool, bound.names).to(x.device)
 
     def sole_expert(self, x: Tensor) -> int | None:
         """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""
@@ -390,6 +415,15 @@ class BlockRouting:
         assert self.router is not None
         weights = self.router.decide(x, self.context)
         return weights * self.context.config.routing_scale
+
+
+def columns(weights: Tensor, pool: Pool, names: Sequence[str]) -> Tensor:
+    """The columns of weights [..., E], whose experts are those of pool, of the adapters of these names."""
+    pooled = [name for name, _ in pool]
+    if pooled == names:
+        return weights
+    pieces = dict(zip(pooled, weights.split([count for _, count in pool], dim=-1), strict=True))
+    return torch.cat([pieces[name] for name in names], dim=-1)
 
 
 def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tensor | None:

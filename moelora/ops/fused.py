@@ -8,15 +8,16 @@ Backward:   g = dy B;  dB = dy^T (h * w);  dw_e = <g_e, h_e>;  dh = g * w;  dA =
 
 The small product comes first and the frozen one accumulates onto it: y is then read inside a product that is bound by
 arithmetic, not in a pass of its own, and the sum is rounded once. Saved are x (once), h and w, and of dropout one byte
-per element of x; h * w is made again. The reference is reference.py.
+per element of x; h * w is made again. The factors are saved as they are multiplied: cast and stacked once a step.
+The reference is reference.py.
 Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .autocast import compute_dtype, without_autocast
+from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
-from .triton import kernels_for
-from .weighted import weighted, weighted_backward
+from .triton import launches_are_free
+from .weighted import weighted, weighted_backward, weighted_by_autograd
 
 FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
+MAX_COMPOSED = 2**22  # elements of x up to which the host's time counts
 
 
 @dataclass(frozen=True)
@@ -44,158 +48,220 @@ class Reader:
         return mine == its
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What is constant in one call, and in what order its tensors come."""
+Base = tuple[Tensor | None, Tensor | None]
 
-    num_readers: int
-    num_pools: int  # of each reader
-    rank: int  # of one expert
-    scale: float
-    drop_rate: float
 
-    def split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """(outside, weight, bias) of every reader; every factor A; the factors B of every reader."""
-        start = 3 * self.num_readers
-        middle = start + self.num_readers * self.num_pools
-        return _chunks(values[:start], 3), list(values[start:middle]), _chunks(values[middle:], self.num_pools)
+class FusedGroup:
+    """Linears that read one x under one set of weights, ready to be called: what every call would find out again.
+
+    x and the factors are cast to the dtype that a linear would compute in (x's own, or autocast's), and the frozen
+    product joins the function where nobody watches it.
+
+    Args:
+        readers: all go with each other ([`Reader.goes_with`]), and their pools can be fused.
+        dtype: as `compute_dtype` says of x.
+
+    Attributes:
+        scalings: (number of experts, scaling) of each pool, as `scaled_weights` takes them.
+        bases: what is frozen of each reader: weight [O, D] and bias [O] of a plain linear, which are constants; of
+            others both are None.
+    """
+
+    def __init__(self, readers: Sequence[Reader], dtype: torch.dtype) -> None:
+        pools = readers[0].pools
+        self.dtype = dtype
+        self.base_layers = [reader.base_layer for reader in readers]
+        self.bases = [_base(reader.base_layer, dtype) for reader in readers]
+        self.is_plain = all(weight is not None for weight, _ in self.bases)
+        self.num_readers = len(readers)
+        self._no_outside = (None,) * self.num_readers
+        self.num_pools = len(pools)  # of each reader
+        self.rank = pools[0].rank  # of one expert
+        self.drop_rate = pools[0].drop_rate
+        self.scalings = tuple((pool.num_experts, pool.scaling) for pool in pools)
+        As = [pool.lora_A for reader in readers for pool in reader.pools]
+        Bs = [pool.lora_B for reader in readers for pool in reader.pools]
+        self.stack = FactorStack(As, Bs, self.num_pools, dtype)
+
+    def __call__(self, x: Tensor, weights: Tensor, operands: Operands | None = None) -> Sequence[Tensor]:
+        """base_layer(x) plus the mixture for every reader: x [..., D] -> [..., O] each.
+
+        Args:
+            weights: [..., E], times the scalings.
+            operands: what `operands_of` makes of its `stack`, if somebody has.
+        """
+        outside = self.outside_of(x)
+        with without_autocast(x.device.type):
+            if x.dtype is not self.dtype:
+                x = x.to(self.dtype)
+            if operands is None:
+                (operands,) = operands_of([self.stack])
+            if x.numel() <= MAX_COMPOSED and not (launches_are_free(x) and x.numel() <= FEW_TOKENS * x.shape[-1]):
+                return self._composed(x, weights, outside, operands)
+            if torch.is_grad_enabled():
+                return _Mixture.apply(self, x, weights, *outside, operands.A, *operands.Bs)
+            return self.outputs(x, weights, outside, operands)[0]
+
+    def _composed(
+        self, x: Tensor, weights: Tensor, outside: Sequence[Tensor | None], operands: Operands
+    ) -> Sequence[Tensor]:
+        """The same by operations that autograd differentiates: for little input, where the host's time counts.
+
+        They are run through more often, but a backward of theirs is not Python's.
+        """
+        hw = weighted_by_autograd(F.linear(self.dropped(x)[0], operands.A), weights, self.rank)
+        hws = (hw,) if self.num_readers == 1 else hw.chunk(self.num_readers, dim=-1)
+        ys = []
+        for part, B, (weight, bias), other in zip(hws, operands.Bs, self.bases, outside, strict=True):
+            y = other if weight is None else F.linear(x, weight, bias)
+            delta = F.linear(part, B)
+            ys.append(y.add_(delta) if weight is not None else (y + delta).to(y.dtype))
+        return ys
+
+    def outside_of(self, x: Tensor) -> Sequence[Tensor | None]:
+        """[..., O] that base layers make of x which are more than plain linears; None of others."""
+        if self.is_plain:
+            return self._no_outside
+        pairs = zip(self.base_layers, self.bases, strict=True)
+        return [layer(x) if weight is None else None for layer, (weight, _) in pairs]
+
+    def dropped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the factors read of x, and which of its elements dropout kept: None where it rests."""
+        return torch.native_dropout(x, self.drop_rate, True) if self.drop_rate > 0 else (x, None)
+
+    def dropped_again(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """What the factors read of x, made again."""
+        return x if kept is None else (x * kept).div_(1 - self.drop_rate)
+
+    def add_frozen(
+        self, dx: Tensor, kept: Tensor | None, dys: Sequence[Tensor | None], Ws: Sequence[Tensor | None]
+    ) -> None:
+        """From the gradient of what the factors read, dx [T, D], to that of x, in place."""
+        if kept is not None:
+            dx.mul_(kept).div_(1 - self.drop_rate)
+        for dy, W in zip(dys, Ws, strict=True):
+            if dy is not None and W is not None:
+                dx.addmm_(dy, W)
+
+    def outputs(
+        self, x: Tensor, weights: Tensor, outside: Sequence[Tensor | None], operands: Operands
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        """y [..., O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
+        x_TD, weights_TE, lead = flat(x), flat(weights), x.shape[:-1]
+        read, kept = self.dropped(x_TD)
+        h = F.linear(read, operands.A)
+        if h.shape[0] <= FEW_TOKENS and launches_are_free(h):
+            small, expand = h, partial(_expand_few, weights_TE, self.rank)
+        else:
+            small, expand = weighted(h, weights_TE, self.rank), _expand
+        smalls = (small,) if self.num_readers == 1 else small.chunk(self.num_readers, dim=1)
+        parts = zip(smalls, operands.Bs, self.bases, outside, strict=True)
+        return tuple([expand(x_TD, lead, *part) for part in parts]), h, kept
 
 
 class _Mixture(torch.autograd.Function):
-    """One y [T, O] for each reader of x [T, D], under weights [T, E]. What is frozen is either the weight [O, D] and
-    bias [O] of a plain linear, which are constants here, or `outside` [T, O], what another layer made of x.
+    """One y [..., O] for each reader of x [..., D], under weights [..., E].
 
-    No y is a view made in here: autograd forbids to change those in place, as some models do with their projections.
+    Tensors come and go in the shape that the model gives them: a view outside costs the host two more steps of
+    autograd. No y is a view made in here: autograd forbids to change those in place, as some models do with their
+    projections.
     """
 
     @staticmethod
-    def forward(ctx: Any, layout: _Layout, x: Tensor, weights: Tensor, *tensors: Any):
-        frozen, As, Bs = layout.split(tensors)
-        ys, h, kept = _outputs(layout, x, weights, frozen, As, Bs)
-        ctx.save_for_backward(x, h, weights, kept, *(weight for _, weight, _ in frozen), *As, *_joined(Bs))
-        ctx.layout, ctx.device = layout, x.device.type
+    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Tensor | None):
+        outside, (A, *Bs) = tensors[: group.num_readers], tensors[group.num_readers :]
+        ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs))
+        ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))
+        ctx.group, ctx.device = group, x.device.type
         ctx.set_materialize_grads(False)
         return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None):
-        with _without_autocast(ctx.device):  # backward may be called inside an autocast region, too
+        with without_autocast(ctx.device):  # backward may be called inside an autocast region, too
             return _Mixture._gradients(ctx, dys)
 
     @staticmethod
     def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        layout: _Layout = ctx.layout
-        x, h, weights, kept, *saved = ctx.saved_tensors
-        Ws, As, Bs = saved[: layout.num_readers], *_halves(saved[layout.num_readers :])
+        group: FusedGroup = ctx.group
+        x, h, weights, kept, A, *saved = ctx.saved_tensors
+        x_TD = flat(x)
+        readers = group.num_readers
+        Bs, Ws = saved[:readers], saved[readers:]
         _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        needs_outside, needs_A, needs_B = layout.split(needs)
-        keep_rate = 1 - layout.drop_rate
+        needs_outside, needs_A, needs_B = needs[:readers], needs[readers], needs[readers + 1 :]
 
-        flat = [None if dy is None else dy.to(h.dtype) for dy in dys]
-        g = _products(flat, _chunks(Bs, layout.num_pools), h)
-        hw, dh, dw = weighted_backward(g, h, weights, layout.rank, layout.scale)
-        hws = hw.chunk(layout.num_readers, dim=1)
-        dBs: list[Any] = [None] * len(Bs)
-        for i, (dy, needed) in enumerate(zip(flat, needs_B, strict=True)):
-            if dy is not None and any(needed):
-                mine = slice(i * layout.num_pools, (i + 1) * layout.num_pools)
-                dBs[mine] = _unstacked(dy.t() @ hws[i], Bs[mine], dim=1)
-        dAs: list[Any] = [None] * len(As)
-        if any(needs_A):
-            dAs = _unstacked(dh.t() @ (x if kept is None else (x * kept).div_(keep_rate)), As)
-            is_read = [dy is not None for dy in dys for _ in range(layout.num_pools)]
-            dAs = [dA if read else None for dA, read in zip(dAs, is_read, strict=True)]
+        dys_TO = [None if dy is None else flat(dy.to(h.dtype)) for dy in dys]
+        hw, dh, dw = weighted_backward(_products(dys_TO, Bs, h), h, flat(weights), group.rank)
+        hws = (hw,) if readers == 1 else hw.chunk(readers, dim=1)
+        dBs = [
+            torch.mm(dy.t(), part) if dy is not None and needed else None
+            for dy, part, needed in zip(dys_TO, hws, needs_B, strict=True)
+        ]
+        dA = None
+        if needs_A:
+            dA = torch.mm(dh.t(), group.dropped_again(x_TD, kept))
         dx = None
         if needs_x:
-            dx = dh @ _stacked(As, h.dtype)
-            if kept is not None:
-                dx.mul_(kept).div_(keep_rate)
-            for dy, W in zip(flat, Ws, strict=True):
-                if dy is not None and W is not None:
-                    dx.addmm_(dy, W)
-        d_frozen = [(dy if needed[0] else None, None, None) for dy, needed in zip(dys, needs_outside, strict=True)]
-        return None, dx, dw if needs_weights else None, *_joined(d_frozen), *dAs, *dBs
+            dx = torch.mm(dh, A)
+            group.add_frozen(dx, kept, dys_TO, Ws)
+            dx = dx.view(x.shape)
+        d_outside = [dy if needed else None for dy, needed in zip(dys, needs_outside, strict=True)]
+        return None, dx, dw.view(weights.shape) if needs_weights else None, *d_outside, dA, *dBs
 
 
-def _outputs(
-    layout: _Layout,
-    x: Tensor,
-    weights: Tensor,
-    frozen: Sequence[Sequence[Any]],
-    As: Sequence[Tensor],
-    Bs: Sequence[Sequence[Tensor]],
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-    """y [T, O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
-    read, kept = torch.native_dropout(x, layout.drop_rate, True) if layout.drop_rate > 0 else (x, None)
-    h = F.linear(read, _stacked(As, x.dtype))
-    if h.shape[0] <= FEW_TOKENS and kernels_for(h):
-        hs = h.chunk(layout.num_readers, dim=1)
-        ys = tuple(_expand_few(x, h_i, weights, B, layout, part) for h_i, B, part in zip(hs, Bs, frozen, strict=True))
+def flat(values: Tensor) -> Tensor:
+    """[..., N] as [T, N]."""
+    return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
+
+
+def _expand(x: Tensor, lead: torch.Size, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
+    """hw [T, R] times B^T, plus what is frozen: [*lead, O]."""
+    weight, bias = base
+    if outside is not None and outside.dtype != hw.dtype:
+        return (outside + (hw @ B.t()).view(outside.shape)).to(outside.dtype)
+    y = hw.new_empty((*lead, B.shape[0]))
+    y_TO = flat(y)
+    onto = bias if outside is None else flat(outside)
+    if onto is None:
+        torch.mm(hw, B.t(), out=y_TO)
     else:
-        hws = weighted(h, weights, layout.rank, layout.scale).chunk(layout.num_readers, dim=1)
-        ys = tuple(_expand(x, hw, B, *parts) for hw, B, parts in zip(hws, Bs, frozen, strict=True))
-    return ys, h, kept
-
-
-def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _expand(x: Tensor, hw: Tensor, factors_B: Sequence[Tensor], outside: Any, weight: Any, bias: Any) -> Tensor:
-    """hw [T, R] times B^T, plus what is frozen: [T, O]."""
-    B = _stacked(factors_B, hw.dtype, dim=1)
-    if outside is None:
-        return F.linear(hw, B, bias).addmm_(x, weight.t())
-    return torch.addmm(outside, hw, B.t()) if outside.dtype == hw.dtype else (outside + hw @ B.t()).to(outside.dtype)
+        torch.addmm(onto, hw, B.t(), out=y_TO)
+    if weight is not None:
+        y_TO.addmm_(x, weight.t())
+    return y
 
 
 def _expand_few(
-    x: Tensor, h: Tensor, weights: Tensor, factors_B: Sequence[Tensor], layout: _Layout, frozen: Sequence[Any]
+    weights: Tensor,
+    rank: int,
+    x: Tensor,
+    lead: torch.Size,
+    h: Tensor,
+    B: Tensor,
+    base: Base,
+    outside: Tensor | None,
 ) -> Tensor:
     """What _expand makes of weighted(h), in one launch after the frozen product."""
     from .triton.expand import add_expanded
 
-    outside, weight, bias = frozen
-    y = F.linear(x, weight, bias) if outside is None else outside.clone(memory_format=torch.contiguous_format)
-    add_expanded(y, h, weights, _stacked(factors_B, h.dtype, dim=1), layout.rank, layout.scale)
-    return y
+    y = F.linear(x, *base) if outside is None else flat(outside).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+    add_expanded(y, h, weights, B, rank)
+    return y.view(*lead, y.shape[-1])
 
 
-def _products(dys: Sequence[Tensor | None], factors_B: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
+def _products(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) -> Tensor:
     """dy [T, O] B [O, R] for every reader, side by side: [T, G * R]; zero where there is no dy."""
+    if len(dys) == 1 and dys[0] is not None:
+        return torch.mm(dys[0], Bs[0])
     products = torch.empty_like(like)
-    for dy, Bs, product in zip(dys, factors_B, products.chunk(len(dys), dim=1), strict=True):
+    for dy, B, product in zip(dys, Bs, products.chunk(len(dys), dim=1), strict=True):
         if dy is None:
             product.zero_()
         else:
-            torch.mm(dy, _stacked(Bs, like.dtype, dim=1), out=product)
+            torch.mm(dy, B, out=product)
     return products
-
-
-def _stacked(factors: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:
-    if len(factors) == 1:
-        return factors[0].to(dtype)
-    return torch.cat([factor.to(dtype) for factor in factors], dim=dim)
-
-
-def _unstacked(gradient: Tensor, factors: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
-    if len(factors) == 1:
-        return [gradient.to(factors[0].dtype)]
-    pieces = gradient.split([factor.shape[dim] for factor in factors], dim=dim)
-    return [piece.to(factor.dtype) for piece, factor in zip(pieces, factors, strict=True)]
-
-
-def _chunks(values: Sequence[Any], size: int) -> list[Any]:
-    return [values[i : i + size] for i in range(0, len(values), size)]
-
-
-def _halves(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    return values[: len(values) // 2], values[len(values) // 2 :]
-
-
-def _joined(groups: Iterable[Sequence[Any]]) -> list[Any]:
-    return [value for group in groups for value in group]
 
 
 def can_fuse(pools: Sequence[ExpertPool]) -> bool:
@@ -205,48 +271,27 @@ def can_fuse(pools: Sequence[ExpertPool]) -> bool:
     return len({(pool.rank, pool.drop_rate) for pool in pools}) == 1 and pools[0].drop_rate < 1
 
 
-def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> list[Tensor]:
+def scaled_weights(weights: Tensor, scalings: Sequence[tuple[int, float]]) -> Tensor:
+    """Routing weights [..., E], each pool's times its scaling."""
+    scale = scalings[0][1]
+    if any(other != scale for _, other in scalings):
+        shares = weights.split([count for count, _ in scalings], dim=-1)
+        return torch.cat([share * own for share, (_, own) in zip(shares, scalings, strict=True)], dim=-1)
+    return weights if scale == 1.0 else weights * scale
+
+
+def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> Sequence[Tensor]:
     """base_layer(x) plus the mixture for every reader: x [..., D], weights [..., E] -> [..., O] each.
 
-    x and the factors are cast to the dtype that a linear would compute in (x's own, or autocast's), and the frozen
-    product joins the function where nobody watches it.
-
     Args:
-        readers: linears that all go with each other ([`Reader.goes_with`]) and whose pools can be fused.
+        readers: as [`FusedGroup`] takes them.
     """
-    pools, dtype = readers[0].pools, compute_dtype(x)
-    scale = pools[0].scaling
-    if any(pool.scaling != scale for pool in pools):
-        shares = weights.split([pool.num_experts for pool in pools], dim=-1)
-        scale, weights = 1.0, torch.cat([share * p.scaling for share, p in zip(shares, pools, strict=True)], dim=-1)
-    layout = _Layout(len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
-    frozen = [_frozen_part(reader.base_layer, x, dtype) for reader in readers]
-    As = [pool.lora_A for reader in readers for pool in reader.pools]
-    Bs = [[pool.lora_B for pool in reader.pools] for reader in readers]
-    x_TD, weights_TE = x.to(dtype).flatten(0, -2), weights.flatten(0, -2)
-    with _without_autocast(x.device.type):
-        if torch.is_grad_enabled():
-            ys = _Mixture.apply(layout, x_TD, weights_TE, *_joined(frozen), *As, *_joined(Bs))
-        else:  # to one token the way through autograd costs as much as all the arithmetic
-            ys = _outputs(layout, x_TD, weights_TE, frozen, As, Bs)[0]
-    lead = x.shape[:-1]
-    return [y.view(*lead, y.shape[-1]) for y in ys]
+    group = FusedGroup(readers, compute_dtype(x))
+    return group(x, scaled_weights(weights, group.scalings))
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer computes x in; autocast leaves float64 alone."""
-    device = x.device.type
-    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if is_cast else x.dtype
-
-
-def _frozen_part(base_layer: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """(None, weight, bias) of a plain linear that computes in dtype; of others (what they make of x as [T, O], None,
-    None)."""
-    if is_plain(base_layer, dtype):
-        return None, base_layer.weight, base_layer.bias  # type: ignore[return-value]
-    outside = base_layer(x)
-    return outside.reshape(-1, outside.shape[-1]), None, None
+def _base(base_layer: nn.Module, dtype: torch.dtype) -> Base:
+    return (base_layer.weight, base_layer.bias) if is_plain(base_layer, dtype) else (None, None)  # type: ignore[return-value]
 
 
 def is_plain(base_layer: nn.Module, dtype: torch.dtype) -> bool:
@@ -254,10 +299,19 @@ def is_plain(base_layer: nn.Module, dtype: torch.dtype) -> bool:
 
     It does more where somebody hooked or replaced its forward, trains it, or changed the type of its weight.
     """
-    # Hooks first: where ZeRO-3 has some, looking at the weight gathers it.
-    forward_hooks = base_layer._forward_hooks or base_layer._forward_pre_hooks
-    is_hooked = forward_hooks or base_layer._backward_hooks or base_layer._backward_pre_hooks
-    if type(base_layer) is not nn.Linear or is_hooked or "forward" in vars(base_layer):
+    # Through the dictionary, which takes a tenth of what attributes of modules take: it is asked at every call.
+    state = base_layer.__dict__
+    if type(base_layer) is not nn.Linear or "forward" in state:
         return False
-    parameters = [base_layer.weight] if base_layer.bias is None else [base_layer.weight, base_layer.bias]
-    return not any(p.requires_grad or p.dtype != dtype or type(p) not in (nn.Parameter, Tensor) for p in parameters)
+    # Hooks first: where ZeRO-3 has some, looking at the weight gathers it.
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return False
+    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        return False
+    weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
+    return weight is not None and _is_frozen(weight, dtype) and (bias is None or _is_frozen(bias, dtype))
+
+
+def _is_frozen(parameter: Tensor, dtype: torch.dtype) -> bool:
+    kind = type(parameter)
+    return (kind is nn.Parameter or kind is Tensor) and not parameter.requires_grad and parameter.dtype == dtype

@@ -35,21 +35,25 @@ def shrink(x_TW: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, out_
     return None
 
 
-def expand(h_GPr: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, onto: Tensor | None = None) -> Tensor:
-    """[T, W] in the dtype of h: each token's pairs times their experts' factors, summed over pairs and linears.
+def expand(
+    h_GPr: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, out_TW: Tensor, adds: bool = False
+) -> None:
+    """Write each token's pairs times their experts' factors, summed over pairs and linears.
 
     Args:
-        onto: [T, W], contiguous, what the sum is added to, in place; None: zeros.
+        out_TW: contiguous, of the dtype of h.
+        adds: to what is there, instead.
     """
     if kernels_for(h_GPr):
         from .triton.gathered import expand as kernel
 
-        return kernel(h_GPr, factors_ErW, pairs, onto)
-    y_TW = h_GPr.new_zeros(pairs.num_tokens, factors_ErW[0].shape[2]) if onto is None else onto
+        return kernel(h_GPr, factors_ErW, pairs, out_TW, adds)
+    if not adds:
+        out_TW.zero_()
     for expert, rows in _rows_of_experts(pairs):
         for h_Pr, factor_ErW in zip(h_GPr, factors_ErW, strict=True):
-            y_TW.index_add_(0, pairs.tokens[rows], h_Pr[rows] @ factor_ErW[expert].to(h_Pr.dtype))
-    return y_TW
+            out_TW.index_add_(0, pairs.tokens[rows], h_Pr[rows] @ factor_ErW[expert].to(h_Pr.dtype))
+    return None
 
 
 def factor_gradients(h_GPr: Tensor, x_TW: Tensor, pairs: ExpertPairs, outs_ErW: Sequence[Tensor]) -> None:

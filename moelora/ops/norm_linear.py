@@ -8,9 +8,11 @@ float32 by one tensor-core product that reads h once. Letters: T tokens, H width
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -43,6 +45,20 @@ def norm_linear(hidden: Tensor, weight_NH: Tensor) -> Tensor:
     hidden_TH = hidden.flatten(0, -2)
     z = _NormLinear.apply(hidden_TH, weight_NH) if torch.is_grad_enabled() else _scores(hidden_TH, weight_NH)[0]
     return z.view(*hidden.shape[:-1], weight_NH.shape[0])
+
+
+def norm_linear_few(hidden_TH: Tensor, weight_NH: Tensor) -> Tensor:
+    """[T, N] of `norm_linear` in fewer operations, without gradient: for decoded tokens on a CPU."""
+    hidden_TH, weight_NH = hidden_TH.float(), weight_NH.float()
+    norm_T1 = torch.linalg.vector_norm(hidden_TH, dim=-1, keepdim=True)
+    rstd_T1 = torch.addcmul(_eps(hidden_TH.device), norm_T1, norm_T1, value=1 / hidden_TH.shape[-1]).rsqrt_()
+    return F.linear(hidden_TH, weight_NH).mul_(rstd_T1)
+
+
+@cache
+def _eps(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(EPS, device=device)
 
 
 def _scores(hidden_TH: Tensor, weight_NH: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,4 +25,9 @@ class ExpertPool:
     @property
     def drop_rate(self) -> float:
         """Probability of lora_dropout at work; 0 when it rests."""
-        return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
+        return drop_rate(self.dropout)
+
+
+def drop_rate(dropout: nn.Module) -> float:
+    """Probability of a lora_dropout at work; 0 when it rests."""
+    return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0

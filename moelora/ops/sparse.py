@@ -22,59 +22,47 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .expert_pairs import ExpertPairs
-from .fused import (
-    Reader,
-    _chunks,
-    _frozen_part,
-    _halves,
-    _joined,
-    _unstacked,
-    _without_autocast,
-    compute_dtype,
-)
+from .fused import Base, FusedGroup, flat
 from .gathered import expand, factor_gradients, shrink
-from .pool import ExpertPool
 
 
 @dataclass(frozen=True)
 class _Call:
     """What is constant in one call, and in what order its tensors come."""
 
+    group: FusedGroup
     pairs: ExpertPairs
-    num_readers: int
-    num_pools: int  # of each reader
-    rank: int  # of one expert
     scale: float
-    drop_rate: float
 
-    def split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """(outside, weight, bias) of every reader; the factors A of each; the factors B of each."""
-        start = 3 * self.num_readers
-        As, Bs = _halves(values[start:])
-        return _chunks(values[:start], 3), _chunks(As, self.num_pools), _chunks(Bs, self.num_pools)
+    def split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], list[Sequence[Any]], list[Sequence[Any]]]:
+        """One of every reader (what is outside of it, or frozen); the factors A of each; the factors B of each."""
+        readers, pools = self.group.num_readers, self.group.num_pools
+        factors = [tensors[i : i + pools] for i in range(readers, len(tensors), pools)]
+        return tensors[:readers], factors[:readers], factors[readers:]
 
     def weighted(self, values_GPr: Tensor, weights_P: Tensor) -> Tensor:
         """[G, P, r] in the dtype of values: each pair's times its weight times scale."""
         return (values_GPr * (weights_P * self.scale)[:, None]).to(values_GPr.dtype)
 
     def by_input(self, As: Sequence[Tensor]) -> Tensor:
-        """[E * r, D], of all adapters, as [E, r, D]."""
-        return _whole(As, 0).unflatten(0, (-1, self.rank))
+        """[E * r, D], of a reader's pools, as [E, r, D]."""
+        return _whole(As, 0).unflatten(0, (-1, self.group.rank))
 
     def by_output(self, Bs: Sequence[Tensor]) -> Tensor:
-        """[O, E * r], of all adapters, as [E, r, O]."""
-        return _whole(Bs, 1).unflatten(1, (-1, self.rank)).permute(1, 2, 0)
+        """[O, E * r], of a reader's pools, as [E, r, O]."""
+        return _whole(Bs, 1).unflatten(1, (-1, self.group.rank)).permute(1, 2, 0)
 
 
 class _SparseMixture(torch.autograd.Function):
-    """One y [T, O] for each reader of x [T, D], as [`moelora.ops.fused._Mixture`] has them."""
+    """One y [..., O] for each reader of x [..., D], as [`moelora.ops.fused._Mixture`] has them."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, weights: Tensor, *tensors: Any):
-        frozen, As, Bs = call.split(tensors)
-        ys, h, kept = _outputs(call, x, weights, frozen, As, Bs)
-        ctx.save_for_backward(x, weights, kept, h, *(weight for _, weight, _ in frozen), *tensors[3 * len(frozen) :])
+    def forward(ctx: Any, call: _Call, x: Tensor, weights: Tensor, *tensors: Tensor | None):
+        ys, h, kept = _outputs(call, x, weights, tensors)
+        factors, Ws = tensors[call.group.num_readers :], [weight for weight, _ in call.group.bases]
+        ctx.save_for_backward(x, weights, kept, h, *Ws, *factors)
         ctx.call, ctx.device = call, x.device.type
         ctx.set_materialize_grads(False)
         return ys
@@ -82,117 +70,99 @@ class _SparseMixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None):
-        with _without_autocast(ctx.device):  # backward may be called inside an autocast region, too
+        with without_autocast(ctx.device):  # backward may be called inside an autocast region, too
             return _gradients(ctx, dys)
 
 
 def _outputs(
-    call: _Call,
-    x: Tensor,
-    weights: Tensor,
-    frozen: Sequence[Sequence[Any]],
-    As: Sequence[Sequence[Tensor]],
-    Bs: Sequence[Sequence[Tensor]],
+    call: _Call, x: Tensor, weights: Tensor, tensors: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-    """y [T, O] of every reader; h [G, P, r]; what dropout kept of x [T, D], None where it rests."""
-    read, kept = torch.native_dropout(x, call.drop_rate, True) if call.drop_rate > 0 else (x, None)
-    h = x.new_empty(len(As), len(weights), call.rank)
+    """y [..., O] of every reader; h [G, P, r]; what dropout kept of x [T, D], None where it rests."""
+    outside, As, Bs = call.split(tensors)
+    x_TD, lead = flat(x), x.shape[:-1]
+    read, kept = call.group.dropped(x_TD)
+    h = x.new_empty(call.group.num_readers, len(weights), call.group.rank)
     shrink(read, [call.by_input(A) for A in As], call.pairs, h)
-    hw = call.weighted(h, weights).split(1)
-    ys = tuple(_expand(call, x, hw_i, B, *parts) for hw_i, B, parts in zip(hw, Bs, frozen, strict=True))
-    return ys, h, kept
+    parts = zip(call.weighted(h, weights).split(1), Bs, call.group.bases, outside, strict=True)
+    return tuple([_expand(call, x_TD, lead, *part) for part in parts]), h, kept
 
 
-def _expand(call: _Call, x: Tensor, hw: Tensor, Bs: Sequence[Tensor], outside: Any, weight: Any, bias: Any) -> Tensor:
-    """The pairs' hw [1, P, r] times their blocks of B, plus what is frozen: [T, O]."""
-    blocks = [call.by_output(Bs)]
-    if outside is None:
-        y = expand(hw, blocks, call.pairs)
-        return (y if bias is None else y.add_(bias)).addmm_(x, weight.t())
-    if outside.dtype != hw.dtype:
-        return (outside + expand(hw, blocks, call.pairs)).to(outside.dtype)
-    return expand(hw, blocks, call.pairs, onto=outside.clone(memory_format=torch.contiguous_format))
+def _expand(
+    call: _Call, x: Tensor, lead: torch.Size, hw: Tensor, Bs: Sequence[Tensor], base: Base, outside: Tensor | None
+) -> Tensor:
+    """The pairs' hw [1, P, r] times their blocks of B, plus what is frozen: [*lead, O]."""
+    if outside is not None and outside.dtype != hw.dtype:
+        return (outside + _expand(call, x, lead, hw, Bs, base, None)).to(outside.dtype)
+    weight, bias = base
+    y = hw.new_empty((*lead, Bs[0].shape[0]))
+    y_TO = flat(y)
+    onto = bias if outside is None else outside
+    if onto is not None:
+        y.copy_(onto)
+    expand(hw, [call.by_output(Bs)], call.pairs, y_TO, adds=onto is not None)
+    if weight is not None:
+        y_TO.addmm_(x, weight.t())
+    return y
 
 
 def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     call: _Call = ctx.call
+    group, pairs = call.group, call.pairs
     x, weights, kept, h, *saved = ctx.saved_tensors
-    Ws, (As, Bs) = saved[: call.num_readers], (_chunks(f, call.num_pools) for f in _halves(saved[call.num_readers :]))
+    Ws, As, Bs = call.split(saved)
     _, needs_x, needs_weights, *needs = ctx.needs_input_grad
     needs_outside, needs_A, needs_B = call.split(needs)
-    keep_rate = 1 - call.drop_rate
 
-    flat = [None if dy is None else dy.to(h.dtype) for dy in dys]
+    dys_TO = [None if dy is None else flat(dy.to(h.dtype)) for dy in dys]
     g = torch.zeros_like(h)
-    for dy, B, g_i in zip(flat, Bs, g.split(1), strict=True):
+    for dy, B, g_i in zip(dys_TO, Bs, g.split(1), strict=True):
         if dy is not None:
-            shrink(dy, [call.by_output(B)], call.pairs, g_i)
+            shrink(dy, [call.by_output(B)], pairs, g_i)
     hw, dh = call.weighted(h, weights), call.weighted(g, weights)
     dw = (g.to(weights.dtype) * h).sum(dim=(0, 2)).mul_(call.scale) if needs_weights else None
-    dBs: list[Sequence[Tensor | None]] = [[None] * call.num_pools] * len(Bs)
-    for i, (dy, needed) in enumerate(zip(flat, needs_B, strict=True)):
+    dBs: list[Tensor | None] = [None] * group.num_readers
+    for i, (dy, needed) in enumerate(zip(dys_TO, needs_B, strict=True)):
         if dy is not None and any(needed):
-            (dBs[i],) = _of_factors(call, hw[i : i + 1], dy, Bs[i : i + 1], dim=1)
-    dAs: list[Sequence[Tensor | None]] = [[None] * call.num_pools] * len(As)
+            dBs[i] = dB = Bs[i][0].new_empty(group.stack.shapes[1 + i])
+            factor_gradients(hw[i : i + 1], dy, pairs, [call.by_output([dB])])
+    dA = None
     if any(map(any, needs_A)):
-        read = x if kept is None else (x * kept).div_(keep_rate)
-        found = _of_factors(call, dh, read, As, dim=0)
-        dAs = [none if dy is None else dA for dA, none, dy in zip(found, dAs, dys, strict=True)]
+        dA = As[0][0].new_empty(group.stack.shapes[0])
+        blocks = dA.view(group.num_readers, pairs.num_experts, group.rank, -1)
+        factor_gradients(dh, group.dropped_again(flat(x), kept), pairs, list(blocks))
     dx = None
     if needs_x:
-        dx = expand(dh, [call.by_input(A) for A in As], call.pairs)
-        _add_frozen(dx, flat, Ws, kept, keep_rate)
-    d_frozen = [(dy if needed[0] else None, None, None) for dy, needed in zip(dys, needs_outside, strict=True)]
-    return None, dx, dw, *_joined(d_frozen), *_joined(dAs), *_joined(dBs)
+        dx = dh.new_empty(x.shape)
+        expand(dh, [call.by_input(A) for A in As], pairs, flat(dx))
+        group.add_frozen(flat(dx), kept, dys_TO, Ws)
+    d_outside = [dy if needed else None for dy, needed in zip(dys, needs_outside, strict=True)]
+    d_factors = group.stack.split(dA, *dBs)
+    for i, dy in enumerate(dys):
+        if dy is None:  # a linear whose output nobody used has no gradient, rather than zeros
+            d_factors[i * group.num_pools : (i + 1) * group.num_pools] = [None] * group.num_pools
+    return None, dx, dw, *d_outside, *d_factors
 
 
-def _of_factors(
-    call: _Call, h: Tensor, rows: Tensor, factors: Sequence[Sequence[Tensor]], dim: int
-) -> list[list[Tensor]]:
-    """The gradients of the factors A (dim 0) or B (dim 1) of some linears, for h [G, P, r] and rows [T, W]."""
-    shape = list(factors[0][0].shape)
-    shape[dim] = call.pairs.num_experts * call.rank
-    wholes = [mine[0].new_empty(shape) for mine in factors]
-    blocks = [call.by_output([whole]) if dim else call.by_input([whole]) for whole in wholes]
-    factor_gradients(h, rows, call.pairs, blocks)
-    return [_unstacked(whole, mine, dim) for whole, mine in zip(wholes, factors, strict=True)]
+def mixture_sparse(x: Tensor, group: FusedGroup, pairs: ExpertPairs) -> Sequence[Tensor]:
+    """What group makes of x [..., D] under the weights that pairs were made of: [..., O] for each reader.
 
-
-def _add_frozen(
-    dx: Tensor, dys: Sequence[Tensor | None], Ws: Sequence[Tensor | None], kept: Tensor | None, keep_rate: float
-) -> None:
-    """From the gradient of what was read to that of x, in place."""
-    if kept is not None:
-        dx.mul_(kept).div_(keep_rate)
-    for dy, W in zip(dys, Ws, strict=True):
-        if dy is not None and W is not None:
-            dx.addmm_(dy, W)
-
-
-def mixture_sparse(x: Tensor, readers: Sequence[Reader], pairs: ExpertPairs) -> list[Tensor]:
-    """[`moelora.ops.mixture_fused`] of x [..., D] under the weights that pairs were made of: [..., O] for each reader.
-
-    Args:
-        readers: linears that all go with each other ([`Reader.goes_with`]) and whose pools can be fused.
+    Factors are read as they are, and cast inside the products: hundreds of experts are not copied.
     """
-    pools, dtype = readers[0].pools, compute_dtype(x)
-    scale, weights = _scaled(pools, pairs)
-    call = _Call(pairs, len(readers), len(pools), pools[0].rank, scale, pools[0].drop_rate)
-    frozen = [_frozen_part(reader.base_layer, x, dtype) for reader in readers]
-    As = [pool.lora_A for reader in readers for pool in reader.pools]
-    Bs = [pool.lora_B for reader in readers for pool in reader.pools]
-    x_TD = x.to(dtype).flatten(0, -2)
-    with _without_autocast(x.device.type):
-        ys = _SparseMixture.apply(call, x_TD, weights, *_joined(frozen), *As, *Bs)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    scale, weights = _scaled(group.scalings, pairs)
+    call, tensors = _Call(group, pairs, scale), (*group.outside_of(x), *group.stack.factors)
+    with without_autocast(x.device.type):
+        x = x.to(group.dtype)
+        if torch.is_grad_enabled():
+            return _SparseMixture.apply(call, x, weights, *tensors)
+        return _outputs(call, x, weights, tensors)[0]
 
 
-def _scaled(pools: Sequence[ExpertPool], pairs: ExpertPairs) -> tuple[float, Tensor]:
+def _scaled(scalings: Sequence[tuple[int, float]], pairs: ExpertPairs) -> tuple[float, Tensor]:
     """The scale that all experts share, and the weights [P]; where adapters differ, in the weights."""
-    scale = pools[0].scaling
-    if all(pool.scaling == scale for pool in pools):
+    scale = scalings[0][1]
+    if all(other == scale for _, other in scalings):
         return scale, pairs.weights
-    by_adapter = [pairs.weights.new_full((pool.num_experts,), pool.scaling) for pool in pools]
+    by_adapter = [pairs.weights.new_full((count,), own) for count, own in scalings]
     scales = torch.cat([*by_adapter, pairs.weights.new_zeros(1)])  # the last one is of pairs of no expert
     return 1.0, pairs.weights * scales.index_select(0, pairs.experts)
 

@@ -135,6 +135,28 @@ def route(
     return Routing(shares_TE / total_T1, probs_TE, selected_TE, kept_TE)
 
 
+def softmax_weights(z_TE: Tensor, top_k: int, maturity_E: Tensor | None, scale: float) -> Tensor:
+    """The weights of [`route`], without bias and capacity, times scale, in a third of the operations.
+
+    For a decoded token, to which an operation costs more than its arithmetic, and one with a number more than others.
+    It has no gradient.
+
+    Args:
+        z_TE: logits over temperature, float32.
+        maturity_E: None means mature.
+    """
+    if maturity_E is None and top_k < z_TE.shape[-1]:
+        top_TK, chosen_TK = z_TE.topk(top_k, dim=-1)
+        weights_TE = torch.zeros_like(z_TE).scatter_(-1, chosen_TK, top_TK.softmax(dim=-1))
+    else:
+        weights_TE = z_TE.softmax(dim=-1)
+        if top_k < z_TE.shape[-1]:
+            top_TK, chosen_TK = weights_TE.topk(top_k, dim=-1)
+            shares_TE = torch.addcmul(weights_TE, weights_TE, maturity_E, value=-1).scatter_(-1, chosen_TK, top_TK)
+            weights_TE = shares_TE.div_(shares_TE.sum(dim=-1, keepdim=True))
+    return weights_TE if scale == 1.0 else weights_TE.mul_(scale)
+
+
 def _with_bias(probs_TE: Tensor, bias_E: Tensor, log_scores_TE: Tensor | None) -> Tensor:
     """[T, E] in the order of score + bias, where each token's p is its scores times a factor of its own."""
     if log_scores_TE is None:

@@ -6,7 +6,6 @@ all active adapters, r rank of one expert, D in, O out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,96 +15,13 @@ from torch import Tensor
 
 from ..config import MoELoraConfig
 from ..files.atomic_save import PICKLED_ROUTER_NAME, ROUTER_NAME, part
-from ..ops.norm_linear import EPS
 from ..ops.pool import ExpertPool
-from ..routing import FixedRouter, Router, route
-from ..routing.pooled import AddUp, first_weights, routes_by_domain, score
+from ..routing import FixedRouter, Router
+from ..routing.pooled import PooledRouter
 from ..storage.mixture_files import StoredAdapter, read_mixture
 
 Factors = tuple[Tensor, Tensor]
 """A [E * r, D] and B [O, E * r], float32, the scaling in B."""
-
-
-class PooledRouter:
-    """The routers of all active adapters for one block, module or model.
-
-    Attributes:
-        num_experts: E.
-        top_k: experts that a token chooses.
-
-    Args:
-        routers: in expert order.
-        config: of the mixture's first adapter, which says how all decide.
-    """
-
-    def __init__(self, routers: Sequence[Router], config: MoELoraConfig) -> None:
-        self.routers = list(routers)
-        self.config = config
-        self._collect()
-
-    def _collect(self) -> None:
-        kind, routers = self.config.router_kind, self.routers
-        self.first_NH = first_weights(routers).detach()
-        self.maturity_E = torch.cat([router.maturity for router in routers]) if kind.matures else None
-        outside_E = None if self.maturity_E is None else 1.0 - self.maturity_E
-        self.outside_E = None if outside_E is None or not outside_E.any() else outside_E  # of its p; None: nothing
-        biases = [router.selection_bias for router in routers if router.selection_bias is not None]
-        moves_bias = self.config.balancing.moves_bias and len(biases) == len(routers)
-        self.bias_E = torch.cat(biases) if moves_bias else None
-        is_plain = kind.has_kernel and self.bias_E is None and not routes_by_domain(routers)
-        self._is_softmax = is_plain and all(router.hidden_weight is None for router in routers)
-        self._over_temperature_HE = self.first_NH.t().float() / self.config.router_temperature
-        self._eps = torch.tensor(EPS, device=self.first_NH.device)
-        self.num_experts = sum(router.num_experts for router in routers)
-        self.top_k = min(self.config.top_k_experts, self.num_experts)
-
-    def to(self, device: torch.device | str) -> PooledRouter:
-        """Itself, moved."""
-        for router in self.routers:
-            router.to(device)
-        self._collect()
-        return self
-
-    @property
-    def routes_by_domain(self) -> bool:
-        """Whether the text decides between adapters, so that a token's weights depend on those before it."""
-        return routes_by_domain(self.routers)
-
-    def weights(self, hidden_TH: Tensor, add_up: AddUp) -> Tensor:
-        """[T, E] float32: what multiplies each expert's output, as evaluation has it; no capacity, nothing is counted.
-
-        Args:
-            add_up: sums the densities [T, A] of these tokens over the context of each; asked where the text decides.
-        """
-        if self._is_softmax:
-            return self._softmax_weights(hidden_TH)
-        config = self.config
-        scored = score(self.routers, hidden_TH, self.first_NH, config.router_kind, config.router_temperature, add_up)
-        routing = route(
-            scored.logits,
-            top_k=self.top_k,
-            temperature=config.router_temperature,
-            maturity_E=self.maturity_E,
-            bias_E=self.bias_E,
-            log_scores_TE=scored.log_scores,
-        )
-        return routing.weights * config.routing_scale
-
-    def _softmax_weights(self, hidden_TH: Tensor) -> Tensor:
-        """What `weights` is then, in a third of the operations, which are what a decoded token costs on a CPU."""
-        hidden_TH = hidden_TH.float()
-        norm_T1 = torch.linalg.vector_norm(hidden_TH, dim=-1, keepdim=True)
-        rstd_T1 = torch.addcmul(self._eps, norm_T1, norm_T1, value=1 / hidden_TH.shape[-1]).rsqrt_()
-        z_TE = torch.mm(hidden_TH, self._over_temperature_HE).mul_(rstd_T1)
-        if self.top_k == self.num_experts:
-            return z_TE.softmax(dim=-1).mul_(self.config.routing_scale)
-        if self.outside_E is None:
-            top_TK, chosen_TK = z_TE.topk(self.top_k, dim=-1)
-            return torch.zeros_like(z_TE).scatter_(-1, chosen_TK, top_TK.softmax(-1).mul_(self.config.routing_scale))
-        probs_TE = z_TE.softmax(dim=-1)
-        top_TK, chosen_TK = probs_TE.topk(self.top_k, dim=-1)
-        shares_TE = (probs_TE * self.outside_E).scatter_(-1, chosen_TK, top_TK)
-        return shares_TE.mul_(self.config.routing_scale / shares_TE.sum(dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from .trainer_checkpoints import has_all_steps, last_checkpoint, last_whole_chec
 
 RUN_FILE = "run.json"
 OPERATION_FILE = "operation.json"
-PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
+PACKAGES = ("moelora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "liger-kernel")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import is_liger_kernel_available
 
 from ..console import console
 from ..schema import Problem
+from .engines import uses_fsdp
+from .liger import liger_functions
 
 
 def training_arguments(**fields: Any) -> TrainingArguments:
@@ -25,9 +25,7 @@ def training_arguments(**fields: Any) -> TrainingArguments:
     if arguments.n_gpu > 1:
         console.print(f"Training on one of {arguments.n_gpu} GPUs; `accelerate launch -m moelora …` uses them all")
         arguments._n_gpu = 1
-    if arguments.gradient_accumulation_steps > 1 and (
-        arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    ):
+    if arguments.gradient_accumulation_steps > 1 and uses_fsdp(arguments):
         _reduce_each_batch(arguments)
     return arguments
 
@@ -95,8 +93,8 @@ def _try_checkpointing(arguments: TrainingArguments) -> None:
 
 
 def _find_liger(arguments: TrainingArguments) -> None:
-    if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("needs the package liger-kernel: pip install liger-kernel")
+    if arguments.use_liger_kernel:
+        liger_functions(arguments.device)
 
 
 _PARTS: dict[tuple[str, ...], Callable[[TrainingArguments], None]] = {

@@ -29,6 +29,7 @@ from ..schema import (
 from ..storage.base_model import check_model
 from ..storage.run_record import check_output_dir
 from .arguments import check_parts
+from .liger import settle_liger
 from .recipe_file import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -117,6 +118,8 @@ def load_recipe(
             problems += _check_best_model(recipe)
             problems += check_output_dir(recipe, resume=resume, overwrite=overwrite)
             problems += _check_what_is_read(recipe, real_path(path), overwrite)
+        if recipe is not None and not problems:
+            recipe, problems = settle_liger(recipe)
     except OSError as error:  # a name that is too long, a file that may not be read
         recipe = None
         problems.append(Problem("recipe", error.filename or MISSING, error.strerror or str(error)))

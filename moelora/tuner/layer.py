@@ -5,20 +5,19 @@ Shapes: D in, O out, E experts, r rank of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import peft.tuners.lora as peft_lora
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
 from ..forward.hooks import BlockHook
 from ..forward.interfaces import Pool
-from ..forward.shared_input import SharedInput
-from ..forward.state import BlockRouting, RoutingState
+from ..forward.shared_input import BoundGroup, SharedInput
+from ..forward.state import BlockRouting, RoutingState, columns
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from ..routing.decision import sole_expert
 from .router import MoELoraRouter
@@ -32,10 +31,15 @@ class LayerLink:
     state: RoutingState
     hook: BlockHook | None  # of the block around it; None outside every block
     fused_with: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
+    bound: BoundGroup | None = None  # with those of them that one product serves
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pickles of November 2026 call `fused_with` otherwise."""
-        self.__dict__.update({"fused_with": state.pop("followers", ())} | state)
+        self.__dict__.update({"fused_with": state.pop("followers", ()), "bound": None} | state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is bound is bound anew in a copy."""
+        return self.__dict__ | {"bound": None}
 
     @property
     def routing(self) -> BlockRouting | None:
@@ -71,21 +75,25 @@ class MoELoraLayer(_LayerBase):
             RuntimeError: the layer is called outside its block, which decides its routing.
             ValueError: x does not line up with the tokens that were routed.
         """
-        names = [] if self._is_left_to_peft else self._routed_adapters()
-        if not names:
+        if self.is_left_to_peft:
             return super().forward(x, *args, **kwargs)
         routing = self.link.routing
         inputs = None if args or kwargs else self._shared_input(routing)
         if inputs is not None and (ready := inputs.take(self, x)) is not None:
             return ready
-        weights, pool = self._weights_of_pool(x, routing)
-        if self._may_be_plain_lora(routing) and (sole := self._sole_expert(x, weights, pool, routing)) is not None:
-            return self._as_plain_lora(x, *sole, *args, **kwargs)
-        reader = Reader(self.base_layer, [self.expert_pool(name) for name in names])
-        weights = _columns(weights, pool, names).to(x.device)
-        if inputs is None:
-            return mixture_linear(x, reader, weights, *args, **kwargs)
-        return inputs.run(x, self, reader, weights)
+        names = self.routed_adapters()
+        if not names:
+            return super().forward(x, *args, **kwargs)
+        if self._may_be_plain_lora(routing):
+            weights, pool = self._weights_of_pool(x, routing)
+            if (sole := self._sole_expert(x, weights, pool, routing)) is not None:
+                return self._as_plain_lora(x, *sole, *args, **kwargs)
+        if inputs is not None and routing is not None:
+            fused = inputs.run(self, x, routing)
+            if fused is not None:
+                return fused
+        weights = columns(*self._weights_of_pool(x, routing), names).to(x.device)
+        return mixture_linear(x, Reader(self.base_layer, self.expert_pools()), weights, *args, **kwargs)
 
     def _may_be_plain_lora(self, routing: BlockRouting | None) -> bool:
         """Whether the tokens may have to come out as a plain LoRA that was imported makes them, to the last bit.
@@ -119,16 +127,18 @@ class MoELoraLayer(_LayerBase):
         return None if routing is None or routing.weights is None else routing.shared_input
 
     @property
-    def _is_left_to_peft(self) -> bool:
-        return self.disable_adapters or self.merged
+    def is_left_to_peft(self) -> bool:
+        """Whether its experts are switched off, or merged into the base layer."""
+        return self._disable_adapters or bool(self.merged_adapters)
 
-    def _routed_adapters(self) -> list[str]:
-        adapted = self.lora_A
+    def routed_adapters(self) -> list[str]:
+        """Names of the adapters that its weights are for, in expert order."""
+        adapted = self._modules["lora_A"]._modules
         return [name for name in self.active_adapters if name in adapted]
 
     def expert_pools(self) -> list[ExpertPool]:
         """The factors of every routed adapter, in expert order; none where PEFT computes: disabled or merged."""
-        return [] if self._is_left_to_peft else [self.expert_pool(name) for name in self._routed_adapters()]
+        return [] if self.is_left_to_peft else [self.expert_pool(name) for name in self.routed_adapters()]
 
     def expert_pool(self, adapter_name: str) -> ExpertPool:
         """The factors of one adapter's experts."""
@@ -142,7 +152,7 @@ class MoELoraLayer(_LayerBase):
 
     def weights_for(self, x: Tensor) -> Tensor:
         """Routing weights [..., E] for x [..., D], E being the experts of this layer's routed adapters."""
-        return _columns(*self._weights_of_pool(x, self.link.routing), self._routed_adapters()).to(x.device)
+        return columns(*self._weights_of_pool(x, self.link.routing), self.routed_adapters()).to(x.device)
 
     def _weights_of_pool(self, x: Tensor, routing: BlockRouting | None) -> tuple[Tensor, Pool]:
         link = self.link
@@ -214,15 +224,6 @@ class MoELoraLayer(_LayerBase):
         hook = self.link.hook
         router = hook.router if hook is not None else None
         return router or next(iter(self.link.state.routers.values()))
-
-
-def _columns(weights: Tensor, pool: Pool, names: Sequence[str]) -> Tensor:
-    """The columns of weights [..., E], whose experts are those of pool, of the adapters of these names."""
-    pooled = [name for name, _ in pool]
-    if pooled == names:
-        return weights
-    pieces = dict(zip(pooled, weights.split([count for _, count in pool], dim=-1), strict=True))
-    return torch.cat([pieces[name] for name in names], dim=-1)
 
 
 _CLASS_PREFIX = "MoELora"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
 from ..forward.checkpointing import make_checkpoint_plain
-from ..forward.hooks import BlockHook, ForwardHook, encoder_argument_position
+from ..forward.hooks import BlockHook, ForwardHook, encoder_argument_position, refuse_fused_loss
 from ..forward.shared_input import readers_of
 from ..forward.state import RoutingState
 from ..storage.patterns import check_patterns_end
@@ -137,6 +137,8 @@ class MoELoraModel(RoutingControls, TunerModel):
             if not hasattr(layer, "link"):
                 hook = self._hook_block(block, config.router_scope) if block else None
                 layer.link = LayerLink(name, state, hook)
+                if layer is self._output_layer():
+                    state.handles.append(self.model.register_forward_pre_hook(refuse_fused_loss, with_kwargs=True))
         self._link_readers()
         state.routers = {m.name: m for m in self.model.modules() if isinstance(m, MoELoraRouter)}
         is_trainable = adapter_name in self.active_adapters and not config.inference_mode
@@ -146,6 +148,10 @@ class MoELoraModel(RoutingControls, TunerModel):
         for each in state.routers.values():
             if adapter_name in each.lora_router:
                 each[adapter_name].requires_grad_(is_trainable)
+
+    def _output_layer(self) -> nn.Module | None:
+        find = getattr(self.model, "get_output_embeddings", None)
+        return find() if find is not None else None
 
     def _disable_new_layers(self) -> None:
         for module in self.model.modules():

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..config import MoELoraConfig, count_experts
 from ..forward.interfaces import Pool
 from ..forward.state import ForwardContext, RoutingState
+from ..ops.autocast import without_autocast
 from ..ops.triton import kernels_for
 from ..routing import ExpertRouter, Router, Routing, route
 from ..routing.domain_classifier import over_context
-from ..routing.pooled import AddUp, Scored, first_weights, routes_by_domain, score
+from ..routing.pooled import AddUp, PooledRouter, Scored, first_weights, routes_by_domain, score
 from ..routing.sums import RoutingSums, RoutingTotals
 from ._peft import RouterTunerLayer
 
@@ -109,7 +110,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         self.check_made_for(config)
         if config.router_kind.is_constant:
             return self._fixed_weights().expand(*hidden.shape[:-1], -1)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             scored = self._score(self._checked(hidden), self._first_weights(), self._in_context(hidden), without)
             weights_TE = self._route(scored, config, *self._kept(config, context)).weights
             return weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1])
@@ -150,26 +151,41 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """
         config = context.config
         if config.router_kind.is_constant:
-            weights = self._fixed_weights().expand(*hidden.shape[:-1], -1)
-            return self._finish(weights, config.routing_scale, context)
-        with torch.autocast(hidden.device.type, enabled=False):
-            weight_NH = self._first_weights()
-            hidden_TH = self._checked(hidden).to(weight_NH.device)
-            mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
-            kept = self._kept(config, context)
-            # Where domains decide, a batch of one goes to one adapter: a share of the whole pool would drop most of it.
-            is_limited = context.training and not self.routes_by_domain
-            limit = (self._capacity_factor(config) if is_limited else None, context.over_ranks)
-            if config.router_kind.has_kernel and kept[1] is None and self._can_fuse(hidden_TH, weight_NH, limit[0]):
-                routed = self._fused(hidden_TH, weight_NH, config, kept[0], mask_T, *limit)
-                weights_TE, sums, scale = *routed, 1.0
+            weights = context.call.once(self, self._fixed_weights) if context.call.repeats else self._fixed_weights()
+            return self._finish(weights.expand(*hidden.shape[:-1], -1), config.routing_scale, context)
+        with without_autocast(hidden.device.type):
+            if context.call.repeats and not kernels_for(hidden):
+                pooled = context.call.once(self, lambda: PooledRouter(self.active_routers(), config))
+                hidden_TH = self._checked(hidden).to(pooled.first_NH.device)
+                weights_TE, scale = pooled.weights(hidden_TH, self._in_context(hidden, mask, context)), 1.0
             else:
-                scored = self._score(hidden_TH, weight_NH, self._in_context(hidden, mask, context))
-                routing = self._route(scored, config, *kept, mask_T, *limit)
-                sums = RoutingSums.of(routing, scored.logits, mask_T, config.load_balance_loss_type)
-                weights_TE, scale = routing.weights, config.routing_scale
-            context.record(self, sums)
+                weights_TE, scale = self._counted_weights(hidden, context, mask)
             return self._finish(weights_TE, scale, context).view(*hidden.shape[:-1], weights_TE.shape[-1])
+
+    def _counted_weights(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None) -> tuple[Tensor, float]:
+        """The weights [T, E], and what they are yet to be multiplied by; the sums go to the context."""
+        config = context.config
+        routers = cast("list[Router]", self.active_routers())
+        weight_NH = first_weights(routers)
+        hidden_TH = self._checked(hidden).to(weight_NH.device)
+        mask_T = None if mask is None else mask.to(weight_NH.device).flatten()
+        kept = self._kept(config, context)
+        routes_by_domains = routes_by_domain(routers)
+        # Where domains decide, a batch of one goes to one adapter: a share of the whole pool would drop most of it.
+        is_limited = context.training and not routes_by_domains
+        limit = (self._capacity_factor(config) if is_limited else None, context.over_ranks)
+        is_softmax = config.router_kind.has_kernel and kept[1] is None and not routes_by_domains
+        is_linear = is_softmax and all(router.hidden_weight is None for router in routers)
+        if is_linear and self._can_fuse(hidden_TH, weight_NH, limit[0]):
+            weights_TE, sums = self._fused(hidden_TH, weight_NH, config, kept[0], mask_T, *limit)
+            scale = 1.0
+        else:
+            scored = self._score(hidden_TH, weight_NH, self._in_context(hidden, mask, context))
+            routing = self._route(scored, config, *kept, mask_T, *limit)
+            sums = RoutingSums.of(routing, scored.logits, mask_T, config.load_balance_loss_type)
+            weights_TE, scale = routing.weights, config.routing_scale
+        context.record(self, sums)
+        return weights_TE, scale
 
     def _capacity_factor(self, config: MoELoraConfig) -> float | None:
         """With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats."""
@@ -224,10 +240,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return False
         from ..ops.triton.router import serves
 
-        is_linear = not self.routes_by_domain and all(
-            router.hidden_weight is None for router in cast("list[Router]", self.active_routers())
-        )
-        return is_linear and serves(hidden_TH, weight_NH, capacity_factor)
+        return serves(hidden_TH, weight_NH, capacity_factor)
 
     @staticmethod
     def _fused(

@@ -112,7 +112,6 @@ MISTAKES = [
     ("training.adam_beta1", 1, "must be 0 or greater and less than 1"),
     ("training.adam_epsilon", -1, "must be 0 or greater"),
     ("training.neftune_noise_alpha", -1, "must be 0 or greater"),
-    ("training.use_liger_kernel", True, "pip install liger-kernel"),
     ("training.report_to", "wandbb", "wandbb is not supported, only"),
     ("training.report_to", ["swanlab"], "pip install swanlab"),
     ("training.lr_scheduler_type", "cosine_with_min_lr", "`lr_scheduler_kwargs`"),

@@ -32,3 +32,13 @@ def kernels_for(tensor: Tensor) -> bool:
     if tensor.is_cuda:
         return _is_importable() and _has_bfloat16(tensor.device)
     return INTERPRET and os.environ.get("TRITON_INTERPRET") == "1" and _is_importable()
+
+
+def launches_are_free(tensor: Tensor) -> bool:
+    """Whether the kernels serve this tensor and starting one costs the host nothing: while a graph is captured.
+
+    Elsewhere Triton's launcher takes the host longer than one or two operations of torch do.
+    """
+    if tensor.is_cuda:
+        return torch.cuda.is_current_stream_capturing() and kernels_for(tensor)
+    return INTERPRET and kernels_for(tensor)

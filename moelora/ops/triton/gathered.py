@@ -177,21 +177,19 @@ def shrink(x_TW: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, out_
             )  # fmt: skip
 
 
-def expand(h_GPr: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, onto: Tensor | None = None) -> Tensor:
+def expand(h_GPr: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, out_TW: Tensor, adds: bool) -> None:
     """See ops/gathered.py; h_GPr is contiguous."""
-    (_, P, _), W = h_GPr.shape, factors_ErW[0].shape[2]
-    y_TW = h_GPr.new_empty(pairs.num_tokens, W) if onto is None else onto
+    (_, P, _), W = h_GPr.shape, out_TW.shape[1]
     columns = EXPAND_BYTES // h_GPr.element_size()
     for served, factors, blocks in _launches(factors_ErW, pairs.tile_rows, BLOCK, columns):
         span = blocks["BW"] * EXPAND_STEPS
         for slot, tiles in enumerate(pairs.tiles):
-            is_first = onto is None and served.start == slot == 0
+            is_first = served.start == slot == 0
             with torch.cuda.device_of(h_GPr):
                 _expand_kernel[(len(tiles), triton.cdiv(W, span))](
-                    y_TW, h_GPr[served], *factors, pairs.tokens, tiles, P, W, pairs.num_experts, y_TW.stride(0),
-                    *factors[0].stride(), ADDS=not is_first, SPAN=span, **blocks,
+                    out_TW, h_GPr[served], *factors, pairs.tokens, tiles, P, W, pairs.num_experts, out_TW.stride(0),
+                    *factors[0].stride(), ADDS=adds or not is_first, SPAN=span, **blocks,
                 )  # fmt: skip
-    return y_TW
 
 
 def factor_gradients(h_GPr: Tensor, x_TW: Tensor, pairs: ExpertPairs, outs_ErW: Sequence[Tensor]) -> None:

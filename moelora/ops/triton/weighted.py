@@ -1,4 +1,4 @@
-"""Triton form of weighted.py: one pass over h instead of three.
+"""Triton form of weighted.py's backward: one pass over g and h instead of four.
 
 Shapes: T tokens, G linears, E experts, r rank, N = G * E * r.
 """
@@ -23,26 +23,13 @@ def _blocks(T, E, r, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.c
 
 
 @triton.jit(do_not_specialize=["T"])  # every length of a prompt would compile anew
-def _weighted_kernel(
-    h_ptr, w_ptr, hw_ptr, T, w_stride, w_step, scale, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    t, e, j, te, ter = _blocks(T, E, R, BLOCK_T, BLOCK_E, BLOCK_R)
-    w = tl.load(w_ptr + t * w_stride + e * w_step, te, 0.0).to(tl.float32) * scale
-    for linear in range(G):
-        at = t * (G * E * R) + linear * (E * R) + e * R + j
-        h = tl.load(h_ptr + at, ter, 0.0).to(tl.float32)
-        tl.store(hw_ptr + at, (h * w).to(hw_ptr.dtype.element_ty), ter)
-
-
-@triton.jit(do_not_specialize=["T"])  # every length of a prompt would compile anew
 def _weighted_backward_kernel(
-    g_ptr, h_ptr, w_ptr, hw_ptr, dh_ptr, dw_ptr, T, w_stride, w_step, scale,
+    g_ptr, h_ptr, w_ptr, hw_ptr, dh_ptr, dw_ptr, T, w_stride, w_step,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     t, e, j, te, ter = _blocks(T, E, R, BLOCK_T, BLOCK_E, BLOCK_R)
-    w = tl.load(w_ptr + t * w_stride + e * w_step, te, 0.0).to(tl.float32) * scale
+    w = tl.load(w_ptr + t * w_stride + e * w_step, te, 0.0).to(tl.float32)
     dw = tl.zeros((BLOCK_T, BLOCK_E, 1), tl.float32)
     for linear in range(G):
         at = t * (G * E * R) + linear * (E * R) + e * R + j
@@ -51,7 +38,7 @@ def _weighted_backward_kernel(
         tl.store(hw_ptr + at, (h * w).to(hw_ptr.dtype.element_ty), ter)
         tl.store(dh_ptr + at, (g * w).to(dh_ptr.dtype.element_ty), ter)
         dw += tl.sum(g * h, axis=2, keep_dims=True)
-    tl.store(dw_ptr + t * E + e, (dw * scale).to(dw_ptr.dtype.element_ty), te)
+    tl.store(dw_ptr + t * E + e, dw.to(dw_ptr.dtype.element_ty), te)
 
 
 def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -65,23 +52,14 @@ def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], 
     return grid, sizes | {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_R": block_r}
 
 
-def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float) -> Tensor:
-    """See weighted.py. h_TN is contiguous."""
-    grid, options = _launch(h_TN, weights_TE, rank)
-    hw = torch.empty_like(h_TN)
-    with torch.cuda.device_of(h_TN):  # a launch goes to the current device, which need not be the tensor's
-        _weighted_kernel[grid](h_TN, weights_TE, hw, h_TN.shape[0], *weights_TE.stride(), scale, **options)
-    return hw
-
-
 def weighted_backward(
-    g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
+    g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See weighted.py. g_TN and h_TN are contiguous."""
     grid, options = _launch(h_TN, weights_TE, rank)
     hw, dh, dw = torch.empty_like(h_TN), torch.empty_like(h_TN), weights_TE.new_empty(weights_TE.shape)
     with torch.cuda.device_of(h_TN):
         _weighted_backward_kernel[grid](
-            g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), scale, **options
+            g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), **options
         )
     return hw, dh, dw

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...ops.slot_tables import SlotTables
-from ..mixture import PooledRouter, ServedMixture
+from ...routing.pooled import PooledRouter
+from ..mixture import ServedMixture
 
 
 class BlockTables:
