@@ -17,6 +17,7 @@ from moelora.ops import (
     mixture,
     mixture_fused,
     mixture_sparse,
+    operands_of,
 )
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -426,6 +427,16 @@ def test_linears_of_a_block_share_their_pairs(chosen):
     model(**ARCHITECTURES["llama"].batch(3, 9)).loss.backward()
     assert len({id(pairs) for _, _, pairs in calls}) == model.config.num_hidden_layers
     assert sum(group.num_readers for _, group, _ in calls) == 7 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_no_factor_is_cast_beside_the_products(chosen, is_sparse, monkeypatch):
+    calls, cast, original = chosen(is_sparse), [], operands_of
+    monkeypatch.setattr("moelora.forward.shared_input.operands_of", lambda stacks: cast.append(1) or original(stacks))
+    model = mixture_of("llama", num_experts=12).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**ARCHITECTURES["llama"].batch(3, 9)).loss.backward()
+    assert bool(calls) == is_sparse and bool(cast) != is_sparse
 
 
 def test_generate_reads_prompts_in_it(chosen):

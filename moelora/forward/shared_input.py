@@ -183,7 +183,9 @@ class BoundGroup:
         columns: what of the routing weights it needs, and how scaled.
     """
 
-    def __init__(self, layer: SharingLinear, candidates: Sequence[SharingLinear], x: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: SharingLinear, candidates: Sequence[SharingLinear], x: Tensor, dtype: torch.dtype
+    ) -> None:
         self.device, self.dtype, self._candidates = x.device, dtype, candidates
         self._watches = [LinearWatch(each, dtype) for each in (layer, *candidates)]
         self.names = layer.routed_adapters()
@@ -205,10 +207,7 @@ class BoundGroup:
         return is_asked_alike and self._is_current()
 
     def _is_current(self) -> bool:
-        for watch in self._watches:
-            if not watch.holds():
-                return False
-        return True
+        return all(watch.holds() for watch in self._watches)
 
     def is_cast_with(self, other: BoundGroup) -> bool:
         """Whether its factors have to be cast, to what those of the other are, and are there: not a shard of them."""

@@ -15,7 +15,7 @@ Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a gro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,9 +113,11 @@ class FusedGroup:
         hws = (hw,) if self.num_readers == 1 else hw.chunk(self.num_readers, dim=-1)
         ys = []
         for part, B, (weight, bias), other in zip(hws, operands.Bs, self.bases, outside, strict=True):
-            y = other if weight is None else F.linear(x, weight, bias)
             delta = F.linear(part, B)
-            ys.append(y.add_(delta) if weight is not None else (y + delta).to(y.dtype))
+            if other is None:
+                ys.append(F.linear(x, weight, bias).add_(delta))  # type: ignore[arg-type]
+            else:
+                ys.append((other + delta).to(other.dtype))
         return ys
 
     def outside_of(self, x: Tensor) -> Sequence[Tensor | None]:
@@ -150,6 +152,7 @@ class FusedGroup:
         x_TD, weights_TE, lead = flat(x), flat(weights), x.shape[:-1]
         read, kept = self.dropped(x_TD)
         h = F.linear(read, operands.A)
+        expand: Callable[..., Tensor]
         if h.shape[0] <= FEW_TOKENS and launches_are_free(h):
             small, expand = h, partial(_expand_few, weights_TE, self.rank)
         else:
@@ -168,7 +171,7 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Tensor | None):
+    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Any):
         outside, (A, *Bs) = tensors[: group.num_readers], tensors[group.num_readers :]
         ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs))
         ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))

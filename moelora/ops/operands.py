@@ -45,7 +45,9 @@ class FactorStack:
         """As they are, where nothing has to be cast."""
         As, Bs, pools = self.As, self.Bs, self.num_pools
         A = As[0] if len(As) == 1 else torch.cat(list(As))
-        return Operands(A, Bs if pools == 1 else [torch.cat(Bs[i : i + pools], dim=1) for i in range(0, len(Bs), pools)])
+        if pools == 1:
+            return Operands(A, Bs)
+        return Operands(A, [torch.cat(list(Bs[i : i + pools]), dim=1) for i in range(0, len(Bs), pools)])
 
     def split(self, A: Tensor | None, *Bs: Tensor | None) -> list[Tensor | None]:
         """Each factor's part of matrices that are stacked like this, in the order of `factors`."""

@@ -20,7 +20,7 @@ def weighted_by_autograd(h: Tensor, weights: Tensor, rank: int) -> Tensor:
     """The same of h [..., N] and weights [..., E], with a gradient that autograd finds."""
     lead, E = weights.shape[:-1], weights.shape[-1]
     blocks = h.view(*lead, h.shape[-1] // (E * rank), E, rank)
-    return (blocks * weights.view(*lead, 1, E, 1)).view(h.shape)
+    return (blocks * weights.view(*lead, 1, E, 1)).view(h.shape).to(h.dtype)
 
 
 def weighted_backward(g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

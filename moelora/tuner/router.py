@@ -155,7 +155,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return self._finish(weights.expand(*hidden.shape[:-1], -1), config.routing_scale, context)
         with without_autocast(hidden.device.type):
             if context.call.repeats and not kernels_for(hidden):
-                pooled = context.call.once(self, lambda: PooledRouter(self.active_routers(), config))
+                pooled = context.call.once(self, lambda: PooledRouter(self.active_routers(), config))  # type: ignore[arg-type]
                 hidden_TH = self._checked(hidden).to(pooled.first_NH.device)
                 weights_TE, scale = pooled.weights(hidden_TH, self._in_context(hidden, mask, context)), 1.0
             else:

@@ -52,9 +52,7 @@ def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], 
     return grid, sizes | {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_R": block_r}
 
 
-def weighted_backward(
-    g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_backward(g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """See weighted.py. g_TN and h_TN are contiguous."""
     grid, options = _launch(h_TN, weights_TE, rank)
     hw, dh, dw = torch.empty_like(h_TN), torch.empty_like(h_TN), weights_TE.new_empty(weights_TE.shape)
