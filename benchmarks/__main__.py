@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import crossover, decode, generate, growth, layer, model, table
+from . import crossover, decode, generate, growth, layer, model, pool, table
 from .correctness import CorrectnessError, check_correctness
 from .options import add_output_options, make_parser, output_folder
 from .record import CSV_NAME, TABLE_NAME, command_line
 
-MODULES = {module.MODULE.rpartition(".")[2]: module for module in (layer, model, decode, generate, growth, crossover)}
+MODULES = {
+    module.MODULE.rpartition(".")[2]: module for module in (layer, model, decode, generate, growth, crossover, pool)
+}
 EXAMPLES = (
     "",
     "--device cpu --quick",
@@ -20,6 +22,7 @@ EXAMPLES = (
 SMALL = "--dtype float32 --hidden 576 --intermediate 1536 --kv 192 --experts 4 --rank 8"
 GROWTH_ON_CPU = f"{SMALL} --tokens 256 --num-tokens 1 8 64 256 --num-experts 2 4 8 16 --ranks 4 8 16"
 CROSSOVER_ON_CPU = "--dtype float32 --tokens 256 --widths 576 576 576 1536"
+POOL_ON_CPU = "--dtype float32 --hidden 576 --intermediate 1536 --kv 192 --rank 8 --num-tokens 256"
 # The options of each benchmark by device and --quick.
 PLANS: dict[tuple[str, bool], dict[str, str]] = {
     ("cuda", False): dict.fromkeys(MODULES, ""),
@@ -30,6 +33,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "generate": "--layers 2 --steps 16",
         "growth": "--num-experts 2 8 --ranks 8 16 --num-tokens 64 8192",
         "crossover": "--num-experts 8 32",
+        "pool": "--num-experts 32 256 --num-tokens 8192",
     },
     ("cpu", False): {
         "layer": f"{SMALL} --tokens 512",
@@ -38,6 +42,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "generate": "--preset quickstart --steps 8",
         "growth": GROWTH_ON_CPU,
         "crossover": CROSSOVER_ON_CPU,
+        "pool": POOL_ON_CPU,
     },
     ("cpu", True): {
         "layer": f"{SMALL} --tokens 128 --shapes block --min-time 0.05",
@@ -46,6 +51,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "generate": "--preset tiny --min-time 0.05 --steps 8",
         "growth": f"{GROWTH_ON_CPU} --min-time 0.01",
         "crossover": f"{CROSSOVER_ON_CPU} --num-experts 8 --min-time 0.01",
+        "pool": f"{POOL_ON_CPU} --num-experts 8 64 --min-time 0.01",
     },
 }
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 
+import moelora.forward.state
 import moelora.tuner.layer
 from moelora import MoELoraConfig, ops
 
@@ -36,6 +37,8 @@ ARMS = {
     "ours-liger": "ours-default with them",
     "unsloth": "Unsloth's LoRA of the active rank, adapters in float32",
     "loop": "the same mixture as a loop over experts",
+    "dense": "moelora with router_type=learned, every expert computed for every token",
+    "sparse": "the same, each token's own experts computed alone",
     "mixlora": "MixLoRA / MoE-PEFT, re-implemented from its formula",
     "loramoe": "LoRAMoE, re-implemented from its formula",
     "hydralora": "HydraLoRA, re-implemented from its formula",
@@ -50,6 +53,10 @@ ARMS = {
     "mixture": "the mixture there",
 }
 WITH_LIGER = {"frozen-liger": "frozen", "lora-liger": "lora-default", "ours-liger": "ours-default"}
+ROUTER_TYPES = {  # of the arms that have another than moelora's default
+    **dict.fromkeys(("ours-fixed", "ours-fixed-default", "ours-e1"), "fixed"),
+    **dict.fromkeys(("dense", "sparse"), "learned"),
+}
 
 
 @dataclass(frozen=True)
@@ -132,10 +139,25 @@ def _adapt_as_ours(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
         num_experts=max(mixture.experts, 2),
         top_k_experts=mixture.top_k,
         expert_capacity_factor=None if arm == "ours-dropless" else 1.25,
-        router_type="fixed" if arm.startswith("ours-fixed") or is_single else "learned_with_maturity",
+        router_type=ROUTER_TYPES.get(arm, "learned_with_maturity"),
     )
     name = "expert_0" if is_single else "default"  # an adapter of that name holds one expert
     return get_peft_model(model, config, name, autocast_adapter_dtype=arm.endswith("default"))
+
+
+def as_arm(arm: str, run: Callable[[], object]) -> Callable[[], object]:
+    """The same call, computed in the form that an arm is about."""
+    if arm == "loop":
+        return with_loop(run)
+    return _in_form(run, is_sparse=arm == "sparse") if arm in ("dense", "sparse") else run
+
+
+def _in_form(run: Callable[[], object], is_sparse: bool) -> Callable[[], object]:
+    def chosen() -> object:
+        with mock.patch.object(moelora.forward.state, "chooses_sparse", lambda *_: is_sparse):
+            return run()
+
+    return chosen
 
 
 def with_loop(run: Callable[[], object]) -> Callable[[], object]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .arms import Mixture, adapt, with_loop
+from .arms import Mixture, adapt, as_arm
 from .options import add_options, make_parser, recorder_of, row_of
 from .record import Recorder, Row
 from .timing import kept_bytes, peak_bytes, take_turns
@@ -127,7 +127,7 @@ def make_step(
 ) -> tuple[Step, Callable[[], None]]:
     """The step of one arm, and how to call it."""
     step = Step(adapt(base, "ours" if arm == "loop" else arm, mixture).train(), inputs, upstream)
-    return step, with_loop(step) if arm == "loop" else step
+    return step, as_arm(arm, step)
 
 
 def measure(shape: Shape, row: Row, arms: Sequence[str], args: argparse.Namespace, recorder: Recorder) -> None:
@@ -143,8 +143,7 @@ def measure(shape: Shape, row: Row, arms: Sequence[str], args: argparse.Namespac
             step.clear()
             recorder.add(row, arm=arm, metric="peak_bytes", value=peak_bytes(calls[arm]))
             step.clear()
-            forward = with_loop(step.forward) if arm == "loop" else step.forward
-            recorder.add(row, arm=arm, metric="kept_bytes", value=kept_bytes(forward))
+            recorder.add(row, arm=arm, metric="kept_bytes", value=kept_bytes(as_arm(arm, step.forward)))
     take_turns(calls, recorder, row, args.device, args.repeats, args.min_time)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import with_unsloth, worker
-from .arms import adapt, with_loop
+from .arms import adapt, as_arm
 from .kits import benches, measure
 from .models import add_model_options, build_base, case_name, parse_with_preset, shape_of
 from .options import add_options, make_parser, mixture_of, recorder_of, row_of
@@ -24,6 +24,7 @@ from .timing import peak_bytes, record_clock, seconds
 MODULE = "benchmarks.model"
 OPTIONAL_ARMS = (
     *("ours-fixed", "ours-fixed-default", "ours-e1", "loop", "frozen-liger", "lora-liger", "ours-liger", "unsloth"),
+    *("dense", "sparse"),
 )
 ARM_NAMES = (
     *("frozen", "lora", "lora-default", "lora-equal", "ours", "ours-default"),
@@ -38,6 +39,7 @@ EXAMPLES = (
     "--device cuda",
     "--device cuda --layers 8 --checkpointing off --arms frozen lora ours mixlora loramoe",
     "--device cuda --batch 1 --length 32768 --answer 1024 --checkpointing on --arms lora ours",
+    "--device cuda --layers 8 --experts 256 --arms frozen lora dense sparse",
     f"--device cuda --layers 8 {AS_A_USER_TRAINS}",
     f"--device cuda --preset qwen-0.5b {AS_A_USER_TRAINS}",
     "--preset quickstart --device cpu",
@@ -152,7 +154,7 @@ class Bench:
 
     def call(self, arm: str) -> Callable[[], None]:
         """The step of an arm."""
-        return with_loop(self.steps[arm]) if arm == "loop" else self.steps[arm]
+        return as_arm(arm, self.steps[arm])
 
     def seconds(self, arm: str) -> float:
         """See worker.Bench."""

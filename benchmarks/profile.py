@@ -15,8 +15,11 @@ from .layer import block_shape, make_step
 from .options import add_options, make_parser
 
 MODULE = "benchmarks.profile"
-ARM_NAMES = ("frozen", "lora", "lora-default", "lora-equal", "ours", "ours-default", "ours-fixed", "ours-e1")
-EXAMPLES = ("--arms frozen ours", "--arms ours --tokens 2048 --rows 40")
+ARM_NAMES = (
+    *("frozen", "lora", "lora-default", "lora-equal", "ours", "ours-default", "ours-fixed", "ours-e1"),
+    *("dense", "sparse"),
+)
+EXAMPLES = ("--arms frozen ours", "--arms ours --tokens 2048 --rows 40", "--arms lora dense sparse --experts 256")
 
 
 def kernel_table(call: Callable[[], object], steps: int, rows: int) -> str:

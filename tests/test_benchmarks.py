@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import moelora.forward.shared_input
 import moelora.ops
 from benchmarks import __main__ as everything
-from benchmarks import correctness, decode, generate, growth, layer, model, models, monitor, peers, plot, table
+from benchmarks import correctness, decode, generate, growth, layer, model, models, monitor, peers, plot, pool, table
 from benchmarks.arms import Mixture, adapt, shared_copy
 from benchmarks.grouped import grouped_linear, make_plan
 from benchmarks.kits import kit_of
@@ -214,6 +215,19 @@ def test_growth_is_measured_and_drawn(tmp_path):
     assert "| 8 | 4 | 16 | 64 | 2 |" in table.render(*read([tmp_path / "results.csv"]))
 
 
+def test_both_forms_of_a_pool_are_measured(tmp_path, capsys, monkeypatch):
+    asked, form = [], moelora.forward.shared_input.mixture_sparse
+    monkeypatch.setattr(moelora.forward.shared_input, "mixture_sparse", lambda *args: asked.append(args) or form(*args))
+    sizes = "--device cpu --dtype float32 --hidden 32 --intermediate 64 --kv 16 --rank 2 --num-experts 4 --num-tokens 8"
+    arguments = [*sizes.split(), "--min-time", "0.001", "--repeats", "1", "--out", str(tmp_path), "--arms"]
+    pool.main([*arguments, "frozen", "lora", "dense"])
+    assert not asked and "E=4 r=2 top-2: dense is chosen by itself" in capsys.readouterr().out
+    pool.main([*arguments, "sparse"])
+    assert asked
+    _, rows = read([tmp_path / "results.csv"])
+    assert {(row.arm, row.tokens, row.experts) for row in rows} == {(arm, 8, 4) for arm in pool.ARM_NAMES}
+
+
 def test_a_plot_of_nothing_says_what_to_run(tmp_path):
     Recorder(tmp_path, "cpu", "command")
     with pytest.raises(SystemExit, match=r"python -m benchmarks\.growth"):
@@ -337,6 +351,7 @@ def test_ratios_are_taken_repeat_by_repeat():
             "generate",
             "growth",
             "crossover",
+            "pool",
             "monitor",
             "correctness",
             "parallel",
@@ -356,7 +371,7 @@ def test_help_shows_real_calls(name, capsys):
         assert " ".join(example.split()) in text
 
 
-@pytest.mark.parametrize("name", ["layer", "model", "decode", "generate", "growth", "crossover"])
+@pytest.mark.parametrize("name", ["layer", "model", "decode", "generate", "growth", "crossover", "pool"])
 def test_examples_and_plans_parse(name):
     module = importlib.import_module(f"benchmarks.{name}")
     plans = [plan[name] for plan in everything.PLANS.values()]

@@ -16,6 +16,8 @@ SHAPES = [  # tokens, experts, width, top-k
     (130, 64, 96, 4),
     (9, 1, 20, 1),
     (9, 7, 16, 7),
+    (70, 200, 40, 2),
+    (40, 512, 20, 2),
 ]
 LOSSES = ["aux_loss", "switch", "z_loss"]
 MASKS = {"all": None, "some": lambda T: torch.arange(T) % 3 > 0, "none": lambda T: torch.zeros(T, dtype=torch.bool)}

@@ -29,10 +29,10 @@ def tensors(shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_weighting(kernel_device, shape, dtype, monkeypatch):
     g, h, weights = tensors(shape, dtype, kernel_device)
-    actual = (weighted(h, weights, shape[3]), *weighted_backward(g, h, weights, shape[3]))
+    actual = (weighted(h, weights, shape[3]), *weighted_backward(g, h, weights, shape[3], 0.75))
     monkeypatch.setattr("moelora.ops.weighted.kernels_for", lambda _: False)
     exact = [t.double() for t in (g, h, weights)]
-    expected = (weighted(*exact[1:], shape[3]), *weighted_backward(*exact, shape[3]))
+    expected = (weighted(*exact[1:], shape[3]), *weighted_backward(*exact, shape[3], 0.75))
     for mine, its in zip(actual[:3], expected[:3], strict=True):
         torch.testing.assert_close(mine, its.to(dtype), **close(dtype))
     # d loss / d weights is a float32 sum over G * r products of about 1.
@@ -50,10 +50,10 @@ def test_expanding_for_few_tokens(kernel_device, shape, dtype, width):
     share = h[:, -E * r :]  # the last linear's columns
     shared = weights[:1].expand(T, E)  # one row for all tokens
     for w in (weights, shared):
-        products = share.double() * w.double().repeat_interleave(r, dim=1)
+        products = share.double() * (w.double() * 0.75).repeat_interleave(r, dim=1)
         expected = y.double() + products.to(dtype).double() @ B.double().t()
         actual = y.clone()
-        add_expanded(actual, share, w, B, r)
+        add_expanded(actual, share, w, B, r, 0.75)
         largest = (products.abs() @ B.double().abs().t()).max().item()  # each product may be rounded either way
         step = close(dtype)["rtol"]
         torch.testing.assert_close(actual.double(), expected, rtol=step, atol=step * largest)
@@ -72,6 +72,7 @@ def test_few_tokens_equal_many(kernel_device, base, monkeypatch):
     ]
     x, weights = torch.randn(2, 3, 20).to(kernel_device), torch.rand(2, 3, 8).to(kernel_device)
     results = []
+    monkeypatch.setattr("moelora.ops.fused.MAX_COMPOSED", 0)
     for limit, is_free in ((64, True), (64, False), (0, False)):
         monkeypatch.setattr("moelora.ops.fused.FEW_TOKENS", limit)
         monkeypatch.setattr("moelora.ops.fused.launches_are_free", lambda _, is_free=is_free: is_free)

@@ -151,6 +151,7 @@ class BlockHook:
             router=self.router,
             encoder_hidden=self._encoder_hidden(args, kwargs),
             shared_input=None if torch.compiler.is_compiling() else SharedInput(),
+            top_k=context.top_k if shared is None else None,
         )
         here.context = context
 

@@ -13,7 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..ops import FusedGroup, Operands, Reader, can_fuse, compute_dtype, drop_rate, is_plain, operands_of
+from ..ops import (
+    ExpertPairs,
+    FusedGroup,
+    Operands,
+    Reader,
+    can_fuse,
+    compute_dtype,
+    drop_rate,
+    is_plain,
+    mixture_sparse,
+    operands_of,
+)
 from .interfaces import SharingLinear
 
 
@@ -22,8 +33,15 @@ class RunningBlock(Protocol):
 
     context: Any
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether all tokens of all forwards have the same weights."""
+
     def scaled_weights_for(self, x: Tensor, layer: SharingLinear, bound: BoundGroup) -> Tensor:
         """Routing weights [T, E], times the scalings, for x [..., D] that the layer reads."""
+
+    def expert_pairs(self, x: Tensor, layer: SharingLinear, bound: BoundGroup) -> ExpertPairs | None:
+        """What to compute of x in the sparse form; None where all experts are computed."""
 
 
 @cache
@@ -119,14 +137,17 @@ class SharedInput:
         """
         self.close()
         call = routing.context.call
-        ready = call.once(layer, lambda: _ready(layer, x)) if call.repeats else None
-        if ready is not None:
-            bound, operands = ready
-        elif (bound := bound_group(layer, x)) is None:
+        ready = call.once(layer, lambda: _ready(layer, x, routing)) if call.repeats else None
+        bound, operands, is_weighted = ready or (bound_group(layer, x), None, False)
+        if bound is None:
             return None
+        pairs = routing.expert_pairs(x, layer, bound)
+        if pairs is not None:  # which casts what it multiplies as it goes
+            first, *others = mixture_sparse(x, bound.group, pairs)
         else:
-            operands = self._operands_of(layer, bound)
-        first, *others = bound.group(x, routing.scaled_weights_for(x, layer, bound), operands)
+            operands = operands or self._operands_of(layer, bound)
+            weights = None if is_weighted else routing.scaled_weights_for(x, layer, bound)
+            first, *others = bound.group(x, weights, operands)
         if others:
             self._key, self._x, self._outputs = _key(x), x, dict(zip(bound.others, others, strict=True))
         return first
@@ -167,7 +188,9 @@ class BoundGroup:
         columns: what of the routing weights it needs, and how scaled.
     """
 
-    def __init__(self, layer: SharingLinear, candidates: Sequence[SharingLinear], x: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: SharingLinear, candidates: Sequence[SharingLinear], x: Tensor, dtype: torch.dtype
+    ) -> None:
         self.device, self.dtype, self._candidates = x.device, dtype, candidates
         self._watches = [LinearWatch(each, dtype) for each in (layer, *candidates)]
         self.names = layer.routed_adapters()
@@ -189,10 +212,7 @@ class BoundGroup:
         return is_asked_alike and self._is_current()
 
     def _is_current(self) -> bool:
-        for watch in self._watches:
-            if not watch.holds():
-                return False
-        return True
+        return all(watch.holds() for watch in self._watches)
 
     def is_made_with(self, other: BoundGroup) -> bool:
         """Whether its factors have to be cast or stacked, as those of the other, and are there: not a shard of them."""
@@ -213,13 +233,19 @@ def bound_group(layer: SharingLinear, x: Tensor) -> BoundGroup | None:
     return bound
 
 
-def _ready(layer: SharingLinear, x: Tensor) -> tuple[BoundGroup, Operands] | None:
-    """The layer's group with what it multiplies; None where that cannot be kept: under ZeRO-3, factors are there only
-    while somebody asks for them."""
+def _ready(layer: SharingLinear, x: Tensor, routing: RunningBlock) -> tuple[BoundGroup, Operands, bool] | None:
+    """The layer's group with what it multiplies, and whether that has the routing weights in it: constant ones.
+
+    None where that cannot be kept: under ZeRO-3, factors are there only while somebody asks for them.
+    """
     bound = bound_group(layer, x)
     if bound is None or any(hasattr(factor, "ds_id") for factor in bound.group.stack.As):
         return None
-    return bound, operands_of([bound.group.stack])[0]
+    (operands,) = operands_of([bound.group.stack])
+    if not routing.is_constant:
+        return bound, operands, False
+    weights_E = routing.scaled_weights_for(x, layer, bound)[0]
+    return bound, bound.group.weighted_operands(operands, weights_E), True
 
 
 class LinearWatch:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
-from ..ops import scaled_weights
+from ..ops import ExpertPairs, chooses_sparse, scaled_weights, serves_sparse
 from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
@@ -208,6 +208,11 @@ class ForwardContext:
         return context
 
     @property
+    def top_k(self) -> int | None:
+        """Experts of a token that the mixture's own routers give any weight to, at most; None: maybe all."""
+        return self.config.top_k_experts if self.config.router_kind.is_sparse else None
+
+    @property
     def over_ranks(self) -> bool:
         """Whether data-parallel ranks share capacity: in a training step, which all of them take together."""
         return self.grad_enabled and num_ranks() > 1
@@ -323,6 +328,8 @@ class BlockRouting:
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
     shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
     encoder_weights: Tensor | None = None
+    top_k: int | None = None  # experts of a token that weights give anything to, at most; None: maybe all
+    _pairs: ExpertPairs | None = field(default=None, init=False)
     _scaled: dict[tuple, Tensor] = field(default_factory=dict, init=False)
     _sole: dict[bool, int | None] = field(default_factory=dict, init=False)  # of the encoder's tokens, of the block's
 
@@ -345,8 +352,13 @@ class BlockRouting:
             )
         return fitted
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether all tokens of all forwards have the same weights."""
+        return not self.shared_by_user and self.context.config.router_kind.is_constant
+
     def scaled_weights_for(self, x: Tensor, layer: Any, bound: BoundGroup) -> Tensor:
-        """[T, E] for a linear's input x [..., D]: of its adapters, times their scalings, for all linears alike.
+        """[T, E] for a linear's input x [..., D]: of its adapters, as [`scaled_weights`] makes them.
 
         Raises:
             ValueError: x holds other tokens than the block's.
@@ -354,9 +366,35 @@ class BlockRouting:
         key = (x.shape[:-1], self._is_encoder(x), bound.columns)
         scaled = self._scaled.get(key)
         if scaled is None:
-            weights = columns(self.weights_for(x, layer.link.name), self.pool, bound.names).to(x.device)
-            scaled = self._scaled[key] = scaled_weights(weights, bound.group.scalings)
+            scaled = self._scaled[key] = scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
         return scaled
+
+    def expert_pairs(self, x: Tensor, layer: Any, bound: BoundGroup) -> ExpertPairs | None:
+        """The pairs that linears of x [..., D] compute; None where all experts are faster.
+
+        They are sorted once for all linears, whose scalings may differ. A checkpoint's run has weights, and so pairs,
+        of its own.
+
+        Raises:
+            ValueError: x holds other tokens than the block's.
+        """
+        if self.top_k is None or self.weights is None:
+            return None
+        num_experts = self.weights.shape[-1]
+        top_k = min(self.top_k, num_experts)
+        if not chooses_sparse(self.lead.numel(), num_experts, top_k, bound.group.rank) or not serves_sparse(x):
+            return None
+        weights = self._weights_of(x, layer, bound)
+        if weights is not self.weights:
+            return None
+        has_gradient = weights.requires_grad and torch.is_grad_enabled()
+        if self._pairs is None or self._pairs.weights.requires_grad != has_gradient:
+            self._pairs = ExpertPairs.of(weights, top_k)
+        return self._pairs
+
+    def _weights_of(self, x: Tensor, layer: Any, bound: BoundGroup) -> Tensor:
+        """[..., E] of the adapters of a group that reads x."""
+        return columns(self.weights_for(x, layer.link.name), self.pool, bound.names).to(x.device)
 
     def sole_expert(self, x: Tensor) -> int | None:
         """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""

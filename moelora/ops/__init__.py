@@ -12,18 +12,23 @@ from torch import Tensor
 
 from .autocast import compute_dtype
 from .concat import mixture_concat
+from .expert_pairs import ExpertPairs, chooses_sparse
 from .fused import FusedGroup, Reader, can_fuse, is_plain, mixture_fused, scaled_weights
+from .gathered import serves_sparse
 from .operands import Operands, operands_of
 from .pool import ExpertPool, drop_rate
 from .reference import mixture_reference
+from .sparse import mixture_sparse
 
 __all__ = [
     "BACKENDS",
+    "ExpertPairs",
     "ExpertPool",
     "FusedGroup",
     "Operands",
     "Reader",
     "can_fuse",
+    "chooses_sparse",
     "compute_dtype",
     "drop_rate",
     "is_plain",
@@ -31,8 +36,10 @@ __all__ = [
     "mixture_by_expert",
     "mixture_fused",
     "mixture_linear",
+    "mixture_sparse",
     "operands_of",
     "scaled_weights",
+    "serves_sparse",
 ]
 
 BACKENDS = {"concat": mixture_concat, "reference": mixture_reference}

@@ -15,9 +15,8 @@ Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a gro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +61,8 @@ class FusedGroup:
         dtype: as `compute_dtype` says of x.
 
     Attributes:
-        scalings: (number of experts, scaling) of each pool, as `scaled_weights` takes them.
+        scale: the pools' scaling, where it is the same.
+        scalings: (number of experts, scaling) of each pool, where they differ; then `scaled_weights` takes them.
         bases: what is frozen of each reader: weight [O, D] and bias [O] of a plain linear, which are constants; of
             others both are None.
     """
@@ -78,72 +78,129 @@ class FusedGroup:
         self.num_pools = len(pools)  # of each reader
         self.rank = pools[0].rank  # of one expert
         self.drop_rate = pools[0].drop_rate
-        self.scalings = tuple((pool.num_experts, pool.scaling) for pool in pools)
+        scales = {pool.scaling for pool in pools}
+        self.scale = scales.pop() if len(scales) == 1 else 1.0
+        self.scalings = tuple((pool.num_experts, pool.scaling) for pool in pools) if scales else ()
         As = [pool.lora_A for reader in readers for pool in reader.pools]
         Bs = [pool.lora_B for reader in readers for pool in reader.pools]
         self.stack = FactorStack(As, Bs, self.num_pools, dtype)
 
-    def __call__(self, x: Tensor, weights: Tensor, operands: Operands | None = None) -> Sequence[Tensor]:
+    def weighted_operands(self, operands: Operands, weights_E: Tensor) -> Operands:
+        """These with constant routing weights in A, so that a call without gradient needs none."""
+        per_rank = weights_E.repeat_interleave(self.rank).repeat(self.num_readers)
+        return Operands((operands.A * per_rank[:, None]).to(operands.A.dtype), operands.Bs)
+
+    def __call__(self, x: Tensor, weights: Tensor | None, operands: Operands | None = None) -> Sequence[Tensor]:
         """base_layer(x) plus the mixture for every reader: x [..., D] -> [..., O] each.
 
         Args:
-            weights: [..., E], times the scalings.
+            weights: [T, E], as `scaled_weights` makes them; None where they are in the operands.
             operands: what `operands_of` makes of its `stack`, if somebody has.
         """
-        outside = self._outside(x)
+        outside = self.outside_of(x)
         with without_autocast(x.device.type):
             if x.dtype is not self.dtype:
                 x = x.to(self.dtype)
             if operands is None:
                 (operands,) = operands_of([self.stack])
-            if x.numel() <= MAX_COMPOSED and not (launches_are_free(x) and x.numel() <= FEW_TOKENS * x.shape[-1]):
+            if not x.is_cuda and x.numel() <= MAX_COMPOSED:
                 return self._composed(x, weights, outside, operands)
             if torch.is_grad_enabled():
                 return _Mixture.apply(self, x, weights, *outside, operands.A, *operands.Bs)
             return self.outputs(x, weights, outside, operands)[0]
 
     def _composed(
-        self, x: Tensor, weights: Tensor, outside: Sequence[Tensor | None], operands: Operands
+        self, x: Tensor, weights: Tensor | None, outside: Sequence[Tensor | None], operands: Operands
     ) -> Sequence[Tensor]:
         """The same by operations that autograd differentiates: for little input, where the host's time counts.
 
         They are run through more often, but a backward of theirs is not Python's.
         """
-        read = torch.native_dropout(x, self.drop_rate, True)[0] if self.drop_rate > 0 else x
-        hw = weighted_by_autograd(F.linear(read, operands.A), weights, self.rank)
+        h = F.linear(self.dropped(x)[0], operands.A)
+        hw = h if weights is None else weighted_by_autograd(h, weights, self.rank)
         hws = (hw,) if self.num_readers == 1 else hw.chunk(self.num_readers, dim=-1)
         ys = []
         for part, B, (weight, bias), other in zip(hws, operands.Bs, self.bases, outside, strict=True):
-            y = other if weight is None else F.linear(x, weight, bias)
             delta = F.linear(part, B)
-            ys.append(y.add_(delta) if weight is not None else (y + delta).to(y.dtype))
+            if other is None:
+                ys.append(F.linear(x, weight, bias).add_(delta, alpha=self.scale))  # type: ignore[arg-type]
+            else:
+                ys.append(torch.add(other, delta, alpha=self.scale).to(other.dtype))
         return ys
 
-    def _outside(self, x: Tensor) -> Sequence[Tensor | None]:
+    def outside_of(self, x: Tensor) -> Sequence[Tensor | None]:
         """[..., O] that base layers make of x which are more than plain linears; None of others."""
         if self.is_plain:
             return self._no_outside
         pairs = zip(self.base_layers, self.bases, strict=True)
         return [layer(x) if weight is None else None for layer, (weight, _) in pairs]
 
+    def dropped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the factors read of x, and which of its elements dropout kept: None where it rests."""
+        return torch.native_dropout(x, self.drop_rate, True) if self.drop_rate > 0 else (x, None)
+
+    def dropped_again(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """What the factors read of x, made again."""
+        return x if kept is None else (x * kept).div_(1 - self.drop_rate)
+
+    def add_frozen(
+        self, dx: Tensor, kept: Tensor | None, dys: Sequence[Tensor | None], Ws: Sequence[Tensor | None]
+    ) -> None:
+        """From the gradient of what the factors read, dx [T, D], to that of x, in place."""
+        if kept is not None:
+            dx.mul_(kept).div_(1 - self.drop_rate)
+        for dy, W in zip(dys, Ws, strict=True):
+            if dy is not None and W is not None:
+                dx.addmm_(dy, W)
+
     def outputs(
-        self, x: Tensor, weights: Tensor, outside: Sequence[Tensor | None], operands: Operands
+        self, x: Tensor, weights: Tensor | None, outside: Sequence[Tensor | None], operands: Operands
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """y [..., O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
-        x_TD, weights_TE, lead = flat(x), flat(weights), x.shape[:-1]
-        read, kept = torch.native_dropout(x_TD, self.drop_rate, True) if self.drop_rate > 0 else (x_TD, None)
+        x_TD = flat(x)
+        read, kept = self.dropped(x_TD)
         h = F.linear(read, operands.A)
-        if h.shape[0] <= FEW_TOKENS and launches_are_free(h):
-            small, expand = h, partial(_expand_few, weights_TE, self.rank)
+        if weights is not None and h.shape[0] <= FEW_TOKENS and launches_are_free(h):
+            ys = [self._few(x_TD, h_i, weights, *parts) for h_i, *parts in self._by_reader(h, operands, outside)]
         else:
-            small, expand = weighted(h, weights_TE, self.rank), _expand
-        smalls = (small,) if self.num_readers == 1 else small.chunk(self.num_readers, dim=1)
-        parts = zip(smalls, operands.Bs, self.bases, outside, strict=True)
-        return tuple([expand(x_TD, lead, *part) for part in parts]), h, kept
+            hw = h if weights is None else weighted(h, weights, self.rank)
+            ys = [self._expand(x_TD, *parts) for parts in self._by_reader(hw, operands, outside)]
+        if x.dim() != 2:
+            for y in ys:
+                y.resize_((*x.shape[:-1], y.shape[-1]))  # no view
+        return tuple(ys), h, kept
+
+    def _by_reader(self, h: Tensor, operands: Operands, outside: Sequence[Tensor | None]) -> Iterator[tuple]:
+        parts = (h,) if self.num_readers == 1 else h.chunk(self.num_readers, dim=1)
+        return zip(parts, operands.Bs, self.bases, outside, strict=True)
+
+    def _expand(self, x: Tensor, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
+        """scale times hw [T, R] times B^T, plus what is frozen: [T, O]."""
+        weight, bias = base
+        if outside is not None:
+            if outside.dtype == hw.dtype:
+                return torch.addmm(flat(outside), hw, B.t(), alpha=self.scale)
+            return torch.add(flat(outside), hw @ B.t(), alpha=self.scale).to(outside.dtype)
+        if bias is not None:
+            y = torch.addmm(bias, hw, B.t(), alpha=self.scale)
+        elif self.scale == 1.0:
+            y = F.linear(hw, B)
+        else:  # by a product that would read y, were it not times 0
+            y = hw.new_empty((hw.shape[0], B.shape[0]))
+            torch.addmm(y, hw, B.t(), beta=0, alpha=self.scale, out=y)
+        return y.addmm_(x, weight.t())  # type: ignore[union-attr]
+
+    def _few(self, x: Tensor, h: Tensor, weights: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
+        """What _expand makes of weighted(h), in one launch after the frozen product."""
+        from .triton.expand import add_expanded
+
+        y = F.linear(x, *base) if outside is None else flat(outside).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+        add_expanded(y, h, weights, B, self.rank, self.scale)
+        return y
 
 
 class _Mixture(torch.autograd.Function):
-    """One y [..., O] for each reader of x [..., D], under weights [..., E].
+    """One y [..., O] for each reader of x [..., D], under weights [T, E].
 
     Tensors come and go in the shape that the model gives them: a view outside costs the host two more steps of
     autograd. No y is a view made in here: autograd forbids to change those in place, as some models do with their
@@ -151,7 +208,7 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Tensor | None):
+    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Any):
         outside, (A, *Bs) = tensors[: group.num_readers], tensors[group.num_readers :]
         ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs))
         ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))
@@ -170,13 +227,13 @@ class _Mixture(torch.autograd.Function):
         group: FusedGroup = ctx.group
         x, h, weights, kept, A, *saved = ctx.saved_tensors
         x_TD = flat(x)
-        readers, keep_rate = group.num_readers, 1 - group.drop_rate
+        readers = group.num_readers
         Bs, Ws = saved[:readers], saved[readers:]
         _, needs_x, needs_weights, *needs = ctx.needs_input_grad
         needs_outside, needs_A, needs_B = needs[:readers], needs[readers], needs[readers + 1 :]
 
-        dys_TO = [None if dy is None else flat(dy.to(h.dtype)) for dy in dys]
-        hw, dh, dw = weighted_backward(_products(dys_TO, Bs, h), h, flat(weights), group.rank)
+        dys_TO = [None if dy is None else flat(dy if dy.dtype is h.dtype else dy.to(h.dtype)) for dy in dys]
+        hw, dh, dw = weighted_backward(_products(dys_TO, Bs, h), h, weights, group.rank, group.scale)
         hws = (hw,) if readers == 1 else hw.chunk(readers, dim=1)
         dBs = [
             torch.mm(dy.t(), part) if dy is not None and needed else None
@@ -184,58 +241,19 @@ class _Mixture(torch.autograd.Function):
         ]
         dA = None
         if needs_A:
-            dA = torch.mm(dh.t(), x_TD if kept is None else (x_TD * kept).div_(keep_rate))
+            dA = torch.mm(dh.t(), group.dropped_again(x_TD, kept))
         dx = None
         if needs_x:
             dx = torch.mm(dh, A)
-            if kept is not None:
-                dx.mul_(kept).div_(keep_rate)
-            for dy, W in zip(dys_TO, Ws, strict=True):
-                if dy is not None and W is not None:
-                    dx.addmm_(dy, W)
+            group.add_frozen(dx, kept, dys_TO, Ws)
             dx = dx.view(x.shape)
         d_outside = [dy if needed else None for dy, needed in zip(dys, needs_outside, strict=True)]
-        return None, dx, dw.view(weights.shape) if needs_weights else None, *d_outside, dA, *dBs
+        return None, dx, dw if needs_weights else None, *d_outside, dA, *dBs
 
 
 def flat(values: Tensor) -> Tensor:
     """[..., N] as [T, N]."""
     return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
-
-
-def _expand(x: Tensor, lead: torch.Size, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
-    """hw [T, R] times B^T, plus what is frozen: [*lead, O]."""
-    weight, bias = base
-    if outside is not None and outside.dtype != hw.dtype:
-        return (outside + (hw @ B.t()).view(outside.shape)).to(outside.dtype)
-    y = hw.new_empty((*lead, B.shape[0]))
-    y_TO = flat(y)
-    onto = bias if outside is None else flat(outside)
-    if onto is None:
-        torch.mm(hw, B.t(), out=y_TO)
-    else:
-        torch.addmm(onto, hw, B.t(), out=y_TO)
-    if weight is not None:
-        y_TO.addmm_(x, weight.t())
-    return y
-
-
-def _expand_few(
-    weights: Tensor,
-    rank: int,
-    x: Tensor,
-    lead: torch.Size,
-    h: Tensor,
-    B: Tensor,
-    base: Base,
-    outside: Tensor | None,
-) -> Tensor:
-    """What _expand makes of weighted(h), in one launch after the frozen product."""
-    from .triton.expand import add_expanded
-
-    y = F.linear(x, *base) if outside is None else flat(outside).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-    add_expanded(y, h, weights, B, rank)
-    return y.view(*lead, y.shape[-1])
 
 
 def _products(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -259,12 +277,12 @@ def can_fuse(pools: Sequence[ExpertPool]) -> bool:
 
 
 def scaled_weights(weights: Tensor, scalings: Sequence[tuple[int, float]]) -> Tensor:
-    """Routing weights [..., E], each pool's times its scaling."""
-    scale = scalings[0][1]
-    if any(other != scale for _, other in scalings):
-        shares = weights.split([count for count, _ in scalings], dim=-1)
-        return torch.cat([share * own for share, (_, own) in zip(shares, scalings, strict=True)], dim=-1)
-    return weights if scale == 1.0 else weights * scale
+    """Routing weights [..., E] as [T, E]; times each pool's scaling, where they differ."""
+    weights_TE = flat(weights)
+    if not scalings:
+        return weights_TE
+    shares = weights_TE.split([count for count, _ in scalings], dim=-1)
+    return torch.cat([share * scale for share, (_, scale) in zip(shares, scalings, strict=True)], dim=-1)
 
 
 def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> Sequence[Tensor]:

@@ -5,7 +5,7 @@ Shapes: D in, O out, R = E * r all ranks of one linear, G linears of a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,13 +42,19 @@ class FactorStack:
         self.shapes += [(B.shape[0], sum(self._widths)) for B in Bs[::num_pools]]
 
     def split(self, A: Tensor | None, *Bs: Tensor | None) -> list[Tensor | None]:
-        """Each factor's part of matrices that are stacked like this, in the order of `factors`; none of a linear without B."""
+        """Each factor's part of matrices that are stacked like this, in the order of `factors`."""
         pools = self.num_pools
         parts: list[Tensor | None] = [None] * len(self.As) if A is None else list(A.split(self._rows))
+        for B in Bs:
+            parts += [None] * pools if B is None else B.split(self._widths, dim=1)
+        return parts
+
+    def split_gradients(self, A: Tensor | None, *Bs: Tensor | None) -> list[Tensor | None]:
+        """The same of gradients. A linear whose B has none had no part in the loss, and neither had its A."""
+        pools, parts = self.num_pools, self.split(A, *Bs)
         for i, B in enumerate(Bs):
             if B is None:
                 parts[i * pools : (i + 1) * pools] = [None] * pools
-            parts += [None] * pools if B is None else B.split(self._widths, dim=1)
         return parts
 
 
@@ -68,15 +74,12 @@ def operands_of(stacks: Sequence[FactorStack]) -> list[Operands]:
 
 
 class _Stack(torch.autograd.Function):
-    """The matrices of all stacks, in their order, from the factors of all; one operation each way.
-
-    A linear whose B gets no gradient has had no part in the loss, and neither has its A, though the A of its group have.
-    """
+    """The matrices of all stacks, in their order, from the factors of all; one operation each way."""
 
     @staticmethod
     def forward(ctx: Any, stacks: Sequence[FactorStack], *factors: Tensor) -> tuple[Tensor, ...]:
         matrices = _side_by_side(factors[0], stacks[0].dtype, [shape for stack in stacks for shape in stack.shapes])
-        torch._foreach_copy_(_parts(stacks, matrices), factors)
+        torch._foreach_copy_(_of_each(FactorStack.split, stacks, matrices), factors)
         ctx.stacks = stacks
         ctx.set_materialize_grads(False)
         return tuple(matrices)
@@ -85,7 +88,7 @@ class _Stack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         factors = [factor for stack in ctx.stacks for factor in stack.factors]
-        parts = _parts(ctx.stacks, gradients)
+        parts = _of_each(FactorStack.split_gradients, ctx.stacks, gradients)
         found = [i for i, part in enumerate(parts) if part is not None and ctx.needs_input_grad[1 + i]]
         made: list[Tensor | None] = [None] * len(factors)
         if found:
@@ -97,11 +100,12 @@ class _Stack(torch.autograd.Function):
         return None, *made
 
 
-def _parts(stacks: Sequence[FactorStack], matrices: Sequence[Any]) -> list[Any]:
+def _of_each(split: Callable[..., list[Any]], stacks: Sequence[FactorStack], matrices: Sequence[Any]) -> list[Any]:
+    """What split makes of each stack's own matrices."""
     parts, start = [], 0
     for stack in stacks:
         end = start + len(stack.shapes)
-        parts += stack.split(*matrices[start:end])
+        parts += split(stack, *matrices[start:end])
         start = end
     return parts
 

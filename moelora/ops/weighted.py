@@ -17,23 +17,27 @@ def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:
 
 
 def weighted_by_autograd(h: Tensor, weights: Tensor, rank: int) -> Tensor:
-    """The same of h [..., N] and weights [..., E], with a gradient that autograd finds."""
-    lead, E = weights.shape[:-1], weights.shape[-1]
-    blocks = h.view(*lead, h.shape[-1] // (E * rank), E, rank)
-    product = (blocks * weights.view(*lead, 1, E, 1)).view(h.shape)
+    """The same of h [..., N] and weights [T, E], with a gradient that autograd finds."""
+    T, E = weights.shape
+    blocks = h.view(T, h.shape[-1] // (E * rank), E, rank)
+    product = (blocks * weights.view(T, 1, E, 1)).view(h.shape)
     return product if product.dtype is h.dtype else product.to(h.dtype)
 
 
-def weighted_backward(g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For g = d loss / d weighted: weighted(h) made again, d loss / d h (both [T, N]) and d loss / d weights [T, E]."""
+def weighted_backward(
+    g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For g = d loss / d (scale * weighted): scale * weighted(h), d loss / d h (both [T, N]) and d loss / d weights
+    [T, E]."""
     if kernels_for(h_TN):
         from .triton.weighted import weighted_backward as kernel
 
-        return kernel(g_TN, h_TN, weights_TE, rank)
+        return kernel(g_TN, h_TN, weights_TE, rank, scale)
     T, E = weights_TE.shape
     products = (g_TN * h_TN).view(T, h_TN.shape[1] // (E * rank), E, rank)
-    dw_TE = products.sum(dim=(1, 3), dtype=weights_TE.dtype)
-    return _times(h_TN, weights_TE, rank), _times(g_TN, weights_TE, rank), dw_TE
+    dw_TE = products.sum(dim=(1, 3), dtype=weights_TE.dtype) * scale
+    scaled_TE = weights_TE * scale
+    return _times(h_TN, scaled_TE, rank), _times(g_TN, scaled_TE, rank), dw_TE
 
 
 def _times(values_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:

@@ -152,7 +152,8 @@ def softmax_weights(z_TE: Tensor, top_k: int, maturity_E: Tensor | None, scale: 
         weights_TE = z_TE.softmax(dim=-1)
         if top_k < z_TE.shape[-1]:
             top_TK, chosen_TK = weights_TE.topk(top_k, dim=-1)
-            shares_TE = torch.addcmul(weights_TE, weights_TE, maturity_E, value=-1).scatter_(-1, chosen_TK, top_TK)
+            dense_TE = torch.addcmul(weights_TE, weights_TE, maturity_E, value=-1)  # type: ignore[arg-type]
+            shares_TE = dense_TE.scatter_(-1, chosen_TK, top_TK)
             weights_TE = shares_TE.div_(shares_TE.sum(dim=-1, keepdim=True))
     return weights_TE if scale == 1.0 else weights_TE.mul_(scale)
 

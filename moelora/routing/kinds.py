@@ -32,6 +32,11 @@ class RouterKind:
     scores_each_alone: bool = False
     has_kernel: bool = False
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether an expert outside a token's top-k weighs exactly nothing, so that it need not be computed."""
+        return not (self.is_constant or self.matures)
+
 
 ROUTER_KINDS: dict[str, RouterKind] = {}
 

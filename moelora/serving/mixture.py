@@ -6,6 +6,7 @@ all active adapters, r rank of one expert, D in, O out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..config import MoELoraConfig
 from ..files.atomic_save import PICKLED_ROUTER_NAME, ROUTER_NAME, part
 from ..ops.pool import ExpertPool
 from ..routing import FixedRouter, Router

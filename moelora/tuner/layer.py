@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import peft.tuners.lora as peft_lora
-import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
 from ..forward.hooks import BlockHook

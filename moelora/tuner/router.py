@@ -156,7 +156,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return self._finish(weights.expand(*hidden.shape[:-1], -1), config.routing_scale, context)
         with without_autocast(hidden.device.type):
             if context.call.repeats and not kernels_for(hidden):
-                pooled = context.call.once(self, lambda: PooledRouter(self.active_routers(), config))
+                routers = cast("list[Router]", self.active_routers())
+                pooled = context.call.once(self, lambda: PooledRouter(routers, config))
                 hidden_TH = self._checked(hidden).flatten(0, -2).to(pooled.first_NH.device)
                 weights_TE = pooled.weights(hidden_TH, self._in_context(hidden, mask, context))
                 weights, scale = weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1]), 1.0

@@ -24,7 +24,7 @@ from ..norm_linear import EPS, _exact_product
 from .capacity_kernels import capacity_kernel, capacity_over_ranks_kernel, count_kernel
 from .router_kernels import backward_kernel, forward_kernel
 
-MAX_EXPERTS = 128  # a block holds all experts
+MAX_EXPERTS = 512  # a block holds all experts
 MAX_PARTIAL_BYTES = 32 * 2**20  # of dW, above which one product of all tokens is made instead
 MAX_CAPACITY_TOKENS = 32768  # one program holds an expert's column in registers
 COUNTED_TOKENS = 1024  # whose assignments to one expert a program counts
@@ -59,23 +59,27 @@ def _padded(E: int) -> int:
 
 
 def forward_blocks(T: int, E: int, dtype: torch.dtype) -> Tiling:
-    """Few tokens: small blocks of tokens, so that no program waits for many; else blocks that reuse W."""
+    """Few tokens: small blocks of tokens, so that no program waits for many; else blocks that reuse W.
+
+    Several [tokens, E] are held in registers, and several [columns, E] in shared memory: many experts, fewer of both.
+    """
     if dtype != torch.bfloat16:
-        return Tiling(16, 32, 4, 2)
-    widest, warps = max(32, 4096 // _padded(E)), 4 if E <= 32 else 8
+        return Tiling(16, 32 if E <= 256 else 16, 4 if E <= 128 else 8, 2)
+    widest, warps = max(32 if E <= 256 else 16, 4096 // _padded(E)), 4 if E <= 32 else 8
     if T <= MAX_SINGLE_TOKENS:
         return Tiling(1, 16384 // _padded(E), 8, 2)
     if T <= 256:
         return Tiling(16, min(256, widest), warps, 3)
-    return Tiling(64, min(128, widest), warps, 4)
+    return Tiling(min(64, 8192 // _padded(E)), min(128, widest), warps, 4)
 
 
 def backward_blocks(T: int, E: int, dtype: torch.dtype) -> Tiling:
     """Larger blocks of tokens than forward: there is one partial dW for each."""
     if dtype != torch.bfloat16:
-        return Tiling(32, 32, 4 if E <= 32 else 8, 2, splits=8)
-    widest, warps = max(32, 1024 // _padded(E)), 4 if E <= 32 else 8
-    return Tiling(16 if T <= 256 else 128, min(64, widest), warps, 3, splits=4)
+        return Tiling(32, 32 if E <= 256 else 16, 4 if E <= 32 else 8, 2, splits=8)
+    widest, warps = max(32 if E <= 128 else 16, 1024 // _padded(E)), 4 if E <= 32 else 8
+    tokens = 16 if T <= 256 else min(128, 16384 // _padded(E))
+    return Tiling(tokens, min(64, widest), warps, 3 if E <= 256 else 2, splits=4)
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ def _blocks(T, E, r, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.c
 
 @triton.jit(do_not_specialize=["T"])  # every length of a prompt would compile anew
 def _weighted_backward_kernel(
-    g_ptr, h_ptr, w_ptr, hw_ptr, dh_ptr, dw_ptr, T, w_stride, w_step,
+    g_ptr, h_ptr, w_ptr, hw_ptr, dh_ptr, dw_ptr, T, w_stride, w_step, scale,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     t, e, j, te, ter = _blocks(T, E, R, BLOCK_T, BLOCK_E, BLOCK_R)
-    w = tl.load(w_ptr + t * w_stride + e * w_step, te, 0.0).to(tl.float32)
+    w = tl.load(w_ptr + t * w_stride + e * w_step, te, 0.0).to(tl.float32) * scale
     dw = tl.zeros((BLOCK_T, BLOCK_E, 1), tl.float32)
     for linear in range(G):
         at = t * (G * E * R) + linear * (E * R) + e * R + j
@@ -38,7 +38,7 @@ def _weighted_backward_kernel(
         tl.store(hw_ptr + at, (h * w).to(hw_ptr.dtype.element_ty), ter)
         tl.store(dh_ptr + at, (g * w).to(dh_ptr.dtype.element_ty), ter)
         dw += tl.sum(g * h, axis=2, keep_dims=True)
-    tl.store(dw_ptr + t * E + e, dw.to(dw_ptr.dtype.element_ty), te)
+    tl.store(dw_ptr + t * E + e, (dw * scale).to(dw_ptr.dtype.element_ty), te)
 
 
 def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -53,13 +53,13 @@ def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], 
 
 
 def weighted_backward(
-    g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int
+    g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See weighted.py. g_TN and h_TN are contiguous."""
     grid, options = _launch(h_TN, weights_TE, rank)
     hw, dh, dw = torch.empty_like(h_TN), torch.empty_like(h_TN), weights_TE.new_empty(weights_TE.shape)
     with torch.cuda.device_of(h_TN):
         _weighted_backward_kernel[grid](
-            g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), **options
+            g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), scale, **options
         )
     return hw, dh, dw
