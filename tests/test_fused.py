@@ -6,22 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from moelora.ops import ExpertPool, Reader, can_fuse, fused, mixture, mixture_linear
+from moelora.ops import ExpertPool, Reader, can_fuse, mixture, mixture_linear
 from moelora.ops import mixture_fused as mixture_of_readers
-
-
-@pytest.fixture(params=["composed", "by-hand"], autouse=True)
-def form(request, monkeypatch):
-    """Either of the two forms, whatever the size."""
-    monkeypatch.setattr(fused, "MAX_COMPOSED", 0 if request.param == "by-hand" else 2**60)
-    return request.param
-
-
-@pytest.fixture
-def by_hand(form):
-    if form == "composed":
-        pytest.skip("about the form by hand")
-
 
 SHAPES = {  # tokens, D, O, E, r, adapters
     "one-token": ((1,), 3, 5, 2, 1, 1),
@@ -299,7 +285,7 @@ def test_readers_of_an_input_that_needs_no_gradient():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_dropout_keeps_one_mask_and_no_dropped_copy(count, by_hand):
+def test_dropout_keeps_one_mask_and_no_dropped_copy(count):
     x, weights, readers = build_readers(count)
     dropout = nn.Dropout(0.4)
     dropping = [replace(r, pools=[replace(pool, dropout=dropout) for pool in r.pools]) for r in readers]
@@ -324,15 +310,15 @@ def test_dropout_keeps_one_mask_and_no_dropped_copy(count, by_hand):
     torch.testing.assert_close(run(x), joined(apart(x, weights, readers)), rtol=0, atol=1e-10)
 
 
-def test_saved_are_x_once_h_and_the_weights(by_hand):
+def test_saved_are_x_once_h_and_the_weights():
     x, weights, readers = build_readers()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         together(x, weights, readers)
     known = {t.data_ptr() for t in leaves_of(x, weights, readers)} | {r.base_layer.weight.data_ptr() for r in readers}
     made = [t.shape for t in saved if t.data_ptr() not in known]
-    # h of three linears, and the factors as they are multiplied.
-    assert made == [(10, 3 * 6), (3 * 6, 7), (3, 6), (4, 6), (5, 6)]
+    # h of three linears, the weights times their scaling, and the factors as they are multiplied.
+    assert made == [(10, 3 * 6), (10, 3), (3 * 6, 7), (3, 6), (4, 6), (5, 6)]
 
 
 @pytest.mark.parametrize("change", ["experts", "rank", "scaling", "dropout"])

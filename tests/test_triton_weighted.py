@@ -72,7 +72,6 @@ def test_few_tokens_equal_many(kernel_device, base, monkeypatch):
     ]
     x, weights = torch.randn(2, 3, 20).to(kernel_device), torch.rand(2, 3, 8).to(kernel_device)
     results = []
-    monkeypatch.setattr("moelora.ops.fused.MAX_COMPOSED", 0)
     for limit, is_free in ((64, True), (64, False), (0, False)):
         monkeypatch.setattr("moelora.ops.fused.FEW_TOKENS", limit)
         monkeypatch.setattr("moelora.ops.fused.launches_are_free", lambda _, is_free=is_free: is_free)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import textwrap
 from collections.abc import Callable, Sequence
@@ -256,9 +255,9 @@ class LinearWatch:
 
     def __init__(self, layer: SharingLinear, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._layer: dict[str, Any] = layer.__dict__
-        self._active = copy.copy(self._layer["_active_adapter"])
-        modules: dict[str, Any] = self._layer["_modules"]
+        self._layer = layer
+        self._active = list(layer.active_adapters)
+        modules: dict[str, Any] = layer._modules
         self._modules, self._base = modules, modules["base_layer"]
         self._factors = [modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout")]
         self._pools = [self._pool(name) for name in layer.routed_adapters()]
@@ -267,14 +266,14 @@ class LinearWatch:
 
     def _pool(self, name: str) -> tuple:
         A, B, dropout = (modules[name] for modules in self._factors)
-        return name, A, A.weight, B, B.weight, dropout, drop_rate(dropout), self._layer["scaling"][name]
+        return name, A, A.weight, B, B.weight, dropout, drop_rate(dropout), self._layer.scaling[name]
 
     def holds(self) -> bool:
         """Whether all is as it was, and the experts are neither switched off nor merged."""
         layer, base = self._layer, self._modules["base_layer"]
-        if layer["_active_adapter"] != self._active or layer["_disable_adapters"] or layer["merged_adapters"]:
+        if layer.is_left_to_peft or layer.active_adapters != self._active:
             return False
-        (As, Bs, dropouts), scalings = self._factors, layer["scaling"]
+        (As, Bs, dropouts), scalings = self._factors, layer.scaling
         for name, A, weight_A, B, weight_B, dropout, rate, scaling in self._pools:
             # By attribute, as ZeRO-3 then gathers them.
             if As.get(name) is not A or A.weight is not weight_A or Bs.get(name) is not B or B.weight is not weight_B:

@@ -363,9 +363,11 @@ class BlockRouting:
         Raises:
             ValueError: x holds other tokens than the block's.
         """
+        if self.shared_by_user or self.context.config.router_scope != "block":
+            return scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
         key = (x.shape[:-1], self._is_encoder(x), bound.columns)
         scaled = self._scaled.get(key)
-        if scaled is None:
+        if scaled is None:  # one step of autograd for all linears of the block
             scaled = self._scaled[key] = scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
         return scaled
 

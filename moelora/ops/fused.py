@@ -15,6 +15,7 @@ Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a gro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,9 @@ from .autocast import compute_dtype, without_autocast
 from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
 from .triton import launches_are_free
-from .weighted import weighted, weighted_backward, weighted_by_autograd
+from .weighted import weighted, weighted_backward
 
 FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
-MAX_COMPOSED = 2**22  # elements of x up to which the host's time counts
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class FusedGroup:
         dtype: as `compute_dtype` says of x.
 
     Attributes:
-        scale: the pools' scaling, where it is the same.
-        scalings: (number of experts, scaling) of each pool, where they differ; then `scaled_weights` takes them.
+        scale: the pools' scaling, where all have the same power of two: no product of it is rounded, wherever it comes.
+        scalings: else (number of experts, scaling) of each pool, as `scaled_weights` takes them.
         bases: what is frozen of each reader: weight [O, D] and bias [O] of a plain linear, which are constants; of
             others both are None.
     """
@@ -78,9 +78,10 @@ class FusedGroup:
         self.num_pools = len(pools)  # of each reader
         self.rank = pools[0].rank  # of one expert
         self.drop_rate = pools[0].drop_rate
-        scales = {pool.scaling for pool in pools}
-        self.scale = scales.pop() if len(scales) == 1 else 1.0
-        self.scalings = tuple((pool.num_experts, pool.scaling) for pool in pools) if scales else ()
+        scale = pools[0].scaling
+        is_exact = abs(math.frexp(scale)[0]) == 0.5 and all(pool.scaling == scale for pool in pools)
+        self.scale = scale if is_exact else 1.0
+        self.scalings = () if is_exact else tuple((pool.num_experts, pool.scaling) for pool in pools)
         As = [pool.lora_A for reader in readers for pool in reader.pools]
         Bs = [pool.lora_B for reader in readers for pool in reader.pools]
         self.stack = FactorStack(As, Bs, self.num_pools, dtype)
@@ -103,30 +104,9 @@ class FusedGroup:
                 x = x.to(self.dtype)
             if operands is None:
                 (operands,) = operands_of([self.stack])
-            if not x.is_cuda and x.numel() <= MAX_COMPOSED:
-                return self._composed(x, weights, outside, operands)
             if torch.is_grad_enabled():
                 return _Mixture.apply(self, x, weights, *outside, operands.A, *operands.Bs)
             return self.outputs(x, weights, outside, operands)[0]
-
-    def _composed(
-        self, x: Tensor, weights: Tensor | None, outside: Sequence[Tensor | None], operands: Operands
-    ) -> Sequence[Tensor]:
-        """The same by operations that autograd differentiates: for little input, where the host's time counts.
-
-        They are run through more often, but a backward of theirs is not Python's.
-        """
-        h = F.linear(self.dropped(x)[0], operands.A)
-        hw = h if weights is None else weighted_by_autograd(h, weights, self.rank)
-        hws = (hw,) if self.num_readers == 1 else hw.chunk(self.num_readers, dim=-1)
-        ys = []
-        for part, B, (weight, bias), other in zip(hws, operands.Bs, self.bases, outside, strict=True):
-            delta = F.linear(part, B)
-            if other is None:
-                ys.append(F.linear(x, weight, bias).add_(delta, alpha=self.scale))  # type: ignore[arg-type]
-            else:
-                ys.append(torch.add(other, delta, alpha=self.scale).to(other.dtype))
-        return ys
 
     def outside_of(self, x: Tensor) -> Sequence[Tensor | None]:
         """[..., O] that base layers make of x which are more than plain linears; None of others."""

@@ -16,14 +16,6 @@ def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:
     return _times(h_TN, weights_TE, rank)
 
 
-def weighted_by_autograd(h: Tensor, weights: Tensor, rank: int) -> Tensor:
-    """The same of h [..., N] and weights [T, E], with a gradient that autograd finds."""
-    T, E = weights.shape
-    blocks = h.view(T, h.shape[-1] // (E * rank), E, rank)
-    product = (blocks * weights.view(T, 1, E, 1)).view(h.shape)
-    return product if product.dtype is h.dtype else product.to(h.dtype)
-
-
 def weighted_backward(
     g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -128,7 +128,7 @@ class MoELoraLayer(_LayerBase):
     @property
     def is_left_to_peft(self) -> bool:
         """Whether its experts are switched off, or merged into the base layer."""
-        return self._disable_adapters or bool(self.merged_adapters)
+        return self.disable_adapters or self.merged
 
     def routed_adapters(self) -> list[str]:
         """Names of the adapters that its weights are for, in expert order."""
