@@ -154,7 +154,7 @@ def as_arm(arm: str, run: Callable[[], object]) -> Callable[[], object]:
 
 def _in_form(run: Callable[[], object], is_sparse: bool) -> Callable[[], object]:
     def chosen() -> object:
-        with mock.patch.object(moelora.forward.state, "chooses_sparse", lambda *_: is_sparse):
+        with mock.patch.object(moelora.forward.state, "chooses_sparse", lambda *_, **__: is_sparse):
             return run()
 
     return chosen

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recorder = recorder_of(args, MODULE, argv)
     shape = block_shape(args.hidden, args.intermediate, args.kv)
     for tokens, experts in itertools.product(args.num_tokens, args.num_experts):
-        form = "sparse" if chooses_sparse(tokens, experts, args.top_k, args.rank) else "dense"
+        form = "sparse" if chooses_sparse(tokens, experts, args.top_k, args.rank, args.device == "cuda") else "dense"
         print(f"T={tokens} E={experts} r={args.rank} top-{args.top_k}: {form} is chosen by itself", flush=True)
         row = dataclasses.replace(row_of(args, "pool", "block of seven linears", tokens), experts=experts)
         measure(shape, row, args.arms, args, recorder)

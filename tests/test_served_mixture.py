@@ -136,7 +136,7 @@ def test_of_imported_loras(tmp_path):
 def test_fewer_operations_give_the_same_weights(kind, dtype, tmp_path):
     MODELS[kind]().save_pretrained(str(tmp_path))
     router = next(iter(read_served_mixture(tmp_path).routers.values()))
-    assert router._is_softmax
+    assert router.is_softmax
     hidden = torch.randn(9, router.first_NH.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     config = router.config
     scored = score(router.routers, hidden, router.first_NH, config.router_kind, config.router_temperature, None)

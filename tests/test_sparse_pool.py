@@ -333,6 +333,7 @@ def test_who_is_chosen():
     assert not any(chooses_sparse(8192, E, 2, 16) for E in (2, 8, 32))
     assert not chooses_sparse(8192, 32, 1, 64) and not chooses_sparse(1, 256, 2, 16)
     assert chooses_sparse(8192, 256, 2, 16) and not chooses_sparse(8192, 256, 64, 16)
+    assert not chooses_sparse(1024, 512, 2, 16) and chooses_sparse(1024, 512, 2, 16, on_gpu=False)  # the host is slower
     assert not chooses_sparse(8192, 256, 2, 256)  # a rank that the kernels have no room for
 
 
@@ -346,7 +347,7 @@ def chosen(monkeypatch):
 
     def choose(answer):
         calls.clear()
-        monkeypatch.setattr("moelora.forward.state.chooses_sparse", lambda *_: answer)
+        monkeypatch.setattr("moelora.forward.state.chooses_sparse", lambda *_, **__: answer)
         return calls
 
     return choose

@@ -137,7 +137,7 @@ class SharedInput:
         self.close()
         call = routing.context.call
         ready = call.once(layer, lambda: _ready(layer, x, routing)) if call.repeats else None
-        bound, operands, is_weighted = ready or (bound_group(layer, x), None, False)
+        bound, operands = ready or (bound_group(layer, x), None)
         if bound is None:
             return None
         pairs = routing.expert_pairs(x, layer, bound)
@@ -145,8 +145,7 @@ class SharedInput:
             first, *others = mixture_sparse(x, bound.group, pairs)
         else:
             operands = operands or self._operands_of(layer, bound)
-            weights = None if is_weighted else routing.scaled_weights_for(x, layer, bound)
-            first, *others = bound.group(x, weights, operands)
+            first, *others = bound.group(x, routing.scaled_weights_for(x, layer, bound), operands)
         if others:
             self._key, self._x, self._outputs = _key(x), x, dict(zip(bound.others, others, strict=True))
         return first
@@ -232,19 +231,14 @@ def bound_group(layer: SharingLinear, x: Tensor) -> BoundGroup | None:
     return bound
 
 
-def _ready(layer: SharingLinear, x: Tensor, routing: RunningBlock) -> tuple[BoundGroup, Operands, bool] | None:
-    """The layer's group with what it multiplies, and whether that has the routing weights in it: constant ones.
-
-    None where that cannot be kept: under ZeRO-3, factors are there only while somebody asks for them.
-    """
+def _ready(layer: SharingLinear, x: Tensor, routing: RunningBlock) -> tuple[BoundGroup, Operands] | None:
+    """The layer's group with what it multiplies; None where that cannot be kept: under ZeRO-3, factors are there only
+    while somebody asks for them."""
     bound = bound_group(layer, x)
     if bound is None or any(hasattr(factor, "ds_id") for factor in bound.group.stack.As):
         return None
-    (operands,) = operands_of([bound.group.stack])
-    if not routing.is_constant:
-        return bound, operands, False
-    weights_E = routing.scaled_weights_for(x, layer, bound)[0]
-    return bound, bound.group.weighted_operands(operands, weights_E), True
+    constant_E = routing.scaled_weights_for(x, layer, bound)[0] if routing.is_constant else None
+    return bound, bound.group.kept_operands(constant_E)
 
 
 class LinearWatch:

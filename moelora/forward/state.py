@@ -384,7 +384,8 @@ class BlockRouting:
             return None
         num_experts = self.weights.shape[-1]
         top_k = min(self.top_k, num_experts)
-        if not chooses_sparse(self.lead.numel(), num_experts, top_k, bound.group.rank) or not serves_sparse(x):
+        size = (self.lead.numel(), num_experts, top_k, bound.group.rank)
+        if not chooses_sparse(*size, on_gpu=x.is_cuda) or not serves_sparse(x):
             return None
         weights = self._weights_of(x, layer, bound)
         if weights is not self.weights:

@@ -13,25 +13,31 @@ import torch
 from torch import Tensor
 
 MIN_EXPERTS = 33  # smaller pools are computed as they always were
-MIN_TOKENS = 256  # a guess, not yet measured: below, launches cost more than what the arithmetic saves
-MIN_RANKS = 400  # of the whole pool for each slot, counted, not yet measured; see `chooses_sparse`
+MIN_TOKENS = 256  # below, both wait for the host, and this form's operations are more
+MIN_RANKS = 400  # of the whole pool for each slot; see `chooses_sparse`
+FROZEN_RANKS = 1650  # what the frozen product takes, as ranks of a pool
+MIN_WORK = (
+    2.0e7  # tokens times ranks, those of the frozen product too, that take a GPU longer than a host starts this form
+)
 MAX_RANK = 128  # of one expert, which a program of the kernels has room for
 
 
-def chooses_sparse(num_tokens: int, num_experts: int, top_k: int, rank: int) -> bool:
-    """Whether the sparse form is the faster one.
+def chooses_sparse(num_tokens: int, num_experts: int, top_k: int, rank: int, on_gpu: bool = True) -> bool:
+    """Whether the sparse form is the faster one; on a GPU, which may wait for the host, or on a CPU.
 
     Both read and write every factor once a pass. Beyond that, all experts take time in proportion to T * E * r, which
     is arithmetic, and the pairs in proportion to T * K, which is reading and writing rows of their tokens. So the
-    ratio E * r / K decides. MIN_RANKS is where the two meet by counted bytes and operations of an H200; measure with
-    `python -m benchmarks.pool`.
+    ratio E * r / K decides, once there is enough to do that the host is not what takes the time. The constants are
+    fitted to `python -m benchmarks.pool` on an H200, at 1,024 and 8,192 tokens.
 
     Example:
         >>> chooses_sparse(8192, 256, 2, 16), chooses_sparse(8192, 8, 2, 16)
         (True, False)
     """
-    is_large = num_tokens >= MIN_TOKENS and num_experts >= MIN_EXPERTS
-    return is_large and rank <= MAX_RANK and num_experts * rank >= MIN_RANKS * top_k
+    ranks = num_experts * rank
+    is_served = num_experts >= MIN_EXPERTS and num_tokens >= MIN_TOKENS and rank <= MAX_RANK
+    has_work = not on_gpu or (ranks + FROZEN_RANKS) * num_tokens >= MIN_WORK
+    return is_served and has_work and ranks >= MIN_RANKS * top_k
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a gro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .autocast import compute_dtype, without_autocast
 from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
 from .triton import launches_are_free
-from .weighted import weighted, weighted_backward
+from .weighted import weighted, weighted_, weighted_backward
 
 FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
 
@@ -86,16 +87,20 @@ class FusedGroup:
         Bs = [pool.lora_B for reader in readers for pool in reader.pools]
         self.stack = FactorStack(As, Bs, self.num_pools, dtype)
 
-    def weighted_operands(self, operands: Operands, weights_E: Tensor) -> Operands:
-        """These with constant routing weights in A, so that a call without gradient needs none."""
+    def kept_operands(self, weights_E: Tensor | None) -> Operands:
+        """Operands for many calls without gradient: with the scale in them, and routing weights that are constant."""
+        (operands,) = operands_of([self.stack])
+        Bs = operands.Bs if self.scale == 1.0 else [B * self.scale for B in operands.Bs]
+        if weights_E is None:
+            return Operands(operands.A, Bs, is_scaled=True)
         per_rank = weights_E.repeat_interleave(self.rank).repeat(self.num_readers)
-        return Operands((operands.A * per_rank[:, None]).to(operands.A.dtype), operands.Bs)
+        return Operands((operands.A * per_rank[:, None]).to(self.dtype), Bs, is_scaled=True, is_weighted=True)
 
-    def __call__(self, x: Tensor, weights: Tensor | None, operands: Operands | None = None) -> Sequence[Tensor]:
+    def __call__(self, x: Tensor, weights: Tensor, operands: Operands | None = None) -> Sequence[Tensor]:
         """base_layer(x) plus the mixture for every reader: x [..., D] -> [..., O] each.
 
         Args:
-            weights: [T, E], as `scaled_weights` makes them; None where they are in the operands.
+            weights: [T, E], as `scaled_weights` makes them.
             operands: what `operands_of` makes of its `stack`, if somebody has.
         """
         outside = self.outside_of(x)
@@ -106,7 +111,7 @@ class FusedGroup:
                 (operands,) = operands_of([self.stack])
             if torch.is_grad_enabled():
                 return _Mixture.apply(self, x, weights, *outside, operands.A, *operands.Bs)
-            return self.outputs(x, weights, outside, operands)[0]
+            return self.outputs(x, weights, outside, operands, keeps_h=False)[0]
 
     def outside_of(self, x: Tensor) -> Sequence[Tensor | None]:
         """[..., O] that base layers make of x which are more than plain linears; None of others."""
@@ -134,49 +139,26 @@ class FusedGroup:
                 dx.addmm_(dy, W)
 
     def outputs(
-        self, x: Tensor, weights: Tensor | None, outside: Sequence[Tensor | None], operands: Operands
+        self, x: Tensor, weights: Tensor, outside: Sequence[Tensor | None], operands: Operands, keeps_h: bool
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-        """y [..., O] of every reader; h [T, G * R]; what dropout kept of x [T, D], None where it rests."""
-        x_TD = flat(x)
+        """y [..., O] of every reader; h [T, G * R], where it is kept; what dropout kept of x [T, D], None where it
+        rests."""
+        x_TD, scale = flat(x), 1.0 if operands.is_scaled else self.scale
         read, kept = self.dropped(x_TD)
-        h = F.linear(read, operands.A)
-        if weights is not None and h.shape[0] <= FEW_TOKENS and launches_are_free(h):
-            ys = [self._few(x_TD, h_i, weights, *parts) for h_i, *parts in self._by_reader(h, operands, outside)]
+        h = hw = F.linear(read, operands.A)
+        if not operands.is_weighted and h.shape[0] <= FEW_TOKENS and launches_are_free(h):
+            expand: Callable[..., Tensor] = partial(_expand_few, weights, self.rank)
         else:
-            hw = h if weights is None else weighted(h, weights, self.rank)
-            ys = [self._expand(x_TD, *parts) for parts in self._by_reader(hw, operands, outside)]
+            expand = _expand
+            if not operands.is_weighted:
+                hw = (weighted if keeps_h else weighted_)(h, weights, self.rank)
+        hws = (hw,) if self.num_readers == 1 else hw.chunk(self.num_readers, dim=1)
+        parts = zip(hws, operands.Bs, self.bases, outside, strict=True)
+        ys = tuple([expand(x_TD, scale, *part) for part in parts])
         if x.dim() != 2:
             for y in ys:
                 y.resize_((*x.shape[:-1], y.shape[-1]))  # no view
-        return tuple(ys), h, kept
-
-    def _by_reader(self, h: Tensor, operands: Operands, outside: Sequence[Tensor | None]) -> Iterator[tuple]:
-        parts = (h,) if self.num_readers == 1 else h.chunk(self.num_readers, dim=1)
-        return zip(parts, operands.Bs, self.bases, outside, strict=True)
-
-    def _expand(self, x: Tensor, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
-        """scale times hw [T, R] times B^T, plus what is frozen: [T, O]."""
-        weight, bias = base
-        if outside is not None:
-            if outside.dtype == hw.dtype:
-                return torch.addmm(flat(outside), hw, B.t(), alpha=self.scale)
-            return torch.add(flat(outside), hw @ B.t(), alpha=self.scale).to(outside.dtype)
-        if bias is not None:
-            y = torch.addmm(bias, hw, B.t(), alpha=self.scale)
-        elif self.scale == 1.0:
-            y = F.linear(hw, B)
-        else:  # by a product that would read y, were it not times 0
-            y = hw.new_empty((hw.shape[0], B.shape[0]))
-            torch.addmm(y, hw, B.t(), beta=0, alpha=self.scale, out=y)
-        return y.addmm_(x, weight.t())  # type: ignore[union-attr]
-
-    def _few(self, x: Tensor, h: Tensor, weights: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
-        """What _expand makes of weighted(h), in one launch after the frozen product."""
-        from .triton.expand import add_expanded
-
-        y = F.linear(x, *base) if outside is None else flat(outside).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-        add_expanded(y, h, weights, B, self.rank, self.scale)
-        return y
+        return ys, h, kept
 
 
 class _Mixture(torch.autograd.Function):
@@ -190,7 +172,7 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Any):
         outside, (A, *Bs) = tensors[: group.num_readers], tensors[group.num_readers :]
-        ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs))
+        ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs), keeps_h=True)
         ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))
         ctx.group, ctx.device = group, x.device.type
         ctx.set_materialize_grads(False)
@@ -234,6 +216,34 @@ class _Mixture(torch.autograd.Function):
 def flat(values: Tensor) -> Tensor:
     """[..., N] as [T, N]."""
     return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
+
+
+def _expand(x: Tensor, scale: float, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
+    """scale times hw [T, R] times B^T, plus what is frozen: [T, O]."""
+    weight, bias = base
+    if outside is not None:
+        if outside.dtype == hw.dtype:
+            return torch.addmm(flat(outside), hw, B.t(), alpha=scale)
+        return torch.add(flat(outside), hw @ B.t(), alpha=scale).to(outside.dtype)
+    if bias is not None:
+        y = torch.addmm(bias, hw, B.t(), alpha=scale)
+    elif scale == 1.0:
+        y = F.linear(hw, B)
+    else:  # by a product that would read y, were it not times 0
+        y = hw.new_empty((hw.shape[0], B.shape[0]))
+        torch.addmm(y, hw, B.t(), beta=0, alpha=scale, out=y)
+    return y.addmm_(x, weight.t())  # type: ignore[union-attr]
+
+
+def _expand_few(
+    weights: Tensor, rank: int, x: Tensor, scale: float, h: Tensor, B: Tensor, base: Base, outside: Tensor | None
+) -> Tensor:
+    """What _expand makes of weighted(h), in one launch after the frozen product."""
+    from .triton.expand import add_expanded
+
+    y = F.linear(x, *base) if outside is None else flat(outside).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+    add_expanded(y, h, weights, B, rank, scale)
+    return y
 
 
 def _products(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) -> Tensor:

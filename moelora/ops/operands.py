@@ -20,6 +20,8 @@ class Operands(NamedTuple):
 
     A: Tensor  # [G * R, D], of all linears
     Bs: Sequence[Tensor]  # [O, R], of each
+    is_scaled: bool = False  # the scale is in Bs
+    is_weighted: bool = False  # constant routing weights are in A
 
 
 class FactorStack:

@@ -16,6 +16,13 @@ def weighted(h_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:
     return _times(h_TN, weights_TE, rank)
 
 
+def weighted_(h_TN: Tensor, weights_TE: Tensor, rank: int) -> Tensor:
+    """The same in place."""
+    T, E = weights_TE.shape
+    h_TN.view(T, h_TN.shape[1] // (E * rank), E, rank).mul_(weights_TE.view(T, 1, E, 1))
+    return h_TN
+
+
 def weighted_backward(
     g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -83,6 +83,7 @@ class PooledRouter:
     Attributes:
         num_experts: E.
         top_k: experts that a token chooses.
+        is_softmax: weights are a softmax of one product with the hidden states.
 
     Args:
         routers: in expert order.
@@ -103,7 +104,7 @@ class PooledRouter:
         moves_bias = self.config.balancing.moves_bias and len(biases) == len(routers)
         self.bias_E = torch.cat(biases) if moves_bias else None
         is_plain = kind.has_kernel and self.bias_E is None and not routes_by_domain(routers)
-        self._is_softmax = is_plain and all(router.hidden_weight is None for router in routers)
+        self.is_softmax = is_plain and all(router.hidden_weight is None for router in routers)
         self._over_temperature_EH = self.first_NH.float() / self.config.router_temperature
         self.num_experts = sum(router.num_experts for router in routers)
         self.top_k = min(self.config.top_k_experts, self.num_experts)
@@ -127,7 +128,7 @@ class PooledRouter:
             add_up: sums the densities [T, A] of these tokens over the context of each; asked where the text decides.
         """
         config = self.config
-        if self._is_softmax:
+        if self.is_softmax:
             z_TE = norm_linear_few(hidden_TH, self._over_temperature_EH)
             return softmax_weights(z_TE, self.top_k, self.maturity_E, config.routing_scale)
         scored = score(self.routers, hidden_TH, self.first_NH, config.router_kind, config.router_temperature, add_up)

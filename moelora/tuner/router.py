@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -155,15 +155,33 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             weights = context.call.once(self, self._fixed_weights) if context.call.repeats else self._fixed_weights()
             return self._finish(weights.expand(*hidden.shape[:-1], -1), config.routing_scale, context)
         with without_autocast(hidden.device.type):
-            if context.call.repeats and not kernels_for(hidden):
-                routers = cast("list[Router]", self.active_routers())
-                pooled = context.call.once(self, lambda: PooledRouter(routers, config))
-                hidden_TH = self._checked(hidden).flatten(0, -2).to(pooled.first_NH.device)
-                weights_TE = pooled.weights(hidden_TH, self._in_context(hidden, mask, context))
-                weights, scale = weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1]), 1.0
+            if context.call.repeats:
+                here, weigh = context.call.once(self, lambda: self._uncounted(config, hidden))
+                weights = weigh(self._checked(hidden).to(here), self._in_context(hidden, mask, context))
+                scale = 1.0
             else:
                 weights, scale = self._counted_weights(self._checked(hidden), context, mask)
             return self._finish(weights, scale, context)
+
+    def _uncounted(
+        self, config: MoELoraConfig, hidden: Tensor
+    ) -> tuple[torch.device, Callable[[Tensor, AddUp], Tensor]]:
+        """The device of the routers, and what makes weights of hidden states there, times the scale: looked up once."""
+        routers = cast("list[Router]", self.active_routers())
+        pooled = PooledRouter(routers, config)
+        here = pooled.first_NH.device
+        if pooled.is_softmax and self._can_fuse(hidden.to(here), pooled.first_NH, None):
+            from ..ops.triton.router import weights_fused
+
+            return here, weights_fused(
+                pooled.first_NH, pooled.top_k, config.router_temperature, config.routing_scale, pooled.maturity_E
+            )
+
+        def weigh(hidden: Tensor, add_up: AddUp) -> Tensor:
+            weights_TE = pooled.weights(hidden.flatten(0, -2), add_up)
+            return weights_TE.view(*hidden.shape[:-1], weights_TE.shape[-1])
+
+        return here, weigh
 
     def _counted_weights(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None) -> tuple[Tensor, float]:
         """The weights [..., E], and what they are yet to be multiplied by; the sums go to the context."""

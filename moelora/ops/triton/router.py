@@ -9,6 +9,7 @@ Letters: T tokens, H width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,3 +248,11 @@ def route_fused(
         return _RouteFused.apply(hidden, weight, decision)
     result = _forward(hidden, weight, decision, keep=False)
     return result.weights, result.sums, *_differentiable(result.sums)
+
+
+def weights_fused(
+    weight_EH: Tensor, top_k: int, temperature: float, scale: float, maturity_E: Tensor | None
+) -> Callable[[Tensor, Any], Tensor]:
+    """What makes weights [..., E] of hidden states [..., H], as `route_fused`, without gradient, capacity and sums."""
+    weight, decision = weight_EH.contiguous(), Decision(top_k, temperature, scale, None, maturity_E, None)
+    return lambda hidden, _: _forward(hidden.contiguous(), weight, decision, keep=False).weights
