@@ -9,6 +9,7 @@ from helpers import ARCHITECTURES, SCOPES, assert_same_grads, awaken, mixture_of
 from peft import get_peft_model
 from torch import nn
 from torch.nn.functional import silu
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora import MoELoraConfig
@@ -19,6 +20,7 @@ from moelora.tuner.layer import MoELoraLayer
 IDS = torch.arange(1, 43).view(3, 14)
 INPUTS = {"input_ids": IDS, "labels": IDS}
 EXACT = {"rtol": 0, "atol": 1e-10}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
 
 @pytest.fixture
@@ -348,3 +350,41 @@ def test_nothing_is_kept_afterwards(x, between, monkeypatch):
         model(x)
     assert all(hook.routing is None for hook in model.base_model.routing.hooks.values())
     assert seen and all(shared._x is None and not shared._outputs for shared in seen)
+
+
+def test_factors_cast_without_gradient_serve_no_product_with_one():
+    """The first linear of a block may run without gradient, when the factors of the others are cast with its own."""
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).to(torch.bfloat16)
+    model = get_peft_model(model, MoELoraConfig(r=2, num_experts=3, target_modules=["q_proj", "o_proj"]))
+    awaken(model)
+    layer = model.base_model.model.model.layers[0].self_attn
+    alone = layer.q_proj.forward
+    layer.q_proj.forward = torch.no_grad()(alone)
+    for _ in range(2):  # the second time, the block knows what is to come
+        model.zero_grad()
+        model(input_ids=IDS[:, :5], labels=IDS[:, :5]).loss.backward()
+        assert layer.q_proj.lora_B["default"].weight.grad is None
+        assert layer.o_proj.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+def test_generate_obeys_a_change_of_adapters_between_tokens():
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    config = MoELoraConfig(r=2, num_experts=2, target_modules=["q_proj", "k_proj", "o_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    model.add_adapter("other", config)
+    awaken(model)
+    model.eval()
+    prompt = IDS[:1, :4]
+
+    def switch(_, scores):
+        model.set_adapter("other")
+        return scores
+
+    model.set_adapter("default")
+    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    actual = model.generate(
+        input_ids=prompt, logits_processor=LogitsProcessorList([switch]), use_cache=False, **options
+    )
+    model.set_adapter("other")
+    expected = model(input_ids=actual.sequences[:, :5]).logits[:, -1]
+    torch.testing.assert_close(actual.logits[1], expected)

@@ -21,6 +21,7 @@ class Call:
     copies: int | None = None  # rows that generate makes of each prompt, for beams and answers; None in a forward
     prefilled: bool = False  # generate is past the prompt
     _made: dict[Any, Any] = field(default_factory=dict)
+    _pool: Any = None  # the adapters and experts that it was made for
 
     @property
     def is_generate(self) -> bool:
@@ -31,6 +32,12 @@ class Call:
     def repeats(self) -> bool:
         """Whether its forwards are many, and all alike: `once` serves."""
         return self.copies is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def begin_forward(self, pool: Any) -> None:
+        """Forget what was made for other adapters than these: a generate may be told to go on with others."""
+        if self._pool != pool:
+            self._pool = pool
+            self._made.clear()
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What is made once for all forwards of a generate, in which nothing is learned or changed."""

@@ -121,7 +121,9 @@ class SharedInput:
         self._x: Tensor | None = None
         self._outputs: dict[SharingLinear, Tensor] = {}
         self._leaders: list[SharingLinear] = []  # that have run, each for those that read its input after it
-        self._operands: dict[FusedGroup, Operands] = {}  # of those that are expected to run
+        self._operands: dict[
+            tuple[FusedGroup, bool], Operands
+        ] = {}  # of those expected to run, with gradient or without
 
     def take(self, layer: SharingLinear, x: Tensor) -> Tensor | None:
         """The layer's output [..., O] for x [..., D], if it was computed with an earlier reader of the same x."""
@@ -155,14 +157,16 @@ class SharedInput:
 
         Those are the ones that the block ran the last time.
         """
+        has_gradient = torch.is_grad_enabled()
         if not self._leaders:
             hook = layer.link.hook
             others = [other.link.bound for other in hook.leaders if other is not layer]
             groups = [other.group for other in (bound, *others) if other is not None and other.is_made_with(bound)]
-            self._operands = dict(zip(groups, operands_of([group.stack for group in groups]), strict=True))
+            made = operands_of([group.stack for group in groups])
+            self._operands = {(group, has_gradient): each for group, each in zip(groups, made, strict=True)}
             hook.leaders = self._leaders
         self._leaders.append(layer)
-        return self._operands.pop(bound.group, None) or operands_of([bound.group.stack])[0]
+        return self._operands.pop((bound.group, has_gradient), None) or operands_of([bound.group.stack])[0]
 
     def close(self) -> None:
         """Let go of the tensors."""

@@ -195,6 +195,7 @@ class ForwardContext:
         self.config = self.state.config
         next(iter(self.state.routers.values())).check_made_for(self.config)  # the others were made as it was
         self.pool = self.state.pool
+        self.call.begin_forward(self.pool)
         self.may_single_out = self.state.may_single_out
 
     def within_checkpoint(self, recomputing: bool) -> ForwardContext:

@@ -224,7 +224,7 @@ def _expand(x: Tensor, scale: float, hw: Tensor, B: Tensor, base: Base, outside:
     if outside is not None:
         if outside.dtype == hw.dtype:
             return torch.addmm(flat(outside), hw, B.t(), alpha=scale)
-        return torch.add(flat(outside), hw @ B.t(), alpha=scale).to(outside.dtype)
+        return torch.add(flat(outside), hw @ B.t(), alpha=scale).to(outside.dtype).contiguous()
     if bias is not None:
         y = torch.addmm(bias, hw, B.t(), alpha=scale)
     elif scale == 1.0:

@@ -211,6 +211,8 @@ class RoutingControls:
     def routing_stats(self, reset: bool = False) -> dict[str, RouterStats]:
         """What each router did since the last reset, by router name; padding excluded (synchronises the device).
 
+        The forwards that `generate` makes are not counted: they would pay for sums that nobody reads.
+
         Args:
             reset: start counting anew afterwards.
 
