@@ -353,9 +353,11 @@ def test_nothing_is_kept_afterwards(x, between, monkeypatch):
 
 
 def test_factors_cast_without_gradient_serve_no_product_with_one():
-    """The first linear of a block may run without gradient, when the factors of the others are cast with its own."""
+    """The first linear of a block may run without gradient, when the factors of the others are cast with its own, and
+    the weights flattened for all."""
     model = LlamaForCausalLM(LlamaConfig(**TINY)).to(torch.bfloat16)
-    model = get_peft_model(model, MoELoraConfig(r=2, num_experts=3, target_modules=["q_proj", "o_proj"]))
+    options = {"target_modules": ["q_proj", "o_proj"], "router_aux_loss_coef": 0.0}
+    model = get_peft_model(model, MoELoraConfig(r=2, num_experts=3, **options))
     awaken(model)
     layer = model.base_model.model.model.layers[0].self_attn
     alone = layer.q_proj.forward
@@ -365,6 +367,8 @@ def test_factors_cast_without_gradient_serve_no_product_with_one():
         model(input_ids=IDS[:, :5], labels=IDS[:, :5]).loss.backward()
         assert layer.q_proj.lora_B["default"].weight.grad is None
         assert layer.o_proj.lora_B["default"].weight.grad.abs().sum() > 0
+        (router,) = model.base_model.routing.routers["model.layers.0"].active_routers()
+        assert router.weight.grad.abs().sum() > 0
 
 
 def test_generate_obeys_a_change_of_adapters_between_tokens():

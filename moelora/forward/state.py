@@ -366,7 +366,7 @@ class BlockRouting:
         """
         if self.shared_by_user or self.context.config.router_scope != "block":
             return scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
-        key = (x.shape[:-1], self._is_encoder(x), bound.columns)
+        key = (x.shape[:-1], self._is_encoder(x), torch.is_grad_enabled(), bound.columns)
         scaled = self._scaled.get(key)
         if scaled is None:  # one step of autograd for all linears of the block
             scaled = self._scaled[key] = scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
