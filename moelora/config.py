@@ -124,6 +124,13 @@ class MoELoraConfig(LoraConfig):
             "help": "Written by moelora.experts.learn_domain: directions kept of its domain by each router (0: none)."
         },
     )
+    own_routers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Written when the adapter is made: linears with a router of their own beside those of "
+            "`router_scope`, as they lie outside every block or read other tokens than their block's."
+        },
+    )
     adapters: list[dict[str, Any]] | None = field(
         default=None,
         metadata={"help": "Written by save_pretrained: name, activity and configuration of each adapter in the file."},
@@ -152,6 +159,11 @@ class MoELoraConfig(LoraConfig):
             self._check_lora_options()
         else:
             self._warn_unused_mixture_fields()
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """See PEFT; files from before linears could have routers of their own do not mention any."""
+        return super().from_peft_type(**({"own_routers": []} | kwargs))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

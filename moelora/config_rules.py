@@ -151,6 +151,7 @@ MIXTURE_RULES = (
     Rule("router_memory", lambda v: is_int(v) and v >= 0, "pass an integer of 0 or more"),
     Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
     Rule("routing_scale", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
+    Rule("own_routers", lambda v: v is None or _is_names(v), "leave it to get_peft_model"),
     Rule("checkpoint", lambda v: v is None or isinstance(v, dict), "leave it to save_pretrained"),
 )
 

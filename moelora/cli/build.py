@@ -120,7 +120,7 @@ def _check_fit(loras: Mapping[str, LoraFile], config: PretrainedConfig, options:
     empty = empty_model(config)
     check_names(loras, empty)
     for lora in loras.values():
-        check_fits(lora, empty, MIXTURES[options.router]["router_scope"])
+        check_fits(lora, empty)
     if options.top_k is not None and options.top_k > len(loras):
         raise UserError(f"--top-k {options.top_k}: there are only {len(loras)} experts; lower it")
     wanted = {text.partition("=")[0] for text in options.examples}

@@ -75,7 +75,7 @@ def build(
         raise LoraError("`examples` must hold texts for every expert, and `tokenizer` is needed, for 'prototype'")
     loras = {name: given if isinstance(given, LoraFile) else read_lora(given) for name, given in experts.items()}
     for lora in loras.values():
-        check_fits(lora, base_model, MIXTURES[router]["router_scope"])
+        check_fits(lora, base_model)
     if router == "prototype":
         assert tokenizer is not None and examples is not None
         check_examples(tokenizer, examples)
@@ -128,7 +128,7 @@ def from_lora(
             f"this mixture has router_scope={governing.router_scope!r} and router_type={governing.router_type!r}"
         )
     lora = path_or_id if isinstance(path_or_id, LoraFile) else read_lora(path_or_id)
-    check_fits(lora, model.get_base_model(), governing.router_scope)
+    check_fits(lora, model.get_base_model())
     shared = {field: getattr(governing, field) for field in (*SHARED_FIELDS, "num_experts", "router_hidden_size")}
     if router == "arrow":
         shared["router_hidden_size"] = ARROW_UNITS
@@ -159,8 +159,8 @@ def check_names(
             raise LoraError(f"the model has an adapter {name!r} already; choose another name")
 
 
-def check_fits(lora: LoraFile, model: nn.Module, scope: str) -> None:
-    """Raise LoraError where the model lacks a linear of the LoRA's, has it in another shape, or no router for it."""
+def check_fits(lora: LoraFile, model: nn.Module) -> None:
+    """Raise LoraError where the model lacks a linear of the LoRA's, or has it in another shape."""
     if problem := misfit(lora.shapes, model):
         trained_on = lora.config.base_model_name_or_path
         raise LoraError(
@@ -168,9 +168,9 @@ def check_fits(lora: LoraFile, model: nn.Module, scope: str) -> None:
             + (f". Its base model was {trained_on}" if trained_on else "")
         )
     try:
-        check_targets(model, list(lora.factors), scope)
+        check_targets(model, list(lora.factors))
     except ValueError as error:
-        raise LoraError(f'{lora.source}: {error}. A mixture built with the router "arrow" has that scope') from error
+        raise LoraError(f"{lora.source}: {error}") from error
 
 
 def check_examples(tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Any]]) -> None:

@@ -84,15 +84,17 @@ class BlockHook:
     Args:
         name: the block's name.
         stack: the name of the list of blocks it belongs to.
-        router: the block's own router ("block" scope), the model's ("model") or None ("module").
+        router: the block's own router ("block" scope), the model's ("model"), or None where each linear has its own.
         is_decoder: it belongs to the decoder of an encoder-decoder model.
         scope: the router scope.
+        reads_images: it belongs to an image tower, which masks of text say nothing about.
 
     Attributes:
         leaders: the linears that ran last in the block, each for those that read its input after it.
     """
 
     leaders: Sequence[SharingLinear] = ()
+    reads_images = False  # pickles of November 2026 have none
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class BlockHook:
         is_decoder: bool,
         is_encoder_decoder: bool,
         encoder_position: int | None,
+        reads_images: bool = False,
     ) -> None:
         self.state = state
         self.name = name
@@ -113,6 +116,7 @@ class BlockHook:
         self.is_decoder = is_decoder
         self.is_encoder_decoder = is_encoder_decoder
         self.encoder_position = encoder_position
+        self.reads_images = reads_images
 
     @property
     def routing(self) -> BlockRouting | None:
@@ -137,8 +141,8 @@ class BlockHook:
         if context is None:
             _refuse_foreign_checkpoint(self.name)
             context = ForwardContext(self.state, {}, training=False, is_lone=True)
-        hidden = _hidden_states(args, kwargs)
-        mask = context.mask(hidden, self.is_decoder)
+        hidden = hidden_states_of(args, kwargs)
+        mask = None if self.reads_images else context.mask(hidden, self.is_decoder)
         shared = self._shared_weights(context, hidden)
         weights = self._built_in_weights(context, hidden, mask) if shared is None else shared
         context.latest = context.blocks[self.name] = BlockRouting(
@@ -149,7 +153,7 @@ class BlockHook:
             weights=weights,
             shared_by_user=shared is not None,
             router=self.router,
-            encoder_hidden=self._encoder_hidden(args, kwargs),
+            encoder_hidden=encoder_states_of(args, kwargs, self.encoder_position),
             shared_input=None if torch.compiler.is_compiling() else SharedInput(),
             top_k=context.top_k if shared is None else None,
         )
@@ -168,6 +172,10 @@ class BlockHook:
             routing.shared_input.close()
         if context.is_lone and not context.blocks:
             self.state.in_force.context = None
+
+    def may_be_padded(self, context: ForwardContext) -> bool:
+        """Whether some tokens that the block reads may be padding."""
+        return not self.reads_images and context.has_mask(self.is_decoder)
 
     @property
     def has_to_wait(self) -> bool:
@@ -192,11 +200,6 @@ class BlockHook:
             context.stack_weights[self.stack] = self.router(hidden, context, mask)
         return context.stack_weights[self.stack]
 
-    def _encoder_hidden(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-        if self.encoder_position is not None and len(args) > self.encoder_position:
-            return args[self.encoder_position]
-        return kwargs.get("encoder_hidden_states")
-
 
 def refuse_fused_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook on a model whose output layer is routed, which Liger's loss would not be called through.
@@ -220,7 +223,13 @@ def encoder_argument_position(block: nn.Module) -> int | None:
     return names.index("encoder_hidden_states") - 1 if "encoder_hidden_states" in names else None
 
 
-def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def encoder_states_of(args: tuple, kwargs: dict[str, Any], position: int | None) -> Tensor | None:
+    """What cross-attention reads in a block, by its arguments; None if nothing."""
+    return args[position] if position is not None and len(args) > position else kwargs.get("encoder_hidden_states")
+
+
+def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What enters a block, by its arguments."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
         hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())

@@ -23,6 +23,7 @@ from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
 from ..routing.sums import RoutingSums
 from ..routing.training_sums import TrainingWindow
+from .alignment import fit
 from .caches import kv_cache, past_length
 from .call import Call
 from .interfaces import MixtureRouter, Pool
@@ -281,6 +282,11 @@ class ForwardContext:
             mask = self._masks[length, is_decoder] = self._mask_of(length, is_decoder)
         return mask if mask is not None and mask.shape == (batch, length) else None
 
+    def has_mask(self, is_decoder: bool) -> bool:
+        """Whether the inputs say that some tokens are padding, or may be."""
+        masks = ("decoder_attention_mask", "labels") if is_decoder else ("attention_mask", "pixel_mask", "padding_mask")
+        return self.packed is not None or any(self.inputs.get(name) is not None for name in masks)
+
     def _mask_of(self, length: int, is_decoder: bool) -> Tensor | None:
         if is_decoder:
             given = self.inputs.get("decoder_attention_mask")
@@ -345,7 +351,7 @@ class BlockRouting:
                 self.encoder_weights = self._route_encoder(x)
             return self.encoder_weights
         assert self.weights is not None
-        fitted = _fit(self.weights, self.lead, x)
+        fitted = fit(self.weights, self.lead, x)
         if fitted is None:
             raise ValueError(
                 f"`{module}` reads an input of shape {list(x.shape)}, which does not line up with the tokens "
@@ -412,7 +418,7 @@ class BlockRouting:
         """The padding mask of a linear's input x [..., D] in "module" scope; None where none fits."""
         if self._is_encoder(x):
             return self.context.mask(x, is_decoder=False)
-        return None if self.mask is None else _fit(self.mask, self.lead, x, trailing=0)
+        return None if self.mask is None else fit(self.mask, self.lead, x)
 
     def _is_encoder(self, x: Tensor) -> bool:
         encoder = self.encoder_hidden
@@ -440,15 +446,6 @@ def columns(weights: Tensor, pool: Pool, names: Sequence[str]) -> Tensor:
         return weights
     pieces = dict(zip(pooled, weights.split([count for _, count in pool], dim=-1), strict=True))
     return torch.cat([pieces[name] for name in names], dim=-1)
-
-
-def _fit(values: Tensor, lead: torch.Size, x: Tensor, trailing: int = 1) -> Tensor | None:
-    """values [*lead, ...] lined up with x [..., D]: the same tokens, or (OPT) the tokens flattened; else None."""
-    if x.shape[:-1] == lead:
-        return values
-    if x.dim() == 2 and len(lead) == 2 and x.shape[0] == lead.numel():
-        return values.reshape(lead.numel(), *values.shape[values.dim() - trailing :])
-    return None
 
 
 def call_attached_router(state: RoutingState, hidden: Tensor) -> Tensor:

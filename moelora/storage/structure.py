@@ -112,11 +112,9 @@ def _check_router(
 
 def _check_scope(name: str, config: MoELoraConfig, linears: list[str], routers: list[str]) -> list[str]:
     """Whether each linear has a router, and each router a linear."""
-    if config.router_scope == "model":
-        return [] if routers == [""] else [f"adapter {name!r} has no router of the model"]
-    of_module = config.router_scope == "module"
-    blocks = [router for router in routers if router]
-    owners = {linear: linear if of_module else owner_of(linear, blocks) for linear in linears}
+    own = set(linears if config.router_scope == "module" else config.own_routers or ())
+    shared = [router for router in routers if router not in own and (not router) == (config.router_scope == "model")]
+    owners = {linear: linear if linear in own else owner_of(linear, shared) for linear in linears}
     lonely = [linear for linear, owner in owners.items() if owner not in routers]
     idle = [router for router in routers if router not in owners.values()]
     return [f"`{linear}` of adapter {name!r} has no router" for linear in lonely] + [

@@ -1,15 +1,19 @@
-"""Where routers go: which block a module lies in, and which targets a scope can serve."""
+"""The module tree: which block a module lies in, what enters it, and which targets a mixture can serve."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from ..forward.hooks import encoder_argument_position
 from ._peft import BaseTunerLayer
 
+_CONTAINERS = (nn.ModuleList, nn.Sequential)  # stages of blocks: not called, or calling all that is in them in turn
 _NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm)
 
 
@@ -26,7 +30,8 @@ def find_block(model: nn.Module, module_name: str) -> str | None:
             return name
     for name in reversed(ancestors):
         parent = name.rpartition(".")[0]
-        if parent and isinstance(model.get_submodule(parent), nn.ModuleList):
+        is_member = bool(parent) and isinstance(model.get_submodule(parent), nn.ModuleList)
+        if is_member and not isinstance(model.get_submodule(name), _CONTAINERS):
             return name
     return None
 
@@ -73,31 +78,44 @@ def decoder_blocks_of(model: Any) -> set[nn.Module]:
     return set(model.modules()) - set(encoder.modules())
 
 
-def check_targets(model: nn.Module, module_names: list[str], scope: str) -> None:
+def has_cross_attention(model: nn.Module, block_name: str) -> bool:
+    """Whether a block can attend to what an encoder read."""
+    return encoder_argument_position(model.get_submodule(block_name)) is not None
+
+
+def is_native_expert(module_name: str, block_name: str) -> bool:
+    """Whether a module of a block belongs to the model's own experts, each of which sees some of the tokens."""
+    return "experts" in module_name.removeprefix(block_name).split(".")[:-1]
+
+
+def reads_images(model: nn.Module, block_name: str) -> bool:
+    """Whether a block belongs to an image tower, whose tokens no mask of text tells of."""
+    name = block_name
+    while name:
+        name = name.rpartition(".")[0]
+        module: Any = model.get_submodule(name)
+        if isinstance(module, PreTrainedModel):
+            takes = inspect.signature(type(module).forward).parameters
+            return module.main_input_name.startswith("pixel_values") and "input_ids" not in takes
+    return False
+
+
+def check_targets(model: nn.Module, module_names: list[str]) -> None:
     """Refuse targets that cannot be routed.
 
     Raises:
-        ValueError: the message names the module and the scope to use, or says to leave it out.
+        ValueError: the message names the module, and says to leave it out.
     """
     for name in module_names:
         module: Any = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, _NOT_LINEAR) or not _is_linear(base):
+        if isinstance(base, _NOT_LINEAR) or not is_linear(base):
             raise ValueError(
                 f"`{name}` is a {type(base).__name__}, which a mixture cannot route: only linear layers have one input "
                 "vector per token; leave it out of `target_modules` or add it to `exclude_modules`"
             )
-        if scope == "block" and find_block(model, name) is None:
-            raise ValueError(
-                f'`{name}` lies outside every transformer block, so router_scope="block" has no router for it; use '
-                'router_scope="module", or leave it out with `exclude_modules`'
-            )
-    if scope == "model" and module_names and not any(find_block(model, name) for name in module_names):
-        raise ValueError(
-            f'router_scope="model" routes on what enters the first transformer block, and none of the targets '
-            f'({", ".join(module_names[:3])}) lies in one; use router_scope="module"'
-        )
 
 
-def _is_linear(base: nn.Module) -> bool:
+def is_linear(base: nn.Module) -> bool:
+    """Whether a module is a linear layer that a mixture can route."""
     return isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")

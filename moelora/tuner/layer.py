@@ -6,13 +6,14 @@ Shapes: D in, O out, E experts, r rank of one expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import peft.tuners.lora as peft_lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
+from ..forward.alignment import lines_up
 from ..forward.hooks import BlockHook
 from ..forward.interfaces import Pool
 from ..forward.shared_input import BoundGroup, SharedInput
@@ -29,6 +30,7 @@ class LayerLink:
     name: str
     state: RoutingState
     hook: BlockHook | None  # of the block around it; None outside every block
+    is_foreign: bool = False  # it reads other tokens than those that enter its block
     fused_with: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
     bound: BoundGroup | None = None  # with those of them that one product serves
 
@@ -65,7 +67,7 @@ class MoELoraLayer(_LayerBase):
     link: LayerLink
     num_experts: dict[str, int]
     merged_weights: dict[str, Tensor]  # fixed routing weights [E] of each merged adapter
-    moe_router: MoELoraRouter  # "module" scope only
+    moe_router: MoELoraRouter  # where it has one of its own, see tuner/placement.py
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See the class. x [..., D] -> [..., O].
@@ -108,7 +110,7 @@ class MoELoraLayer(_LayerBase):
         self, x: Tensor, weights: Tensor, pool: Pool, routing: BlockRouting | None
     ) -> tuple[str, Tensor] | None:
         """The imported LoRA that has all tokens to itself, with its weights [..., 1]; None if there is none."""
-        column = sole_expert(weights) if routing is None or routing.weights is None else routing.sole_expert(x)
+        column = routing.sole_expert(x) if self._follows(routing) else sole_expert(weights)
         if column is None:
             return None
         name = [name for name, count in pool for _ in range(count)][column]
@@ -120,10 +122,25 @@ class MoELoraLayer(_LayerBase):
         reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
         return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
 
-    @staticmethod
-    def _shared_input(routing: BlockRouting | None) -> SharedInput | None:
-        """Where linears of the block leave each other results; None where each has weights of its own."""
-        return None if routing is None or routing.weights is None else routing.shared_input
+    def _shared_input(self, routing: BlockRouting | None) -> SharedInput | None:
+        """Where linears of the block leave each other results; None where this one has weights of its own."""
+        return routing.shared_input if self._follows(routing) else None
+
+    def _follows(self, routing: BlockRouting | None) -> TypeGuard[BlockRouting]:
+        """Whether the weights of the tokens that enter the block are this linear's too."""
+        if routing is None or routing.weights is None:
+            return False
+        return not self.link.is_foreign if routing.shared_by_user else not self.has_own_router
+
+    @property
+    def has_own_router(self) -> bool:
+        """Whether its router serves no other linear."""
+        return "moe_router" in self._modules
+
+    def is_routed_like(self, other: MoELoraLayer) -> bool:
+        """Whether both have the same weights wherever they read the same tensor."""
+        mine, theirs = ((each.has_own_router, each.link.is_foreign) for each in (self, other))
+        return mine == theirs and not self.link.is_foreign
 
     @property
     def is_left_to_peft(self) -> bool:
@@ -157,29 +174,38 @@ class MoELoraLayer(_LayerBase):
         link = self.link
         if link.hook is None:
             return self._weights_outside_blocks(x)
+        if self._follows(routing):
+            return routing.weights_for(x, link.name), routing.pool
         if routing is None:
             raise RuntimeError(
                 f"`{link.name}` was called outside its block `{link.hook.name}`, which decides its routing; call the "
                 'block or the model, or use router_scope="module"'
             )
-        if routing.weights is not None:
-            return routing.weights_for(x, link.name), routing.pool
-        return self.moe_router(x, routing.context, routing.mask_for(x)), self.moe_router.pool
+        context, router = routing.context, self.moe_router
+        if context.call.routing_weights is not None:
+            raise ValueError(
+                f"`{link.name}` reads other tokens than those that enter its block, for which `routing_weights` say "
+                "nothing; leave it out with `exclude_modules`, or call the model without `routing_weights`"
+            )
+        mask = None if link.is_foreign else routing.mask_for(x)
+        if mask is None and link.hook.may_be_padded(context):  # and nobody knows where: nothing counts, nothing is full
+            return router.decide(x, context) * context.config.routing_scale, router.pool
+        return router(x, context, mask), router.pool
 
     def _weights_outside_blocks(self, x: Tensor) -> tuple[Tensor, Pool]:
         state = self.link.state
         context = state.current_context()
         if (weights := context.user_weights(x.shape[:-1])) is not None:
             return weights, context.pool
-        routing = context.latest
-        if state.attached is None and "moe_router" in self._modules:
+        latest = context.latest
+        if self.has_own_router and not (state.attached is not None and _serves(latest, x)):
             return self.moe_router(x, context, context.mask(x, is_decoder=False)), self.moe_router.pool
-        if routing is None or routing.weights is None:
+        if latest is None or latest.weights is None:
             raise ValueError(
-                f"`{self.link.name}` runs before the first transformer block, so no router has decided yet; use "
-                'router_scope="module" or leave it out with `exclude_modules`'
+                f"`{self.link.name}` runs before the first transformer block, so no router has decided yet; leave it "
+                "out with `exclude_modules`"
             )
-        return routing.weights_for(x, self.link.name), routing.pool
+        return latest.weights_for(x, self.link.name), latest.pool
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """See PEFT. The experts weigh in as in a mixture of the adapters that are merged, whatever is active, and their
@@ -218,11 +244,16 @@ class MoELoraLayer(_LayerBase):
             factor.data = original
 
     def _fixed_router(self) -> Any:
-        if "moe_router" in self._modules:
+        if self.has_own_router:
             return self.moe_router
         hook = self.link.hook
         router = hook.router if hook is not None else None
         return router or next(iter(self.link.state.routers.values()))
+
+
+def _serves(routing: BlockRouting | None, x: Tensor) -> bool:
+    """Whether a block that ran has decided on the tokens of x [..., D]."""
+    return routing is not None and routing.weights is not None and lines_up(x.shape[:-1], routing.lead)
 
 
 _CLASS_PREFIX = "MoELora"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from .controls import STATE_ATTRIBUTE, RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
 from .peft_model import adopt_peft_model
+from .placement import Place, places, router_width
 from .router import MoELoraRouter
 
 
@@ -100,7 +102,8 @@ class MoELoraModel(RoutingControls, TunerModel):
                 f"`router_scope` ({config.router_scope!r}) differs from that of the model's other adapters "
                 f"({others[0].router_scope!r}); use the same"
             )
-        blocks.check_targets(self.model, module_names, config.router_scope)
+        blocks.check_targets(self.model, module_names)
+        self._check_own_routers(module_names, config)
 
     def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
         """The LoRA that stores the adapter's experts side by side along the rank."""
@@ -125,20 +128,41 @@ class MoELoraModel(RoutingControls, TunerModel):
         if self._is_disabled:
             self._disable_new_layers()
 
+    def _check_own_routers(self, names: list[str], config: MoELoraConfig) -> None:
+        for name, place in places(self.model, names, config.router_scope, config.own_routers).items():
+            is_own = place.owner == name
+            if (
+                config.own_routers is not None
+                and config.router_scope != "module"
+                and is_own != (name in config.own_routers)
+            ):
+                raise ValueError(
+                    f"`{name}` has {'a' if is_own else 'no'} router of its own in this mixture, and "
+                    f"{'none' if is_own else 'one'} in the adapter that was saved; load the adapter into a base model "
+                    "of its own"
+                )
+
     def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
         state = self._open_state()
-        for name, layer in list(self.model.named_modules()):
-            if not isinstance(layer, MoELoraLayer) or adapter_name not in layer.lora_A:
-                continue
-            block = blocks.find_block(self.model, name)
-            router = self._router_for(layer, name, block, config.router_scope)
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, MoELoraLayer) and adapter_name in layer.lora_A
+        }
+        found = places(self.model, layers, config.router_scope, config.own_routers)
+        for name, layer in layers.items():
+            place = found[name]
+            router = self._router_for(name, place, found.values())
             if adapter_name not in router.lora_router:
                 router.add_adapter(adapter_name, config, like=layer.lora_A[adapter_name].weight)
             if not hasattr(layer, "link"):
-                hook = self._hook_block(block, config.router_scope) if block else None
-                layer.link = LayerLink(name, state, hook)
+                hook = self._hook_block(place.block, config.router_scope) if place.block else None
+                layer.link = LayerLink(name, state, hook, place.is_foreign)
                 if layer is self._output_layer():
                     state.handles.append(self.model.register_forward_pre_hook(refuse_fused_loss, with_kwargs=True))
+            if place.owner != name and layer.link.hook is not None:
+                self._let_decide(router, layer.link.hook)
+        self._note_own_routers(adapter_name, [name for name, place in found.items() if place.owner == name])
         self._link_readers()
         state.routers = {m.name: m for m in self.model.modules() if isinstance(m, MoELoraRouter)}
         is_trainable = adapter_name in self.active_adapters and not config.inference_mode
@@ -165,7 +189,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             for names in readers_of(type(parent).forward):
                 children = [child for name in names if isinstance(child := getattr(parent, name, None), MoELoraLayer)]
                 for i, child in enumerate(children):
-                    child.link.fused_with = tuple(children[i + 1 :])
+                    child.link.fused_with = tuple(other for other in children[i + 1 :] if other.is_routed_like(child))
 
     def _open_state(self) -> RoutingState:
         state = self.routing_or_none
@@ -184,21 +208,17 @@ class MoELoraModel(RoutingControls, TunerModel):
             module.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
         ]
 
-    def _router_for(self, layer: MoELoraLayer, name: str, block: str | None, scope: str) -> MoELoraRouter:
-        owner: Any
-        if scope == "module":
-            owner, owner_name, width = layer, name, layer.in_features
-        else:
-            owner_name = block if scope == "block" and block else ""
-            owner, width = self.model.get_submodule(owner_name), 0
+    def _router_for(self, name: str, place: Place, others: Iterable[Place]) -> MoELoraRouter:
+        owner: Any = self.model.get_submodule(place.owner)
         if "moe_router" not in owner._modules:
-            width = width or blocks.hidden_size(self.model, block or self._some_block())
-            owner.moe_router = MoELoraRouter(owner_name, width, self.routing)
+            width = router_width(self.model, name, place, others)
+            owner.moe_router = MoELoraRouter(place.owner, width, self.routing)
         return owner.moe_router
 
-    def _some_block(self) -> str:
-        names = (name for name, module in self.model.named_modules() if isinstance(module, MoELoraLayer))
-        return next(block for name in names if (block := blocks.find_block(self.model, name)))
+    def _note_own_routers(self, adapter_name: str, names: list[str]) -> None:
+        """In a copy of the configuration: the caller's may serve for other models, whose linears have other names."""
+        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
+        config.own_routers = [] if config.router_scope == "module" else names
 
     def _hook_block(self, block: str, scope: str) -> BlockHook:
         """The hook of a block; its stack's first block gets one too: "model" scope and attached routers read there."""
@@ -210,13 +230,13 @@ class MoELoraModel(RoutingControls, TunerModel):
         for name in dict.fromkeys((first, block)):
             if name not in self.routing.hooks:
                 self.routing.hooks[name] = self._new_hook(name, scope)
-        hook = self.routing.hooks[block]
-        if scope == "block":
-            hook.router = self._router_of(block)
-        return hook
+        return self.routing.hooks[block]
 
-    def _router_of(self, owner: str) -> MoELoraRouter:
-        return cast(MoELoraRouter, self.model.get_submodule(f"{owner}.moe_router".lstrip(".")))
+    def _let_decide(self, router: MoELoraRouter, hook: BlockHook) -> None:
+        """Make the block ask the router, and in "model" scope the first of its stack, where it is asked."""
+        hook.router = router
+        if hook.scope == "model":
+            self.routing.hooks[blocks.first_block(self.model, hook.stack)].router = router
 
     def _new_hook(self, name: str, scope: str) -> BlockHook:
         module = self.model.get_submodule(name)
@@ -225,8 +245,9 @@ class MoELoraModel(RoutingControls, TunerModel):
             state=self.routing,
             name=name,
             stack=blocks.stack_of(name),
-            router=self._router_of("") if scope == "model" else None,
+            router=None,
             scope=scope,
+            reads_images=blocks.reads_images(self.model, name),
             is_decoder=module in decoder,
             is_encoder_decoder=bool(decoder),
             encoder_position=encoder_argument_position(module),
