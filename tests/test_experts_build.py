@@ -127,20 +127,17 @@ def save_lora_on_the_head(folder, base):
     return folder
 
 
-@pytest.mark.parametrize("router", ["prototype", "train"])
-def test_a_lora_outside_every_block_is_refused_before_the_model_is_loaded(tmp_path, loras, router, monkeypatch, capsys):
-    base, _ = loras
-    folder = save_lora_on_the_head(tmp_path / "head", AutoModelForCausalLM.from_pretrained(base))
-    monkeypatch.setattr(building, "load_model", None)
-    flag = "--examples" if router == "prototype" else "--data"
-    arguments = ["build", f"--expert=head={folder}", "--router", router, flag, f"head={tmp_path / 'count.jsonl'}"]
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert "`lm_head` lies outside every transformer block" in error and 'the router "arrow"' in error
-    with pytest.raises(LoraError, match="`lm_head` lies outside"):
-        from_lora(
-            mixture_of("llama"), save_lora_on_the_head(tmp_path / "llama", ARCHITECTURES["llama"].build()), "head"
-        )
+def test_a_lora_outside_every_block_has_a_router_of_its_own(tmp_path):
+    """In a mixture that routes by block; alone it is still the LoRA, bit for bit."""
+    base = ARCHITECTURES["llama"].build()
+    folder = save_lora_on_the_head(tmp_path / "head", base)
+    inputs = ARCHITECTURES["llama"].batch(labels=False)
+    expected = PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), folder).eval()(**inputs).logits
+    model = mixture_of("llama")
+    from_lora(model, folder, "head")
+    assert model.peft_config["head"].own_routers == ["lm_head"]
+    model.set_adapter("head")
+    assert torch.equal(model.eval()(**inputs).logits, expected)
 
 
 def test_example_texts_without_a_token_are_refused_before_the_model_is_loaded(tmp_path, loras, monkeypatch, capsys):

@@ -157,8 +157,9 @@ def _read(
 
 def _into(sketch: InputSketch) -> Callable[..., None]:
     def hook(router: MoELoraRouter, args: tuple[Any, ...]) -> None:
-        hidden, _, *rest = args
-        mask = rest[0] if rest else None
+        hidden, _, mask, *counts = args
+        if counts == [False]:  # padding may be among the tokens, and nobody knows where
+            return
         tokens_TH = hidden.flatten(0, -2) if mask is None else hidden[mask.to(hidden.device)]
         sketch.add(rms_norm(tokens_TH).to(sketch.sum_H.device))
 

@@ -6,8 +6,12 @@ Shapes: B batch, S sequence, D a linear's input width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
+
+Reads = Literal["same", "earlier", "others"]
+"""Which tokens a linear reads: those that enter its block, earlier ones of the cache too, or others."""
 
 
 def lines_up(read: Sequence[int], lead: Sequence[int]) -> bool:

@@ -17,6 +17,7 @@ from .caches import kv_cache
 from .checkpointing import make_checkpoint_routed
 from .finish import finish_forward
 from .interfaces import MixtureRouter, SharingLinear
+from .masks import block_mask
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
 
@@ -142,9 +143,10 @@ class BlockHook:
             _refuse_foreign_checkpoint(self.name)
             context = ForwardContext(self.state, {}, training=False, is_lone=True)
         hidden = hidden_states_of(args, kwargs)
-        mask = None if self.reads_images else context.mask(hidden, self.is_decoder)
+        mask, may_be_padded = self._padding(context, hidden, kwargs)
         shared = self._shared_weights(context, hidden)
-        weights = self._built_in_weights(context, hidden, mask) if shared is None else shared
+        is_known = mask is not None or not may_be_padded
+        weights = self._built_in_weights(context, hidden, mask, is_known) if shared is None else shared
         context.latest = context.blocks[self.name] = BlockRouting(
             context=context,
             lead=hidden.shape[:-1],
@@ -156,6 +158,7 @@ class BlockHook:
             encoder_hidden=encoder_states_of(args, kwargs, self.encoder_position),
             shared_input=None if torch.compiler.is_compiling() else SharedInput(),
             top_k=context.top_k if shared is None else None,
+            may_be_padded=may_be_padded,
         )
         here.context = context
 
@@ -173,10 +176,6 @@ class BlockHook:
         if context.is_lone and not context.blocks:
             self.state.in_force.context = None
 
-    def may_be_padded(self, context: ForwardContext) -> bool:
-        """Whether some tokens that the block reads may be padding."""
-        return not self.reads_images and context.has_mask(self.is_decoder)
-
     @property
     def has_to_wait(self) -> bool:
         """Whether it cannot decide yet: its router is a shard until FSDP2's hooks on the block have run."""
@@ -191,13 +190,24 @@ class BlockHook:
             return context.user_weights(hidden.shape[:-1], self.is_encoder_decoder)
         return context.router_weights(self.stack, hidden)
 
-    def _built_in_weights(self, context: ForwardContext, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _padding(self, context: ForwardContext, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
+        """The mask of the block's tokens, as far as one is known, and whether some of them may be padding."""
+        mask = None if self.reads_images else context.mask(hidden, self.is_decoder)
+        if mask is not None or not (self.reads_images or context.has_mask(self.is_decoder)):
+            return mask, mask is not None
+        mask = block_mask(kwargs, hidden.shape[1]) if hidden.dim() == 3 else None
+        tells_of_none = self.reads_images or ("attention_mask" in kwargs and kwargs["attention_mask"] is None)
+        return mask, mask is not None or not tells_of_none
+
+    def _built_in_weights(
+        self, context: ForwardContext, hidden: Tensor, mask: Tensor | None, counts: bool
+    ) -> Tensor | None:
         if self.router is None:
             return None
         if self.scope == "block":
-            return self.router(hidden, context, mask) if self.router.pool else None
+            return self.router(hidden, context, mask, counts) if self.router.pool else None
         if self.stack not in context.stack_weights:
-            context.stack_weights[self.stack] = self.router(hidden, context, mask)
+            context.stack_weights[self.stack] = self.router(hidden, context, mask, counts)
         return context.stack_weights[self.stack]
 
 

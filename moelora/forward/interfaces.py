@@ -56,7 +56,7 @@ class MixtureRouter(Protocol):
     def decide(self, hidden: Tensor, context: Any = None, without: int | None = None) -> Tensor:
         """[..., E] for hidden [..., H], as evaluation uses them."""
 
-    def __call__(self, hidden: Tensor, context: Any, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, hidden: Tensor, context: Any, mask: Tensor | None = None, counts: bool = True) -> Tensor:
         """[..., E] for hidden [..., H]; what it did is reported to the context."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

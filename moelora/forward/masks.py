@@ -5,20 +5,22 @@ Shapes: B batch, S tokens of this forward, P past plus present tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def token_mask(attention_mask: Any, length: int, past_length: int | Tensor = 0) -> Tensor | None:
+def token_mask(attention_mask: Any, length: int, past_length: int | Tensor | None = None) -> Tensor | None:
     """[B, S] bool, True on real tokens; None when the mask says nothing about padding.
 
     Args:
         attention_mask: None; [B, P] with 1 on real tokens; [B, heads, S or 1, P] of booleans or of additive floats
             (0 visible, very negative hidden); or a dict of such masks by attention type.
         length: S.
-        past_length: tokens already in the KV cache.
+        past_length: tokens already in the KV cache; None without one, where a mask of another length is for others: a
+            text's beside an image, or samples for frames.
 
     Example:
         >>> token_mask(torch.tensor([[0, 1, 1]]), 3).tolist()
@@ -33,8 +35,21 @@ def token_mask(attention_mask: Any, length: int, past_length: int | Tensor = 0) 
     real = attention_mask > 0 if attention_mask.dim() == 2 else _real_keys(attention_mask)
     if real.shape[1] == length:
         return real
+    if past_length is None:
+        return None
     columns = past_length + torch.arange(length, device=real.device)
     return real.index_select(1, columns.clamp(max=real.shape[1] - 1))
+
+
+def block_mask(arguments: Mapping[str, Any], length: int) -> Tensor | None:
+    """[B, S] bool, True on real tokens, from the keyword arguments of a block; None where they tell of no padding.
+
+    For what the model's own mask does not fit: frames of sound are fewer than the samples that it is for, and
+    Longformer adds tokens up to a multiple of its window, of which `is_index_masked` tells.
+    """
+    if (padded := arguments.get("is_index_masked")) is not None:
+        return ~padded
+    return token_mask(arguments.get("attention_mask"), length)
 
 
 def packed_mask(position_ids: Any) -> Tensor | None:

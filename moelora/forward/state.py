@@ -283,19 +283,20 @@ class ForwardContext:
         return mask if mask is not None and mask.shape == (batch, length) else None
 
     def has_mask(self, is_decoder: bool) -> bool:
-        """Whether the inputs say that some tokens are padding, or may be."""
-        masks = ("decoder_attention_mask", "labels") if is_decoder else ("attention_mask", "pixel_mask", "padding_mask")
+        """Whether the inputs say that some tokens may be padding."""
+        masks = ("decoder_attention_mask", "labels") if is_decoder else ("attention_mask", "pixel_mask")
         return self.packed is not None or any(self.inputs.get(name) is not None for name in masks)
 
     def _mask_of(self, length: int, is_decoder: bool) -> Tensor | None:
+        past = None if self.cache is None else self.past_length
         if is_decoder:
             given = self.inputs.get("decoder_attention_mask")
             if given is None:
                 given = decoder_mask_from_labels(self.inputs.get("labels"))
-            return token_mask(given, length, self.past_length)
+            return token_mask(given, length, past)
         if self.packed is not None:
             return self.packed
-        return token_mask(self.inputs.get("attention_mask"), length, self.past_length)
+        return token_mask(self.inputs.get("attention_mask"), length, past)
 
     def user_weights(self, lead: torch.Size, is_encoder_decoder: bool = False) -> Tensor | None:
         """The user's `routing_weights` as [*lead, E] for hidden states [*lead, H]; None if there are none.
@@ -334,6 +335,7 @@ class BlockRouting:
     router: MixtureRouter | None  # the block's or model's
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
     shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
+    may_be_padded: bool = False  # some tokens are, or may be, padding
     encoder_weights: Tensor | None = None
     top_k: int | None = None  # experts of a token that weights give anything to, at most; None: maybe all
     _pairs: ExpertPairs | None = field(default=None, init=False)

@@ -89,14 +89,14 @@ def is_native_expert(module_name: str, block_name: str) -> bool:
 
 
 def reads_images(model: nn.Module, block_name: str) -> bool:
-    """Whether a block belongs to an image tower, whose tokens no mask of text tells of."""
+    """Whether a block belongs to an image tower, whose tokens no mask of a text tells of."""
     name = block_name
     while name:
         name = name.rpartition(".")[0]
-        module: Any = model.get_submodule(name)
+        module = model.get_submodule(name)
         if isinstance(module, PreTrainedModel):
             takes = inspect.signature(type(module).forward).parameters
-            return module.main_input_name.startswith("pixel_values") and "input_ids" not in takes
+            return not {"input_ids", "inputs_embeds", "attention_mask"} & set(takes)
     return False
 
 

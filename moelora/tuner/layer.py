@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import peft.tuners.lora as peft_lora
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
-from ..forward.alignment import lines_up
+from ..forward.alignment import Reads, lines_up
 from ..forward.hooks import BlockHook
 from ..forward.interfaces import Pool
 from ..forward.shared_input import BoundGroup, SharedInput
-from ..forward.state import BlockRouting, RoutingState, columns
+from ..forward.state import BlockRouting, ForwardContext, RoutingState, columns
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from ..routing.decision import sole_expert
 from .router import MoELoraRouter
@@ -30,7 +31,7 @@ class LayerLink:
     name: str
     state: RoutingState
     hook: BlockHook | None  # of the block around it; None outside every block
-    is_foreign: bool = False  # it reads other tokens than those that enter its block
+    reads: Reads = "same"  # which tokens, beside those that enter its block
     fused_with: tuple[MoELoraLayer, ...] = ()  # its parent calls them after it, with the same tensor
     bound: BoundGroup | None = None  # with those of them that one product serves
 
@@ -130,7 +131,7 @@ class MoELoraLayer(_LayerBase):
         """Whether the weights of the tokens that enter the block are this linear's too."""
         if routing is None or routing.weights is None:
             return False
-        return not self.link.is_foreign if routing.shared_by_user else not self.has_own_router
+        return self.link.reads == "same" if routing.shared_by_user else not self.has_own_router
 
     @property
     def has_own_router(self) -> bool:
@@ -139,8 +140,7 @@ class MoELoraLayer(_LayerBase):
 
     def is_routed_like(self, other: MoELoraLayer) -> bool:
         """Whether both have the same weights wherever they read the same tensor."""
-        mine, theirs = ((each.has_own_router, each.link.is_foreign) for each in (self, other))
-        return mine == theirs and not self.link.is_foreign
+        return self.has_own_router == other.has_own_router and self.link.reads == other.link.reads == "same"
 
     @property
     def is_left_to_peft(self) -> bool:
@@ -183,14 +183,22 @@ class MoELoraLayer(_LayerBase):
             )
         context, router = routing.context, self.moe_router
         if context.call.routing_weights is not None:
+            return self._weights_by_hand(x, context), context.pool
+        mask = None if link.reads == "others" else routing.mask_for(x)
+        is_known = mask is not None or not routing.may_be_padded
+        return router(x, context, mask, is_known), router.pool
+
+    def _weights_by_hand(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """The caller's weights [..., E] for x [..., D], which are this block's tokens and those before them."""
+        if self.link.reads == "others":
             raise ValueError(
-                f"`{link.name}` reads other tokens than those that enter its block, for which `routing_weights` say "
-                "nothing; leave it out with `exclude_modules`, or call the model without `routing_weights`"
+                f"`{self.link.name}` reads other tokens than those that enter its block, for which `routing_weights` "
+                "say nothing; leave it out with `exclude_modules`, or call the model without `routing_weights`"
             )
-        mask = None if link.is_foreign else routing.mask_for(x)
-        if mask is None and link.hook.may_be_padded(context):  # and nobody knows where: nothing counts, nothing is full
-            return router.decide(x, context) * context.config.routing_scale, router.pool
-        return router(x, context, mask), router.pool
+        batch, length = x.shape[0], x.shape[:-1].numel() // x.shape[0]
+        weights = context.call.weights_for(torch.Size((batch, length)), context.state.num_experts, past_length=0)
+        assert weights is not None
+        return weights.reshape(*x.shape[:-1], -1)
 
     def _weights_outside_blocks(self, x: Tensor) -> tuple[Tensor, Pool]:
         state = self.link.state

@@ -157,7 +157,7 @@ class MoELoraModel(RoutingControls, TunerModel):
                 router.add_adapter(adapter_name, config, like=layer.lora_A[adapter_name].weight)
             if not hasattr(layer, "link"):
                 hook = self._hook_block(place.block, config.router_scope) if place.block else None
-                layer.link = LayerLink(name, state, hook, place.is_foreign)
+                layer.link = LayerLink(name, state, hook, place.reads)
                 if layer is self._output_layer():
                     state.handles.append(self.model.register_forward_pre_hook(refuse_fused_loss, with_kwargs=True))
             if place.owner != name and layer.link.hook is not None:

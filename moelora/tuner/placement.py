@@ -6,7 +6,8 @@
     "model"        the model's                 its own                    its own
     "module"       its own                     its own                    its own
 
-Others are windows of an image, a shortened or transposed sequence, or the tokens that went to one native expert.
+Others are windows of an image, a shortened or transposed sequence, or the tokens that went to one native expert. They
+are also earlier tokens, where a cache holds what the linear is to read (latents in multi-head latent attention).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import cast
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..forward.alignment import Reads
 from . import blocks
 from .probe import Readings, readings_of
 
@@ -30,12 +32,12 @@ class Place:
     Attributes:
         owner: the module that holds its router: a block, "" for the model, or the linear itself.
         block: the block whose forward it runs in; None outside of all, and where a block is not called as a whole.
-        is_foreign: whether it reads other tokens than those that enter its block.
+        reads: which tokens it reads, beside those that enter its block.
     """
 
     owner: str
     block: str | None
-    is_foreign: bool = False
+    reads: Reads = "same"
 
 
 def places(model: nn.Module, names: Iterable[str], scope: str, own: Sequence[str] | None) -> dict[str, Place]:
@@ -53,7 +55,9 @@ def places(model: nn.Module, names: Iterable[str], scope: str, own: Sequence[str
     for name, place in found.items():
         is_apart = _is_decided(model.get_submodule(name), name, own)
         if is_apart is None:
-            is_apart = place.is_foreign or place.block is None or not _is_covered(model, place.block, width, readings)
+            is_apart = (
+                place.reads != "same" or place.block is None or not _is_covered(model, place.block, width, readings)
+            )
         if scope == "module" or is_apart or (scope == "block" and place.block is None):
             found[name] = replace(place, owner=name)
         elif scope == "block":
@@ -88,7 +92,7 @@ def _without_owner(model: nn.Module, name: str, readings: Readings) -> Place:
     if block is None or (name in readings.alike and block not in readings.leads):  # its parts are called one by one
         return Place("", None)
     is_alike = readings.alike.get(name, _is_likely_alike(model, name, block, readings))
-    return Place("", block, not is_alike)
+    return Place("", block, "others" if not is_alike else "earlier" if name in readings.cached else "same")
 
 
 def _is_likely_alike(model: nn.Module, name: str, block: str, readings: Readings) -> bool:
@@ -111,7 +115,7 @@ def _is_covered(model: nn.Module, block: str, width: int | None, readings: Readi
 
 def _common_width(model: nn.Module, found: Iterable[Place], readings: Readings) -> int:
     """The width of the hidden states around most linears: a model of several towers has several."""
-    inside = [place.block for place in found if place.block is not None and not place.is_foreign]
+    inside = [place.block for place in found if place.block is not None and place.reads == "same"]
     counts = Counter(_width(model, block, readings) for block in inside)
     return counts.most_common(1)[0][0] if counts else 0
 

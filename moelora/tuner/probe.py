@@ -27,8 +27,8 @@ from ..forward.alignment import lines_up
 from ..forward.hooks import encoder_argument_position, encoder_states_of, hidden_states_of
 from . import blocks
 
-# Sizes that tell dimensions apart: two texts of seven tokens, whose answers have five; frames of sound.
-_BATCH, _LENGTH, _ANSWER, _FRAMES = 2, 7, 5, 128
+# Sizes that tell dimensions apart: two texts of seven tokens, whose answers have five, and go on by three; frames.
+_BATCH, _LENGTH, _ANSWER, _MORE, _FRAMES = 2, 7, 5, 3, 128
 
 
 @dataclass
@@ -39,12 +39,14 @@ class Readings:
         leads: of each block that ran, what comes before H in its hidden states, [B, S] as a rule.
         widths: H of each block that ran.
         alike: of each linear that ran, whether it always read its block's tokens (in cross-attention: the encoder's).
+        cached: the linears that read tokens of an earlier forward too, from a cache of what precedes them.
         complete: the blocks that ran to their end, whose other linears were not called.
     """
 
     leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     alike: dict[str, bool] = field(default_factory=dict)
+    cached: set[str] = field(default_factory=set)
     complete: set[str] = field(default_factory=set)
 
 
@@ -73,7 +75,11 @@ def _readings_of(kind: _Kind) -> Readings:
         for name, part in twin.named_modules():
             if isinstance(part, PreTrainedModel) and watch.has_not_run(name):
                 with suppress(Exception):
-                    part(**_made_up(part))
+                    output = part(**_made_up(part))
+                    if (cache := getattr(output, "past_key_values", None)) is not None:
+                        watch.is_going_on = True
+                        part(**_made_up(part, _MORE), past_key_values=cache)
+                watch.is_going_on = False
     return readings
 
 
@@ -120,6 +126,7 @@ class _Watch:
 
     def __init__(self, twin: nn.Module, readings: Readings) -> None:
         self.readings = readings
+        self.is_going_on = False  # from a cache
         self.running: dict[str, list[tuple[int, ...]]] = {}  # what the tokens of blocks that run may be
         linears = {name: module for name, module in twin.named_modules() if blocks.is_linear(module)}
         self.block_of = {name: blocks.find_block(twin, name) for name in linears}
@@ -158,7 +165,10 @@ class _Watch:
         def read(linear: nn.Module, args: tuple) -> None:
             tokens = self.running.get(self.block_of[name] or "", [])
             is_alike = any(lines_up(args[0].shape[:-1], lead) for lead in tokens)
-            self.readings.alike[name] = is_alike and self.readings.alike.get(name, True)
+            if not self.is_going_on:
+                self.readings.alike[name] = is_alike and self.readings.alike.get(name, True)
+            elif not is_alike:
+                self.readings.cached.add(name)
 
         return read
 
@@ -166,13 +176,16 @@ class _Watch:
 # ---- made-up inputs --------------------------------------------------------------------------------------------------
 
 
-def _made_up(model: Any) -> dict[str, Tensor]:
-    """What a model's forward needs, text alone where it takes text."""
+def _made_up(model: Any, more: int | None = None) -> dict[str, Tensor]:
+    """What a model's forward needs, text alone where it takes text; if given, only so many tokens more."""
     config, made = model.config, {}
     for name, parameter in inspect.signature(type(model).forward).parameters.items():
         is_needed = name in (model.main_input_name, *_ALWAYS) or parameter.default is parameter.empty
         if is_needed and name in _MAKERS:
             made[name] = _MAKERS[name](config)
+    if more is not None:
+        growing = "decoder_input_ids" if "decoder_input_ids" in made else "input_ids"
+        made[growing] = made[growing][:, :more]
     return made
 
 
@@ -206,7 +219,7 @@ def _series(config: Any) -> Tensor:
 
 
 def _grids(config: Any) -> Tensor:
-    """Frames, rows and columns of patches of each image; of numbers, not on the meta device, as models loop over them."""
+    """Frames, rows and columns of patches of each image; real numbers, for models loop over them."""
     side = 2 * getattr(config, "spatial_merge_size", 2)
     return torch.tensor([[1, side, side]] * _BATCH, device="cpu")
 

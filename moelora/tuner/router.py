@@ -144,8 +144,15 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """Whether the active adapters, several, all have statistics of their domains, which then decide."""
         return routes_by_domain(self.active_routers())
 
-    def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
-        """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
+    def forward(
+        self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None, counts: bool = True
+    ) -> Tensor:
+        """Scaled routing weights [..., E] for hidden [..., H].
+
+        Args:
+            mask: [...], False on padding.
+            counts: False where nobody knows which tokens are padding: then no expert is ever full, and nothing that
+                depends on other tokens is summed up.
 
         Raises:
             ValueError: hidden has another width than the router.
@@ -160,7 +167,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
                 weights = weigh(self._checked(hidden).to(here), self._in_context(hidden, mask, context))
                 scale = 1.0
             else:
-                weights, scale = self._counted_weights(self._checked(hidden), context, mask)
+                weights, scale = self._counted_weights(self._checked(hidden), context, mask, counts)
             return self._finish(weights, scale, context)
 
     def _uncounted(
@@ -183,7 +190,9 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
         return here, weigh
 
-    def _counted_weights(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None) -> tuple[Tensor, float]:
+    def _counted_weights(
+        self, hidden: Tensor, context: ForwardContext, mask: Tensor | None, counts: bool
+    ) -> tuple[Tensor, float]:
         """The weights [..., E], and what they are yet to be multiplied by; the sums go to the context."""
         config = context.config
         routers = cast("list[Router]", self.active_routers())
@@ -191,7 +200,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         maturity_E = context.maturity(self) if config.router_kind.matures else None
         bias_E = context.selection_bias(self) if config.balancing.moves_bias else None
         # Where domains decide, a batch of one goes to one adapter: a share of the whole pool would drop most of it.
-        is_limited = context.training and not decides_by_domain
+        is_limited = context.training and counts and not decides_by_domain
         limit = (self._capacity_factor(config) if is_limited else None, is_limited and context.over_ranks)
         is_softmax = config.router_kind.has_kernel and bias_E is None and not decides_by_domain
         is_linear = is_softmax and all(router.hidden_weight is None for router in routers)
@@ -206,7 +215,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             routing = self._route(scored, config, maturity_E, bias_E, mask_T, *limit)
             sums = RoutingSums.of(routing, scored.logits, mask_T, config.load_balance_loss_type)
             weights, scale = routing.weights.view(*hidden.shape[:-1], routing.weights.shape[-1]), config.routing_scale
-        context.record(self, sums)
+        if counts:
+            context.record(self, sums)
         return weights, scale
 
     def _capacity_factor(self, config: MoELoraConfig) -> float | None:

@@ -1,0 +1,206 @@
+"""Linears that read something else than the [B, S, H] that enters their block: latents, windows, frames, native experts.
+
+The block's router serves those that read its tokens in another shape; each other linear has a router of its own. What
+stands in padded positions reaches no real token either way.
+"""
+
+import pytest
+import torch
+from helpers import awaken, routers_of
+from peft import PeftModel, get_peft_model
+from wide import CASES, PADDED_ONLY, ids, noise
+
+from moelora import MoELoraConfig
+
+CASE = {case.name.partition("For")[0]: case for case in reversed([*PADDED_ONLY, *CASES])}
+TIGHT = {"r": 2, "num_experts": 4, "top_k_experts": 1, "router_type": "learned", "expert_capacity_factor": 1.0}
+"""Experts are full at once in training: a token too many throws others out."""
+
+
+def mixture_on(name: str, **options):
+    torch.manual_seed(1)
+    case = CASE[name]
+    model = get_peft_model(case.build(), MoELoraConfig(target_modules=case.targets, **(TIGHT | options)))
+    awaken(model)
+    return model
+
+
+def own_linears(model) -> set[str]:
+    """The last two parts of the names of linears that have routers of their own."""
+    return {".".join(name.split(".")[-2:]) for name in model.peft_config["default"].own_routers}
+
+
+# ---- latents ---------------------------------------------------------------------------------------------------------
+
+LATENT = ["DeepseekV2", "DeepseekV3", "DeepseekV32", "Glm4MoeLite", "GlmMoeDsa", "MiniCPM3"]
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+@pytest.mark.parametrize("name", LATENT)
+def test_what_reads_latents_has_a_router_of_its_own(name, scope):
+    """kv_b_proj reads [B, 1, S, R], of all tokens in the cache: its router decides on the latents, when they come again
+    as when they came first. The others follow their block."""
+    model = mixture_on(name, router_scope=scope)
+    assert own_linears(model) == {"self_attn.kv_b_proj"}
+    assert len(routers_of(model)) == (1 if scope == "model" else 2) + 2
+
+
+def test_latents_count_as_tokens_where_padding_is_known():
+    model = mixture_on("MiniCPM3").train()
+    model(**CASE["MiniCPM3"].inputs())
+    assert {stats.num_tokens for stats in model.routing_stats().values()} == {12}
+
+
+def test_a_latents_weights_by_hand_are_those_of_its_token():
+    """They single out one expert for each token: kv_b_proj adds that expert's delta, token by token."""
+    model = mixture_on("MiniCPM3").eval()
+    name, layer = next((n, m) for n, m in model.named_modules() if n.endswith("layers.1.self_attn.kv_b_proj"))
+    seen = {}
+    layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+    chosen = torch.randint(0, 4, (2, 7), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        model(input_ids=ids(), use_cache=False, routing_weights=torch.nn.functional.one_hot(chosen, 4).float())
+        x, A, B = seen["x"].reshape(2, 7, -1), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        A, B = A.view(4, 2, -1)[chosen], B.view(-1, 4, 2).permute(1, 0, 2)[chosen]  # [B, S, r, D], [B, S, O, r]
+        delta = (B @ (A @ x[..., None])).squeeze(-1) * layer.scaling["default"]
+        expected = layer.base_layer(seen["x"]) + delta.view_as(seen["y"])
+    torch.testing.assert_close(seen["y"], expected)
+
+
+@pytest.mark.parametrize("given", ["routers", "attached", "by hand", "by hand, by sequence"])
+@pytest.mark.parametrize("name", ["DeepseekV3", "MiniCPM3"])
+def test_latents_decode_with_a_cache_as_without(name, given):
+    model = mixture_on(name).eval()
+    arguments = {"input_ids": ids(), "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    if given == "attached":
+        model.attach_router(torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.Softmax(-1)))
+    elif given != "routers":
+        weights = noise(2, 9, 4).softmax(-1)
+        arguments["routing_weights"] = weights if given == "by hand" else weights[:, 0]
+    arguments |= {"output_logits": True, "attention_mask": torch.tensor([[1] * 7, [0] * 2 + [1] * 5])}
+    cached, uncached = (model.generate(**arguments, use_cache=use_cache) for use_cache in (True, False))
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=1e-4, atol=1e-4)
+
+
+# ---- what has routers of its own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Longformer", {"self.query", "self.key", "self.value", "classifier.dense", "classifier.out_proj"}),
+        ("LED", {"longformer_self_attn.query", "longformer_self_attn.key", "longformer_self_attn.value"}),
+        ("Swin", {"attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "downsample.reduction"}),
+        ("Segformer", {"attention.k_proj", "attention.v_proj"}),
+        ("SamModel", {"attn.qkv", "attn.proj"}),
+        ("Funnel", {"attention.k_head", "attention.v_head"}),
+        ("PatchTST", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"}),
+        ("Bert", {"pooler.dense", "classifier"}),
+        ("Llava", {"multi_modal_projector.linear_1", "multi_modal_projector.linear_2"}),
+    ],
+)  # fmt: skip
+def test_linears_that_read_other_tokens_have_routers_of_their_own(name, expected):
+    assert expected <= own_linears(mixture_on(name))
+
+
+@pytest.mark.parametrize("name", ["Longformer", "Swin", "Segformer", "DeepseekV3", "Llava", "Bert"])
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_the_folder_decides_on_loading(name, scope, tmp_path, monkeypatch):
+    """Which linears had routers of their own is in the configuration: no probe has to find it again."""
+    model = mixture_on(name, router_scope=scope).eval()
+    model.save_pretrained(tmp_path)
+    inputs = CASE[name].inputs()
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        loaded = PeftModel.from_pretrained(CASE[name].build(), tmp_path).eval()
+        torch.testing.assert_close(loaded(**inputs)[0], expected, rtol=1e-5, atol=1e-6)
+    assert loaded.peft_config["default"].own_routers == model.peft_config["default"].own_routers
+    assert list(routers_of(loaded)) == list(routers_of(model))
+
+
+def test_a_configuration_serves_for_another_model():
+    """Names of one model's linears do not stick to the caller's configuration."""
+    config = MoELoraConfig(target_modules="all-linear", **TIGHT)
+    get_peft_model(CASE["Bert"].build(), config)
+    assert config.own_routers is None
+
+
+def test_adapters_that_disagree_are_refused(tmp_path):
+    mixture_on("Llava").save_pretrained(tmp_path)
+    config = MoELoraConfig.from_pretrained(tmp_path)
+    model = mixture_on("Llava")
+    config.own_routers = config.own_routers[1:]
+    with pytest.raises(ValueError, match=r"`model.multi_modal_projector.linear_1` has a router of its own in this"):
+        model.add_adapter("second", config)
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("name", ["Longformer", "Llava"])
+def test_weights_by_hand_and_attached_routers(name):
+    """What weights by hand say nothing about is refused by name; an attached router leaves it its own router."""
+    model, inputs = mixture_on(name).eval(), CASE[name].inputs()
+    model.attach_router(torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.Softmax(-1)))
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs)[0]).all()
+    model.detach_router()
+    if name == "Longformer":
+        with pytest.raises(ValueError, match=r"self\.query` reads other tokens.*exclude_modules"):
+            model(**inputs, routing_weights=torch.full((2, 4), 0.25))
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+
+def text(padded: Ellipsis, length: int = 7, batch: int = 2) -> dict:
+    """Two texts, of which the second ends in two padded positions that hold this token."""
+    found, mask = ids(length), torch.ones(2, length, dtype=torch.long)
+    mask[1, -2:] = 0
+    found[1, -2:] = padded
+    return {"input_ids": found, "attention_mask": mask}
+
+
+def answered(inputs: dict) -> dict:
+    return inputs | {"decoder_input_ids": ids(5, seed=2), "use_cache": False}
+
+
+def sound(padded: float) -> dict:
+    wave, mask = noise(2, 4000), torch.ones(2, 4000, dtype=torch.long)
+    mask[1, -1500:] = 0
+    wave[1, -1500:] = padded
+    return {"input_values": wave, "attention_mask": mask}
+
+
+PADDED = {
+    "Longformer": lambda token: text(token),
+    "Longformer, a whole window": lambda token: text(token, length=8),
+    "Longformer, as many texts as tokens": lambda token: {
+        name: value.repeat(2, 1) for name, value in text(token, length=4).items()
+    },
+    "LED": lambda token: answered(text(token)),
+    "SwitchTransformers": lambda token: answered(text(token)),
+    "Funnel": lambda token: text(token),
+    "XLNet": lambda token: {name: value.flip(1) for name, value in text(token).items()},
+    "DeepseekV3": lambda token: text(token) | {"use_cache": False},
+    "MiniCPM3": lambda token: text(token) | {"use_cache": False},
+    "Llama": lambda token: text(token) | {"use_cache": False},
+    "Wav2Vec2": sound,
+    "Rwkv": lambda token: text(token) | {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_reaches_no_real_token(name, training):
+    """In training too, where experts are full: what is padded may not take a real token's place."""
+    results = []
+    for token in (0, 50):
+        inputs = PADDED[name](token)
+        model = mixture_on(name.partition(",")[0]).train(training)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        with torch.set_grad_enabled(training):
+            output = model(**inputs)[0].detach()
+        real = inputs["attention_mask"].bool()
+        results.append(output[real] if output.shape[:2] == real.shape else output)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
