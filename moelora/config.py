@@ -100,7 +100,8 @@ class MoELoraConfig(LoraConfig):
         default="block",
         metadata={
             "help": "'block': each transformer block's router reads the hidden states entering it and steers every "
-            "adapted linear in it. 'model': one router on the input embeddings. 'module': one per adapted linear."
+            "adapted linear in it. 'model': one router on the input embeddings. 'module': one per adapted linear. "
+            "Linears outside every block, or that read other tokens than their block, always have their own."
         },
     )
     maturity_tokens: int = field(

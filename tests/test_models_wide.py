@@ -4,13 +4,14 @@ The models are tiny and made from configurations (tests/wide.py).
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import awaken, routers_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from wide import CASES
+from wide import CASES, MARKED, table
 
 from moelora import MoELoraConfig
 
@@ -83,3 +84,10 @@ def test_does_what_lora_does(case, tmp_path):
 def is_used(router: str, linears: set[str]) -> bool:
     """Whether a router serves linears that run: some are there for their weight alone, which LoRA does not train."""
     return any(linear == router or linear.startswith(f"{router}.") for linear in linears)
+
+
+def test_the_table_of_architectures_is_current():
+    page = (Path(__file__).parents[1] / "docs" / "support.md").read_text(encoding="utf-8")
+    assert MARKED.search(page)[0] == f"<!-- architectures -->\n{table()}\n<!-- end of architectures -->", (
+        "run `python tests/wide.py docs/support.md`"
+    )

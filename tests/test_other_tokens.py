@@ -1,7 +1,6 @@
-"""Linears that read something else than the [B, S, H] that enters their block: latents, windows, frames, native experts.
+"""Linears that read something else than the [B, S, H] that enters their block: latents, windows, native experts.
 
-The block's router serves those that read its tokens in another shape; each other linear has a router of its own. What
-stands in padded positions reaches no real token either way.
+Each has a router of its own. What stands in padded positions reaches no real token either way.
 """
 
 import pytest
@@ -11,6 +10,9 @@ from peft import PeftModel, get_peft_model
 from wide import CASES, PADDED_ONLY, ids, noise
 
 from moelora import MoELoraConfig
+from moelora.data.texts import TextBlock
+from moelora.report.observe import reading_routers, undisturbed
+from moelora.serving.mixture import read_served_mixture
 
 CASE = {case.name.partition("For")[0]: case for case in reversed([*PADDED_ONLY, *CASES])}
 TIGHT = {"r": 2, "num_experts": 4, "top_k_experts": 1, "router_type": "learned", "expert_capacity_factor": 1.0}
@@ -54,7 +56,7 @@ def test_latents_count_as_tokens_where_padding_is_known():
 def test_a_latents_weights_by_hand_are_those_of_its_token():
     """They single out one expert for each token: kv_b_proj adds that expert's delta, token by token."""
     model = mixture_on("MiniCPM3").eval()
-    name, layer = next((n, m) for n, m in model.named_modules() if n.endswith("layers.1.self_attn.kv_b_proj"))
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.1.self_attn.kv_b_proj"))
     seen = {}
     layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
     chosen = torch.randint(0, 4, (2, 7), generator=torch.Generator().manual_seed(4))
@@ -90,7 +92,7 @@ def test_latents_decode_with_a_cache_as_without(name, given):
     [
         ("Longformer", {"self.query", "self.key", "self.value", "classifier.dense", "classifier.out_proj"}),
         ("LED", {"longformer_self_attn.query", "longformer_self_attn.key", "longformer_self_attn.value"}),
-        ("Swin", {"attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "downsample.reduction"}),
+        ("Swin", {"attention.q_proj", "attention.k_proj", "attention.v_proj", "downsample.reduction"}),
         ("Segformer", {"attention.k_proj", "attention.v_proj"}),
         ("SamModel", {"attn.qkv", "attn.proj"}),
         ("Funnel", {"attention.k_head", "attention.v_head"}),
@@ -204,3 +206,57 @@ def test_padding_reaches_no_real_token(name, training):
         real = inputs["attention_mask"].bool()
         results.append(output[real] if output.shape[:2] == real.shape else output)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+# ---- what is built on routers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Longformer", "MiniCPM3", "Llava"])
+def test_gradient_checkpoints_change_nothing(name):
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = mixture_on(name, router_aux_loss_coef=0.5).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if is_checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.get_base_model().enable_input_require_grads()
+        model(**CASE[name].inputs())[0].float().pow(2).mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for parameter, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], expected, rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+def test_a_mixture_merges_under_fixed_weights():
+    """Each linear by its router, which may be its own."""
+    model = mixture_on("Bert", router_type="fixed").eval()
+    inputs = CASE["Bert"].inputs()
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        torch.testing.assert_close(model.merge_and_unload()(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_more_expert_joins_with_routers_in_the_same_places():
+    config = MoELoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(CASE["Llava"].build(), config, adapter_name="expert_0")
+    model.add_adapter("expert_1", config)
+    assert model.peft_config["expert_1"].own_routers == model.peft_config["expert_0"].own_routers
+    assert all(len(router.pool) == 2 for router in routers_of(model).values())
+
+
+def test_no_server_is_given_a_router_of_a_linear(tmp_path):
+    mixture_on("MiniCPM3").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"kv_b_proj` has a router of its own .*exclude_modules"):
+        read_served_mixture(tmp_path)
+
+
+def test_a_report_leaves_out_routers_that_read_no_tokens():
+    model = mixture_on("Llama")  # for classification: its head reads tokens too
+    block = TextBlock(token_ids=ids(8)[0].tolist(), domain=0, document=0, unit=0)
+    with undisturbed(model):
+        assert reading_routers(model, block) == list(routers_of(model))
+    model = mixture_on("Longformer")
+    with undisturbed(model):
+        assert not [name for name in reading_routers(model, block) if "query" in name]

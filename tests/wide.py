@@ -6,13 +6,18 @@ python tests/wide.py docs/support.md    writes the table of the architectures
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import get_peft_model
 from torch import Tensor
+
+from moelora import MoELoraConfig
 
 VOCAB = 99
 IMAGE = 32
@@ -40,9 +45,16 @@ _SMALL: dict[str, Any] = {
     **_all("num_experts num_local_experts n_routed_experts", 4),
     **_all("num_experts_per_tok num_experts_per_token moe_topk", 2),
     **_all("n_group topk_group", 1),
-    "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
-    "vocab_size": VOCAB, "max_position_embeddings": 128, "image_size": IMAGE, "patch_size": 8,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "image_size": IMAGE,
+    "patch_size": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
@@ -151,10 +163,11 @@ _CONV = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size
 _LANGUAGE = [
     *_cases("language", _generating,
         "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM GemmaForCausalLM Gemma2ForCausalLM "
-        "Gemma3ForCausalLM PhiForCausalLM Phi3ForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM OPTForCausalLM BloomForCausalLM "
-        "FalconForCausalLM StableLmForCausalLM Starcoder2ForCausalLM CohereForCausalLM Cohere2ForCausalLM OlmoForCausalLM "
-        "Olmo2ForCausalLM GraniteForCausalLM Glm4ForCausalLM NemotronForCausalLM SmolLM3ForCausalLM "
-        "Ernie4_5ForCausalLM Exaone4ForCausalLM XGLMForCausalLM LlamaForSequenceClassification"),
+        "Gemma3ForCausalLM PhiForCausalLM Phi3ForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM OPTForCausalLM "
+        "BloomForCausalLM FalconForCausalLM StableLmForCausalLM Starcoder2ForCausalLM CohereForCausalLM "
+        "Cohere2ForCausalLM OlmoForCausalLM Olmo2ForCausalLM GraniteForCausalLM Glm4ForCausalLM "
+        "NemotronForCausalLM SmolLM3ForCausalLM Ernie4_5ForCausalLM Exaone4ForCausalLM XGLMForCausalLM "
+        "LlamaForSequenceClassification"),
     *_cases("language", _generating, "GPTJForCausalLM", rotary_dim=4),
     *_cases("language", _generating, "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]]),
 ]  # fmt: skip
@@ -162,15 +175,17 @@ _NATIVE = [
     *_cases("native mixture", _generating,
         "MixtralForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM OlmoeForCausalLM GptOssForCausalLM "
         "GraniteMoeForCausalLM MiniMaxForCausalLM", native=True),
-    *_cases("native mixture", _generating, "Glm4MoeForCausalLM", native=True, first_k_dense_replace=1, n_shared_experts=1),
+    *_cases("native mixture", _generating, "Glm4MoeForCausalLM", native=True, first_k_dense_replace=1,
+            n_shared_experts=1),
 ]  # fmt: skip
 _LATENTS = [
     *_cases("multi-head latent attention", _generating, "MiniCPM3ForCausalLM", **_LATENT),
-    *_cases("multi-head latent attention", _generating, "DeepseekV2ForCausalLM DeepseekV3ForCausalLM Glm4MoeLiteForCausalLM",
-            native=True, **_LATENT),
-    *_cases("multi-head latent attention", _generating, "DeepseekV32ForCausalLM GlmMoeDsaForCausalLM", native=True, **_INDEXED),
-    *_cases("multi-head latent attention", _generating, "LongcatFlashForCausalLM", native=True, expert_ffn_hidden_size=16,
-            **_LATENT),
+    *_cases("multi-head latent attention", _generating,
+            "DeepseekV2ForCausalLM DeepseekV3ForCausalLM Glm4MoeLiteForCausalLM", native=True, **_LATENT),
+    *_cases("multi-head latent attention", _generating, "DeepseekV32ForCausalLM GlmMoeDsaForCausalLM", native=True,
+            **_INDEXED),
+    *_cases("multi-head latent attention", _generating, "LongcatFlashForCausalLM", native=True,
+            expert_ffn_hidden_size=16, **_LATENT),
     *_cases("multi-head latent attention", _generating, "KimiLinearForCausalLM", native=True,
             **_LATENT | {"head_dim": 8, "q_lora_rank": None, "layer_types": ["linear_attention", "full_attention"]}),
 ]  # fmt: skip
@@ -202,18 +217,20 @@ _ENCODER_DECODERS = [
         "M2M100ForConditionalGeneration LongT5ForConditionalGeneration UMT5ForConditionalGeneration "
         "ProphetNetForConditionalGeneration PegasusXForConditionalGeneration FSMTForConditionalGeneration "
         "T5GemmaForConditionalGeneration"),
-    *_cases("encoder-decoder", _translating, "SwitchTransformersForConditionalGeneration NllbMoeForConditionalGeneration",
-            native=True, expert_capacity=64),
+    *_cases("encoder-decoder", _translating,
+            "SwitchTransformersForConditionalGeneration NllbMoeForConditionalGeneration", native=True,
+            expert_capacity=64),
     *_cases("encoder-decoder", _translating, "LEDForConditionalGeneration", attention_window=4),
 ]  # fmt: skip
 _VISION = [
     *_cases("vision", _picture,
         "ViTForImageClassification DeiTForImageClassification BeitForImageClassification Dinov2ForImageClassification "
-        "DINOv3ViTModel MobileViTForImageClassification PoolFormerForImageClassification FocalNetForImageClassification "
-        "SiglipForImageClassification SwiftFormerForImageClassification ResNetForImageClassification CLIPVisionModel "
-        "GroupViTVisionModel"),
+        "DINOv3ViTModel MobileViTForImageClassification PoolFormerForImageClassification CLIPVisionModel "
+        "FocalNetForImageClassification SiglipForImageClassification SwiftFormerForImageClassification "
+        "ResNetForImageClassification GroupViTVisionModel"),
     *_cases("vision", _picture, "SwinForImageClassification Swinv2ForImageClassification DonutSwinModel", **_SWIN),
-    *_cases("vision", _picture, "SegformerForImageClassification GLPNForDepthEstimation", **_STAGES | {"decoder_hidden_size": 16}),
+    *_cases("vision", _picture, "SegformerForImageClassification GLPNForDepthEstimation",
+            **_STAGES | {"decoder_hidden_size": 16}),
     *_cases("vision", _picture, "PvtV2ForImageClassification", **_STAGES),
     *_cases("vision", _picture, "ConvNextForImageClassification ConvNextV2ForImageClassification", **_CONV),
     *_cases("vision", _picture, "YolosForObjectDetection", image_size=[IMAGE, IMAGE], num_detection_tokens=5),
@@ -227,16 +244,18 @@ _VISION = [
         vision_config=small(transformers.SamVisionConfig, window_size=2, global_attn_indexes=[1], output_channels=16,
                             num_pos_feats=8, mlp_dim=48).to_dict(),
         prompt_encoder_config={"hidden_size": 16, "image_size": IMAGE, "patch_size": 8, "image_embedding_size": 4},
-        mask_decoder_config={"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}), _picture),
+        mask_decoder_config={"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}),
+        _picture),
 ]  # fmt: skip
 _SOUND = [
     *_cases("audio", _wave,
         "Wav2Vec2ForSequenceClassification HubertForSequenceClassification WavLMForSequenceClassification "
         "SEWForSequenceClassification UniSpeechForSequenceClassification Wav2Vec2ConformerForSequenceClassification"),
-    *_cases("audio", lambda: {"input_features": noise(2, 8, 40), "decoder_input_ids": ids(5)}, "WhisperForConditionalGeneration",
-            max_source_positions=20, num_mel_bins=8, max_target_positions=32, decoder_start_token_id=1),
-    *_cases("audio", lambda: {"input_values": noise(2, 32, 16)}, "ASTForAudioClassification", max_length=32, num_mel_bins=16,
-            frequency_stride=8, time_stride=8),
+    *_cases("audio", lambda: {"input_features": noise(2, 8, 40), "decoder_input_ids": ids(5)},
+            "WhisperForConditionalGeneration", max_source_positions=20, num_mel_bins=8, max_target_positions=32,
+            decoder_start_token_id=1),
+    *_cases("audio", lambda: {"input_values": noise(2, 32, 16)}, "ASTForAudioClassification", max_length=32,
+            num_mel_bins=16, frequency_stride=8, time_stride=8),
     *_cases("audio", lambda: {"input_features": noise(2, 40, 8), "decoder_input_ids": ids(5)},
             "Speech2TextForConditionalGeneration", input_feat_per_channel=8, conv_channels=16, max_source_positions=64,
             max_target_positions=32, decoder_start_token_id=1),
@@ -271,8 +290,8 @@ def _joined(name: str, vision: str, text: str, **options: Any) -> Callable[[], A
         towers = [small(getattr(transformers, each)) for each in (vision, text)]
         own = getattr(transformers, name)
         made = [
-            each if part is transformers.AutoConfig else each.to_dict()
-            for each, part in zip(towers, (own.sub_configs["vision_config"], own.sub_configs["text_config"]), strict=True)
+            each if own.sub_configs[part] is transformers.AutoConfig else each.to_dict()
+            for each, part in zip(towers, ("vision_config", "text_config"), strict=True)
         ]
         return own(vision_config=made[0], text_config=made[1], **{"image_token_id": IMAGE_TOKEN} | options)
 
@@ -308,7 +327,8 @@ _VISION_LANGUAGE = [
     Case(f"{name}", "vision-language", config, inputs)
     for name, config, inputs in (
         ("LlavaForConditionalGeneration",
-         _joined("LlavaConfig", "CLIPVisionConfig", "LlamaConfig", vision_feature_layer=-1), _seeing(16, 2, 3, IMAGE, IMAGE)),
+         _joined("LlavaConfig", "CLIPVisionConfig", "LlamaConfig", vision_feature_layer=-1),
+         _seeing(16, 2, 3, IMAGE, IMAGE)),
         ("LlavaNextForConditionalGeneration",
          _joined("LlavaNextConfig", "CLIPVisionConfig", "LlamaConfig", vision_feature_layer=-1,
                  image_grid_pinpoints=[[IMAGE, IMAGE]]),
@@ -317,13 +337,15 @@ _VISION_LANGUAGE = [
          _joined("PaliGemmaConfig", "SiglipVisionConfig", "GemmaConfig", projection_dim=32, hidden_size=32),
          _seeing(16, 2, 3, IMAGE, IMAGE, **_token_types)),
         ("Gemma3ForConditionalGeneration",
-         _joined("Gemma3Config", "SiglipVisionConfig", "Gemma3TextConfig", image_token_index=IMAGE_TOKEN, boi_token_index=91,
-                 eoi_token_index=92, mm_tokens_per_image=4),
+         _joined("Gemma3Config", "SiglipVisionConfig", "Gemma3TextConfig", image_token_index=IMAGE_TOKEN,
+                 boi_token_index=91, eoi_token_index=92, mm_tokens_per_image=4),
          _seeing(4, 2, 3, IMAGE, IMAGE, **_token_types)),
         ("Idefics3ForConditionalGeneration",
-         _joined("Idefics3Config", "Idefics3VisionConfig", "LlamaConfig", scale_factor=2), _seeing(4, 2, 1, 3, IMAGE, IMAGE)),
+         _joined("Idefics3Config", "Idefics3VisionConfig", "LlamaConfig", scale_factor=2),
+         _seeing(4, 2, 1, 3, IMAGE, IMAGE)),
         ("SmolVLMForConditionalGeneration",
-         _joined("SmolVLMConfig", "SmolVLMVisionConfig", "LlamaConfig", scale_factor=2), _seeing(4, 2, 1, 3, IMAGE, IMAGE)),
+         _joined("SmolVLMConfig", "SmolVLMVisionConfig", "LlamaConfig", scale_factor=2),
+         _seeing(4, 2, 1, 3, IMAGE, IMAGE)),
         ("InternVLForConditionalGeneration",
          lambda: transformers.InternVLConfig(
              vision_config=small(transformers.InternVLVisionConfig, image_size=[IMAGE, IMAGE], patch_size=[8, 8]),
@@ -339,19 +361,23 @@ _VISION_LANGUAGE = [
                num_position_embeddings=16, deepstack_visual_indexes=[0]), _seeing_as_qwen),
         ("CLIPModel", _joined("CLIPConfig", "CLIPVisionConfig", "CLIPTextConfig", projection_dim=16),
          _seeing(0, 2, 3, IMAGE, IMAGE)),
-        ("SiglipModel", _joined("SiglipConfig", "SiglipVisionConfig", "SiglipTextConfig"), _seeing(0, 2, 3, IMAGE, IMAGE)),
+        ("SiglipModel", _joined("SiglipConfig", "SiglipVisionConfig", "SiglipTextConfig"),
+         _seeing(0, 2, 3, IMAGE, IMAGE)),
         ("Blip2ForConditionalGeneration",
          lambda: transformers.Blip2Config(
              vision_config=small(transformers.Blip2VisionConfig).to_dict(),
              qformer_config=small(transformers.Blip2QFormerConfig, encoder_hidden_size=32).to_dict(),
              text_config=small(transformers.OPTConfig), num_query_tokens=4, image_token_index=IMAGE_TOKEN),
          _seeing(4, 2, 3, IMAGE, IMAGE)),
-        ("GitForCausalLM", lambda: small(transformers.GitConfig, vision_config={}), _seeing(0, 2, 3, IMAGE, IMAGE)),
-        ("ViltModel", lambda: small(transformers.ViltConfig), _seeing(0, 2, 3, IMAGE, IMAGE)),
+        ("GitForCausalLM", lambda: small(transformers.GitConfig, vision_config={}),
+         _seeing(0, 2, 3, IMAGE, IMAGE)),
+        ("ViltModel", lambda: small(transformers.ViltConfig),
+         _seeing(0, 2, 3, IMAGE, IMAGE)),
         ("MllamaForConditionalGeneration",
          lambda: transformers.MllamaConfig(
              vision_config=small(transformers.MllamaVisionConfig, intermediate_layers_indices=[0], vision_output_dim=64,
-                                 num_global_layers=1, max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2]]).to_dict(),
+                                 num_global_layers=1, max_num_tiles=2,
+                                 supported_aspect_ratios=[[1, 1], [1, 2]]).to_dict(),
              text_config=small(transformers.MllamaConfig.sub_configs["text_config"], cross_attention_layers=[1],
                                rope_parameters={"rope_type": "default", "rope_theta": 1e4}).to_dict(),
              image_token_index=IMAGE_TOKEN),
@@ -366,11 +392,48 @@ PADDED_ONLY = [
     # Plain LoRA cannot train RWKV, whose forward writes into a view.
     *_cases("state space", _generating, "RwkvForCausalLM", attention_hidden_size=32),
     # Sounds are normalised each by itself, so that what is padded reaches nothing in the base.
-    *_cases("audio", _wave, "Wav2Vec2ForSequenceClassification", feat_extract_norm="layer", do_stable_layer_norm=True,
-            apply_spec_augment=False),
+    *_cases(
+        "audio",
+        _wave,
+        "Wav2Vec2ForSequenceClassification",
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        apply_spec_augment=False,
+    ),
 ]
 CASES = [
     *_LANGUAGE, *_NATIVE, *_LATENTS, *_STATE_SPACE, *_ENCODERS, *_ENCODER_DECODERS, *_VISION, *_SOUND, *_SERIES,
     *_VISION_LANGUAGE,
 ]  # fmt: skip
 """All architectures of the sweep: plain LoRA and a mixture adapt each."""
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+_TEST = "tested by `tests/test_models_wide.py::test_does_what_lora_does`"
+
+
+def own_routers(case: Case) -> str:
+    """The linears of an architecture that have routers of their own, by the ends of their names."""
+    model = get_peft_model(case.build(), MoELoraConfig(r=1, num_experts=2, target_modules=case.targets))
+    parts = [re.sub(r"\.\d+", "", name).split(".") for name in model.peft_config["default"].own_routers]
+    return ", ".join(f"`{name}`" for name in sorted({".".join(part[-2:]) for part in parts}))
+
+
+def table() -> str:
+    """One row for architectures of a family that are routed alike."""
+    rows: dict[tuple[str, str, bool], list[str]] = {}
+    for case in CASES:
+        rows.setdefault((case.family, own_routers(case), case.native), []).append(case.name)
+    lines = ["| what | routed as |", "|---|---|"]
+    for (family, own, is_native), names in rows.items():
+        routed = f"; routers of their own: {own}" if own else ""
+        frozen = "; the model's experts stay frozen" if is_native else ""
+        lines.append(f"| {family}: {', '.join(names)} | {_TEST}{routed}{frozen} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    written = MARKED.sub(lambda match: f"{match[1]}{table()}\n{match[2]}", page.read_text(encoding="utf-8"))
+    page.write_text(written, encoding="utf-8")

@@ -74,7 +74,7 @@ def grow(
 def _grown_config(first: MoELoraConfig, name: str, num_experts: int, changes: Mapping[str, Any]) -> MoELoraConfig:
     """The first adapter's configuration for an adapter of so many new experts."""
     config = deepcopy(first)
-    config.inference_mode, config.adapters, config.router_memory = False, None, 0
+    config.inference_mode, config.adapters, config.router_memory, config.own_routers = False, None, 0, None
     # What the first adapter is, an imported LoRA, says nothing of the new one; and `num_experts` starts at 2.
     size = {"single_expert": True} if num_experts == 1 else {"single_expert": False, "num_experts": num_experts}
     for field, value in {**size, **changes}.items():

@@ -254,8 +254,8 @@ class ForwardContext:
         if self.training and loses_gradient and self.config.balancing_coef > 0:
             raise RuntimeError(
                 f"the balancing loss of router `{router.name}` would be lost: it runs inside a reentrant gradient "
-                'checkpoint. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="block", '
-                "or set `router_aux_loss_coef` to 0"
+                'checkpoint. Pass gradient_checkpointing_kwargs={"use_reentrant": False}, use router_scope="block" and '
+                "leave out linears with routers of their own, or set `router_aux_loss_coef` to 0"
             )
         self.records.append((router, sums))
 
@@ -286,6 +286,14 @@ class ForwardContext:
         """Whether the inputs say that some tokens may be padding."""
         masks = ("decoder_attention_mask", "labels") if is_decoder else ("attention_mask", "pixel_mask")
         return self.packed is not None or any(self.inputs.get(name) is not None for name in masks)
+
+    def hides_padding(self, x: Tensor) -> bool:
+        """Whether x [..., D], read outside every block and not what the mask is for, may hold padding.
+
+        Frames of a sound may, whose mask is for samples; not images beside a text, nor what is pooled from a sequence.
+        """
+        is_sound = "input_values" in self.inputs or "input_features" in self.inputs
+        return x.dim() == 3 and is_sound and self.has_mask(is_decoder=False)
 
     def _mask_of(self, length: int, is_decoder: bool) -> Tensor | None:
         past = None if self.cache is None else self.past_length

@@ -16,9 +16,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..data.texts import TextBlock
+from ..forward.alignment import lines_up
 from ..forward.state import RoutingState
 from ..routing import FixedRouter
 from ..routing.sums import RouterStats, RoutingTotals
+from ..tuner.layer import MoELoraLayer
 from ..tuner.router import MoELoraRouter
 
 ATTACHED = "attached router"
@@ -58,7 +60,7 @@ def columns_of(router: nn.Module, state: RoutingState) -> list[int]:
 
 
 def reading_routers(model: PeftModel, block: TextBlock) -> list[str]:
-    """The routers that run when the model reads text, by name: those of an image tower do not.
+    """The routers that decide on each token when the model reads text, by name: those of an image tower do not.
     The model must be [`undisturbed`].
 
     Raises:
@@ -68,8 +70,14 @@ def reading_routers(model: PeftModel, block: TextBlock) -> list[str]:
     seen: set[str] = set()
     count_anew(state)
     ids, mask = padded([block], 0, model.device)
-    with torch.no_grad(), _hooks(state, lambda name, router: lambda *_: seen.add(name)):
+
+    def note(name: str) -> Callable:
+        return lambda router, args, weights: seen.add(name) if lines_up(weights.shape[:-1], ids.shape) else None
+
+    with torch.no_grad(), _hooks(state, lambda name, router: note(name)):
         model(input_ids=ids, attention_mask=mask)
+    layers = (module for module in model.modules() if isinstance(module, MoELoraLayer))
+    seen -= {layer.link.name for layer in layers if layer.link.reads == "others"}
     names = list(routers_of(state))
     if not seen:
         raise ValueError(

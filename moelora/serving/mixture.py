@@ -83,6 +83,8 @@ def read_served_mixture(folder: str | Path) -> ServedMixture:
     _refuse_unserved(folder, adapters)
     config, (num_experts, expert_rank) = adapters[0].config, experts_and_rank(adapters)
     is_constant = config.router_kind.is_constant
+    if not is_constant:
+        _refuse_own_routers(folder, adapters)
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.pools)
     factors = {module: _factors(adapters, module, expert_rank, is_constant) for module in modules}
     routers: dict[str, PooledRouter] = {}
@@ -109,6 +111,21 @@ def _refuse_unserved(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
             raise ValueError(
                 f"{folder}: `{adapter.others[0]}` of adapter {adapter.name!r} is more than experts and routers, which "
                 "a server does not apply; train without `modules_to_save` and the like, or merge it into the base"
+            )
+
+
+def _refuse_own_routers(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
+    for adapter in adapters:
+        own = (
+            []
+            if adapter.config.router_scope == "module"
+            else [name for name in adapter.pools if name in adapter.routers]
+        )
+        if own:
+            raise ValueError(
+                f"{folder}: `{own[0]}` has a router of its own beside those of router_scope="
+                f"{adapter.config.router_scope!r}, which no server runs; leave it out with `exclude_modules` and train "
+                "again, or serve with transformers (`moelora serve --engine transformers`)"
             )
 
 

@@ -207,7 +207,9 @@ class MoELoraLayer(_LayerBase):
             return weights, context.pool
         latest = context.latest
         if self.has_own_router and not (state.attached is not None and _serves(latest, x)):
-            return self.moe_router(x, context, context.mask(x, is_decoder=False)), self.moe_router.pool
+            mask = context.mask(x, is_decoder=False)
+            is_known = mask is not None or not context.hides_padding(x)
+            return self.moe_router(x, context, mask, is_known), self.moe_router.pool
         if latest is None or latest.weights is None:
             raise ValueError(
                 f"`{self.link.name}` runs before the first transformer block, so no router has decided yet; leave it "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from .controls import STATE_ATTRIBUTE, RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
 from .peft_model import adopt_peft_model
-from .placement import Place, places, router_width
+from .placement import Place, places
 from .router import MoELoraRouter
 
 
@@ -103,7 +103,7 @@ class MoELoraModel(RoutingControls, TunerModel):
                 f"({others[0].router_scope!r}); use the same"
             )
         blocks.check_targets(self.model, module_names)
-        self._check_own_routers(module_names, config)
+        places(self.model, module_names, config.router_scope, config.own_routers)
 
     def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
         """The LoRA that stores the adapter's experts side by side along the rank."""
@@ -128,20 +128,6 @@ class MoELoraModel(RoutingControls, TunerModel):
         if self._is_disabled:
             self._disable_new_layers()
 
-    def _check_own_routers(self, names: list[str], config: MoELoraConfig) -> None:
-        for name, place in places(self.model, names, config.router_scope, config.own_routers).items():
-            is_own = place.owner == name
-            if (
-                config.own_routers is not None
-                and config.router_scope != "module"
-                and is_own != (name in config.own_routers)
-            ):
-                raise ValueError(
-                    f"`{name}` has {'a' if is_own else 'no'} router of its own in this mixture, and "
-                    f"{'none' if is_own else 'one'} in the adapter that was saved; load the adapter into a base model "
-                    "of its own"
-                )
-
     def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
         state = self._open_state()
         layers = {
@@ -152,7 +138,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         found = places(self.model, layers, config.router_scope, config.own_routers)
         for name, layer in layers.items():
             place = found[name]
-            router = self._router_for(name, place, found.values())
+            router = self._router_for(layer, place)
             if adapter_name not in router.lora_router:
                 router.add_adapter(adapter_name, config, like=layer.lora_A[adapter_name].weight)
             if not hasattr(layer, "link"):
@@ -208,11 +194,10 @@ class MoELoraModel(RoutingControls, TunerModel):
             module.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
         ]
 
-    def _router_for(self, name: str, place: Place, others: Iterable[Place]) -> MoELoraRouter:
+    def _router_for(self, layer: MoELoraLayer, place: Place) -> MoELoraRouter:
         owner: Any = self.model.get_submodule(place.owner)
         if "moe_router" not in owner._modules:
-            width = router_width(self.model, name, place, others)
-            owner.moe_router = MoELoraRouter(place.owner, width, self.routing)
+            owner.moe_router = MoELoraRouter(place.owner, place.width or layer.in_features, self.routing)
         return owner.moe_router
 
     def _note_own_routers(self, adapter_name: str, names: list[str]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,11 +32,13 @@ class Place:
         owner: the module that holds its router: a block, "" for the model, or the linear itself.
         block: the block whose forward it runs in; None outside of all, and where a block is not called as a whole.
         reads: which tokens it reads, beside those that enter its block.
+        width: H of the router; None where it is that of the linear's input.
     """
 
     owner: str
     block: str | None
     reads: Reads = "same"
+    width: int | None = None
 
 
 def places(model: nn.Module, names: Iterable[str], scope: str, own: Sequence[str] | None) -> dict[str, Place]:
@@ -48,43 +49,41 @@ def places(model: nn.Module, names: Iterable[str], scope: str, own: Sequence[str
         names: of the linears.
         scope: `router_scope`.
         own: those with routers of their own beside the scope's, where an adapter that was saved says so.
+
+    Raises:
+        ValueError: own disagrees with the mixture that is there, or the width of hidden states cannot be told.
     """
     readings = readings_of(model)
     found = {name: _without_owner(model, name, readings) for name in names}
     width = _common_width(model, found.values(), readings) if scope == "model" else None
     for name, place in found.items():
-        is_apart = _is_decided(model.get_submodule(name), name, own)
+        is_apart = scope == "module" or _is_decided(model.get_submodule(name), name, own)
         if is_apart is None:
             is_apart = (
                 place.reads != "same" or place.block is None or not _is_covered(model, place.block, width, readings)
             )
-        if scope == "module" or is_apart or (scope == "block" and place.block is None):
+        if is_apart or (scope == "block" and place.block is None):
             found[name] = replace(place, owner=name)
         elif scope == "block":
-            found[name] = replace(place, owner=str(place.block))
+            assert place.block is not None
+            found[name] = replace(place, owner=place.block, width=_width(model, place.block, readings))
+        else:
+            found[name] = replace(place, width=width)
     return found
-
-
-def router_width(model: nn.Module, name: str, place: Place, others: Iterable[Place]) -> int:
-    """H of the router that serves a linear.
-
-    Args:
-        others: the places of all linears that are adapted with it.
-
-    Raises:
-        ValueError: nothing tells.
-    """
-    if place.owner == name:
-        return cast(int, model.get_submodule(name).in_features)
-    readings = readings_of(model)
-    return _width(model, place.owner, readings) if place.owner else _common_width(model, others, readings)
 
 
 def _is_decided(module: nn.Module, name: str, own: Sequence[str] | None) -> bool | None:
     """Whether a linear has a router of its own beside the scope's, if something says so already."""
-    if hasattr(module, "link"):  # routed already
-        return "moe_router" in module._modules
-    return None if own is None else name in own
+    is_said = None if own is None else name in own
+    if not hasattr(module, "link"):
+        return is_said
+    is_own = "moe_router" in module._modules
+    if is_said is not None and is_said != is_own:
+        raise ValueError(
+            f"`{name}` has {'a' if is_own else 'no'} router of its own in this mixture, and "
+            f"{'none' if is_own else 'one'} in the adapter that was saved; load the adapter into another base model"
+        )
+    return is_own
 
 
 def _without_owner(model: nn.Module, name: str, readings: Readings) -> Place:
@@ -101,8 +100,9 @@ def _is_likely_alike(model: nn.Module, name: str, block: str, readings: Readings
         return False
     if block in readings.complete:  # cross-attention waits for an encoder; anything else, for certain tokens
         return blocks.has_cross_attention(model, block)
-    is_seen = block in readings.leads or not readings.leads  # in part; or the model cannot be seen at all
-    return is_seen or isinstance(model.get_submodule(block), GradientCheckpointingLayer)
+    stacks = {blocks.stack_of(seen) for seen in readings.leads}  # empty where the model cannot be seen at all
+    is_block = not stacks or blocks.stack_of(block) in stacks
+    return is_block or isinstance(model.get_submodule(block), GradientCheckpointingLayer)
 
 
 def _is_covered(model: nn.Module, block: str, width: int | None, readings: Readings) -> bool:
