@@ -199,7 +199,7 @@ def test_routers_that_text_does_not_pass_are_left_out(scope):
 
 
 def test_without_a_router_that_runs_there_is_nothing_to_analyze():
-    with pytest.raises(ValueError, match=r"none of the routers \(tower\.0\) runs when the model reads text"):
+    with pytest.raises(ValueError, match=r"none of the routers \(tower\.0\.0\) runs when the model reads text"):
         analyze(with_image_tower(target_modules=r"tower\.0\.0"))
 
 

@@ -96,7 +96,8 @@ def reads_images(model: nn.Module, block_name: str) -> bool:
         module = model.get_submodule(name)
         if isinstance(module, PreTrainedModel):
             takes = inspect.signature(type(module).forward).parameters
-            return not {"input_ids", "inputs_embeds", "attention_mask"} & set(takes)
+            takes_images = "grid_thw" in takes or any(name.startswith("pixel_values") for name in takes)
+            return takes_images and not {"input_ids", "inputs_embeds", "attention_mask"} & set(takes)
     return False
 
 
