@@ -3,9 +3,11 @@
 Each has a router of its own. What stands in padded positions reaches no real token either way.
 """
 
+import json
+
 import pytest
 import torch
-from helpers import awaken, routers_of
+from helpers import SCOPES, awaken, every_pair, llama, routers_of
 from peft import PeftModel, get_peft_model
 from wide import CASES, PADDED_ONLY, ids, noise
 
@@ -13,6 +15,8 @@ from moelora import MoELoraConfig
 from moelora.data.texts import TextBlock
 from moelora.report.observe import reading_routers, undisturbed
 from moelora.serving.mixture import read_served_mixture
+from moelora.tuner import placement, probe
+from moelora.tuner.probe import Readings
 
 CASE = {case.name.partition("For")[0]: case for case in reversed([*PADDED_ONLY, *CASES])}
 TIGHT = {"r": 2, "num_experts": 4, "top_k_experts": 1, "router_type": "learned", "expert_capacity_factor": 1.0}
@@ -111,6 +115,7 @@ def test_the_folder_decides_on_loading(name, scope, tmp_path, monkeypatch):
     """Which linears had routers of their own is in the configuration: no probe has to find it again."""
     model = mixture_on(name, router_scope=scope).eval()
     model.save_pretrained(tmp_path)
+    monkeypatch.setattr(placement, "_is_likely_alike", lambda *_: True)
     inputs = CASE[name].inputs()
     with torch.no_grad():
         expected = model(**inputs)[0]
@@ -118,6 +123,42 @@ def test_the_folder_decides_on_loading(name, scope, tmp_path, monkeypatch):
         torch.testing.assert_close(loaded(**inputs)[0], expected, rtol=1e-5, atol=1e-6)
     assert loaded.peft_config["default"].own_routers == model.peft_config["default"].own_routers
     assert list(routers_of(loaded)) == list(routers_of(model))
+
+
+def test_adapters_from_before_load_with_the_routers_that_they_have(tmp_path):
+    """Their configurations say nothing of routers of linears. In "model" scope the head obeyed the last block."""
+    options = {"target_modules": ["q_proj", "lm_head"], "router_scope": "model", "own_routers": []}
+    model = get_peft_model(llama(), MoELoraConfig(**(TIGHT | options)))
+    awaken(model)
+    assert list(routers_of(model)) == [""]
+    model.eval().save_pretrained(tmp_path, save_embedding_layers=False)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings.pop("own_routers") == []
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert list(routers_of(loaded)) == [""]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids() % 64).logits, model(ids() % 64).logits, rtol=0, atol=0)
+
+
+def test_what_cannot_be_seen_is_told_when_it_runs(monkeypatch):
+    """By name, with the fix: to leave it out, or the scope that works."""
+    monkeypatch.setattr(placement, "readings_of", lambda model: Readings())
+    inputs = CASE["Longformer"].inputs()
+    with pytest.raises(ValueError, match=r"`longformer.encoder.layer.0.attention.self.query`.*router_scope=\"module\""):
+        mixture_on("Longformer")(**inputs)
+    assert torch.isfinite(mixture_on("Longformer", router_scope="module")(**inputs)[0]).all()
+
+
+def test_making_an_adapter_draws_no_random_numbers_for_the_probe():
+    base = CASE["Swin"].build()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    probe._readings_of.cache_clear()
+    assert probe.readings_of(base).leads
+    assert torch.equal(torch.rand(3), expected)
+    assert not any(parameter.is_meta for parameter in base.parameters())
 
 
 def test_a_configuration_serves_for_another_model():
@@ -190,14 +231,13 @@ PADDED = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", PADDED)
-def test_padding_reaches_no_real_token(name, training):
+@every_pair(name=PADDED, training=[True, False], scope=SCOPES)
+def test_padding_reaches_no_real_token(name, training, scope):
     """In training too, where experts are full: what is padded may not take a real token's place."""
     results = []
     for token in (0, 50):
         inputs = PADDED[name](token)
-        model = mixture_on(name.partition(",")[0]).train(training)
+        model = mixture_on(name.partition(",")[0], router_scope=scope).train(training)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

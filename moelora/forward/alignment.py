@@ -35,6 +35,7 @@ def fit(values: Tensor, lead: Sequence[int], x: Tensor) -> Tensor | None:
     """values [*lead, ...] of a block's tokens for x [..., D]; None where x holds other tokens.
 
     Example:
+        >>> import torch
         >>> fit(torch.ones(2, 7, 4), (2, 7), torch.ones(2, 1, 7, 16)).shape
         torch.Size([2, 1, 7, 4])
     """
