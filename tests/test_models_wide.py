@@ -86,6 +86,21 @@ def is_used(router: str, linears: set[str]) -> bool:
     return any(linear == router or linear.startswith(f"{router}.") for linear in linears)
 
 
+GENERATING = [case for case in CASES if "CausalLM" in case.name and case.family != "vision-language"]
+
+
+@pytest.mark.parametrize("case", GENERATING, ids=lambda case: case.name)
+def test_generates_with_a_cache_as_without(case):
+    """What a linear reads of a cache has the weights that it had when it came first."""
+    model = get_peft_model(case.build(), MoELoraConfig(r=2, num_experts=3, target_modules=case.targets)).eval()
+    awaken(model)
+    arguments = {name: value for name, value in case.inputs().items() if name != "use_cache"}
+    arguments |= {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True}
+    cached, anew = (torch.stack(model.generate(**arguments, use_cache=it).logits) for it in (True, False))
+    assert change([cached], [anew]) < 1e-4
+
+
 def test_the_table_of_architectures_is_current():
     page = (Path(__file__).parents[1] / "docs" / "support.md").read_text(encoding="utf-8")
     assert MARKED.search(page)[0] == f"<!-- architectures -->\n{table()}\n<!-- end of architectures -->", (

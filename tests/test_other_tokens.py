@@ -248,6 +248,19 @@ def test_padding_reaches_no_real_token(name, training, scope):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_texts_mask_says_nothing_of_patches():
+    """Not even where there are as many of the ones as of the others: 16 patches and a class token."""
+    model = mixture_on("Llava").train()
+    inputs = CASE["Llava"].inputs()
+    inputs["input_ids"] = ids(1, image=16)
+    inputs["attention_mask"] = torch.tensor([[1] * 17, [0] + [1] * 16])
+    model(**inputs)
+    stats = {name: found.num_tokens for name, found in model.routing_stats().items()}
+    assert {count for name, count in stats.items() if "vision" in name} == {34}
+    assert {count for name, count in stats.items() if "language" in name} == {33}
+    assert {count for name, count in stats.items() if "projector" in name} == {32}
+
+
 # ---- what is built on routers ----------------------------------------------------------------------------------------
 
 
