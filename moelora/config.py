@@ -263,7 +263,7 @@ class MoELoraConfig(LoraConfig):
         unused = [
             f.name
             for f in dataclasses.fields(MoELoraConfig)
-            if f.name in MIXTURE_FIELDS and f.name != "use_moe_routing" and getattr(self, f.name) != f.default
+            if f.name in MIXTURE_FIELDS and f.name != "use_moe_routing" and getattr(self, f.name) not in (f.default, [])
         ]
         if unused:
             names = ", ".join(f"`{name}`" for name in unused)

@@ -125,6 +125,14 @@ def test_the_folder_decides_on_loading(name, scope, tmp_path, monkeypatch):
     assert list(routers_of(loaded)) == list(routers_of(model))
 
 
+def as_from_before(folder):
+    """Make a save what it was before configurations had `own_routers`, which is returned."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    own = settings.pop("own_routers")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return own
+
+
 def test_adapters_from_before_load_with_the_routers_that_they_have(tmp_path):
     """Their configurations say nothing of routers of linears. In "model" scope the head obeyed the last block."""
     options = {"target_modules": ["q_proj", "lm_head"], "router_scope": "model", "own_routers": []}
@@ -132,9 +140,7 @@ def test_adapters_from_before_load_with_the_routers_that_they_have(tmp_path):
     awaken(model)
     assert list(routers_of(model)) == [""]
     model.eval().save_pretrained(tmp_path, save_embedding_layers=False)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert settings.pop("own_routers") == []
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert as_from_before(tmp_path) == []
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     assert list(routers_of(loaded)) == [""]
     with torch.no_grad():
@@ -159,6 +165,13 @@ def test_making_an_adapter_draws_no_random_numbers_for_the_probe():
     assert probe.readings_of(base).leads
     assert torch.equal(torch.rand(3), expected)
     assert not any(parameter.is_meta for parameter in base.parameters())
+
+
+def test_plain_lora_loads_without_a_word_of_routers(tmp_path, recwarn):
+    get_peft_model(llama(), MoELoraConfig(r=2, use_moe_routing=False)).save_pretrained(tmp_path)
+    as_from_before(tmp_path)
+    PeftModel.from_pretrained(llama(), tmp_path)
+    assert not [warning for warning in recwarn if "own_routers" in str(warning.message)]
 
 
 def test_a_configuration_serves_for_another_model():
