@@ -355,3 +355,33 @@ def test_module_scope_serves_what_lies_outside_blocks(build, targets, inputs):
     output = getattr(output, "logits", output)
     torch.testing.assert_close(output, getattr(build()(**inputs), "logits", build()(**inputs)))
     assert len(routers_of(model)) == (3 if "q_proj" in targets or "query" in targets else 2)
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.linear = norm, torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+
+class _Stack(torch.nn.Module):
+    """A model without a configuration, whose blocks begin with a norm without weights, or with none."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(_Block(norm) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.Identity()])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_routers_width_is_taken_from_the_block(norm, scope):
+    model = get_peft_model(_Stack(norm), MoELoraConfig(r=2, target_modules=["linear"], router_scope=scope))
+    assert {router.hidden_size for router in routers_of(model).values()} == {8}
+    assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)

@@ -42,11 +42,7 @@ def first_block(model: nn.Module, stack: str) -> str:
 
 
 def hidden_size(model: nn.Module, block_name: str) -> int:
-    """H, the width of the hidden states entering a block.
-
-    Raises:
-        ValueError: neither a configuration nor a normalisation layer tells.
-    """
+    """H, the width of the hidden states entering a block: by a configuration, else by what the block begins with."""
     name = block_name
     while True:
         config = getattr(model.get_submodule(name), "config", None)
@@ -55,14 +51,14 @@ def hidden_size(model: nn.Module, block_name: str) -> int:
         if not name:
             break
         name = name.rpartition(".")[0]
-    for module in model.get_submodule(block_name).modules():
+    modules: list[Any] = list(model.get_submodule(block_name).modules())
+    for module in modules:  # the first normalises what enters; norms of heads come later
         weight = getattr(module, "weight", None)
+        if isinstance(module, nn.LayerNorm):  # which may have no weight
+            return module.normalized_shape[-1]
         if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor):
             return weight.shape[-1]
-    raise ValueError(
-        f"cannot tell the width of the hidden states entering `{block_name}`: the model has no `config.hidden_size`; "
-        'use router_scope="module"'
-    )
+    return next(module.in_features for module in modules if hasattr(module, "in_features"))
 
 
 def decoder_blocks_of(model: Any) -> set[nn.Module]:

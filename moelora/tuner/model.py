@@ -24,6 +24,7 @@ from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
+from .undo import undone_if_refused
 
 
 class MoELoraModel(RoutingControls, TunerModel):
@@ -69,10 +70,11 @@ class MoELoraModel(RoutingControls, TunerModel):
         if saved:
             adapter_name = next(iter(saved))
             config = {adapter_name: saved[adapter_name]}
-        super().__init__(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
-        for name in list(saved)[1:]:
-            self.peft_config[name] = saved[name]
-            self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        with undone_if_refused(model):
+            super().__init__(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            for name in list(saved)[1:]:
+                self.peft_config[name] = saved[name]
+                self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
         if saved:
             self.set_adapter(_active_order(first), inference_mode=first.inference_mode)
         if not isinstance(config, PeftConfig) and first.use_moe_routing:
@@ -114,14 +116,15 @@ class MoELoraModel(RoutingControls, TunerModel):
         return layer
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
-        """Create the adapter's experts and routers; see PEFT for the arguments."""
+        """Create the adapter's experts and routers, or none of them; see PEFT for the arguments."""
         frozen = self._frozen_by_disabling
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
-        self._frozen_by_disabling = frozen  # PEFT activates what is active once more
-        config = self.peft_config[adapter_name]
-        if config.use_moe_routing:
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._add_routers(adapter_name, config)
+        with undone_if_refused(self.model):
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+            self._frozen_by_disabling = frozen  # PEFT activates what is active once more
+            config = self.peft_config[adapter_name]
+            if config.use_moe_routing:
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._add_routers(adapter_name, config)
         if self._is_disabled:
             self._disable_new_layers()
 
