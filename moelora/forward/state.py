@@ -193,7 +193,8 @@ class ForwardContext:
             ValueError: no adapter is active, or its configuration has become another than its routers were made for.
         """
         self.config = self.state.config
-        next(iter(self.state.routers.values())).check_made_for(self.config)  # the others were made as it was
+        if self.call.adapter_names is None:
+            next(iter(self.state.routers.values())).check_made_for(self.config)  # the others were made as it was
         self.pool = self.state.pool
         self.call.begin_forward(self.pool)
         self.may_single_out = self.state.may_single_out
@@ -211,7 +212,8 @@ class ForwardContext:
     @property
     def top_k(self) -> int | None:
         """Experts of a token that the mixture's own routers give any weight to, at most; None: maybe all."""
-        return self.config.top_k_experts if self.config.router_kind.is_sparse else None
+        is_alike = self.call.adapter_names is None  # else each sample's adapter has its own
+        return self.config.top_k_experts if is_alike and self.config.router_kind.is_sparse else None
 
     @property
     def over_ranks(self) -> bool:
@@ -356,7 +358,8 @@ class BlockRouting:
     @property
     def is_constant(self) -> bool:
         """Whether all tokens of all forwards have the same weights."""
-        return not self.shared_by_user and self.context.config.router_kind.is_constant
+        is_given = self.shared_by_user or self.context.call.adapter_names is not None
+        return not is_given and self.context.config.router_kind.is_constant
 
     def scaled_weights_for(self, x: Tensor, layer: Any, bound: BoundGroup) -> Tensor:
         """[T, E] for a linear's input x [..., D]: of its adapters, as [`scaled_weights`] makes them.
@@ -429,6 +432,8 @@ class BlockRouting:
             assert self.weights is not None
             return self.weights[:, :1].expand(*x.shape[:-1], -1)
         assert self.router is not None
+        if self.context.call.adapter_names is not None:
+            return self.router(x, self.context)
         weights = self.router.decide(x, self.context)
         return weights * self.context.config.routing_scale
 

@@ -19,6 +19,7 @@ from ..forward.state import RoutingState, call_attached_router
 from ..routing import FixedRouter
 from ..routing.sums import RouterStats
 from ..storage.attached_router import AwaitedRouter
+from .mixed_batch import acting, check_adapter_names
 
 STATE_ATTRIBUTE = "_moelora_state"  # on the base model, which outlives tuners (transformers discards them)
 
@@ -62,24 +63,22 @@ class RoutingControls:
 
         Raises:
             TypeError: routing_weights are no tensor.
-            ValueError: adapter_names are given, or there is no mixture to weigh.
+            ValueError: there is no mixture to weigh, or adapter_names are given beside other weights.
         """
         if self.routing_or_none is None:
             if routing_weights is not None:
                 raise ValueError("`routing_weights` needs a mixture, but `use_moe_routing` is False")
             return nullcontext()
-        if adapter_names is not None:
-            raise ValueError(
-                "`adapter_names` cannot choose one adapter per sample in a mixture, whose adapters act together; pass "
-                "`routing_weights` [B, E] with a 1 for the expert of each sample"
-            )
         if routing_weights is not None and not isinstance(routing_weights, Tensor):
             raise TypeError(
                 f"`routing_weights` ({type(routing_weights).__name__}) must be a tensor [B, S, E] or [B, E]"
             )
         if routing_weights is not None and any(getattr(module, "merged", False) for module in self.model.modules()):
             raise ValueError("`routing_weights` cannot act on merged experts; call `unmerge_adapter()` first")
-        return _in_force(self.routing, routing_weights)
+        if adapter_names is None:
+            return _in_force(self.routing, Call(routing_weights))
+        check_adapter_names(self, adapter_names, routing_weights)
+        return _in_force_with(self, adapter_names)
 
     # ---- routers -----------------------------------------------------------------------------------------------------
 
@@ -249,10 +248,17 @@ class RoutingControls:
 
 
 @contextmanager
-def _in_force(state: RoutingState, routing_weights: Tensor | None) -> Iterator[None]:
+def _in_force_with(tuner: RoutingControls, adapter_names: Sequence[str]) -> Iterator[None]:
+    with acting(tuner, adapter_names), _in_force(tuner.routing, Call(adapter_names=adapter_names)):
+        yield
+
+
+@contextmanager
+def _in_force(state: RoutingState, call: Call) -> Iterator[None]:
     here = state.in_force
     before = here.context, here.call, here.entry  # a forward may run inside generate
-    here.call, here.copies = Call(routing_weights, here.copies), None
+    call.copies, here.copies = here.copies, None
+    here.call = call
     try:
         yield
     finally:  # the forward too: after an interrupt, which is no Exception, torch calls no closing hook of ours

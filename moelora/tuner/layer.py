@@ -76,6 +76,8 @@ class MoELoraLayer(_LayerBase):
         """
         if self.is_left_to_peft:
             return super().forward(x, *args, **kwargs)
+        if kwargs:
+            kwargs.pop("adapter_names", None)  # from PEFT, of each sample: its routing says it already
         routing = self.link.routing
         inputs = None if args or kwargs else self._shared_input(routing)
         if inputs is not None and (ready := inputs.take(self, x)) is not None:

@@ -22,6 +22,7 @@ from ..routing.domain_classifier import over_context
 from ..routing.pooled import AddUp, PooledRouter, Scored, first_weights, routes_by_domain, score
 from ..routing.sums import RoutingSums, RoutingTotals
 from ._peft import RouterTunerLayer
+from .mixed_batch import weights_of_samples
 
 
 class MoELoraRouter(nn.Module, RouterTunerLayer):
@@ -151,6 +152,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             ValueError: hidden has another width than the router.
         """
         config = context.config
+        if context.call.adapter_names is not None:
+            return weights_of_samples(self, hidden, context.call.adapter_names, self.state.configs)
         if config.router_kind.is_constant:
             weights = context.call.once(self, self._fixed_weights) if context.call.repeats else self._fixed_weights()
             return self._finish(weights.expand(*hidden.shape[:-1], -1), config.routing_scale, context)

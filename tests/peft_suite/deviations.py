@@ -39,7 +39,6 @@ DEVIATIONS = (
     Deviation(
         r"`add_weighted_adapter` cannot", "`add_weighted_adapter` would combine experts as if they were one LoRA"
     ),
-    Deviation(r"`adapter_names` cannot", "`adapter_names` gives each sample one adapter; a mixture's act together"),
     Deviation(r"`safe_serialization=False` cannot", "a mixture of several adapters is saved as safetensors only"),
     Deviation(
         r"Hotswapping only supports LORA|PEFT types found: MOELORA|MIXED models|mixed models|`PeftMixedModel`",
