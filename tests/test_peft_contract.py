@@ -36,6 +36,10 @@ SIGNATURES = {
         LoraModel._get_adapter_state_dict,
         ["model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"],
     ),
+    "what a base on disk is adapted with is noted through it": (
+        PeftModel._update_offload,
+        ["self", "offload_index", "adapters_weights"],
+    ),
     "routers are moved beside their layers by it": (
         BaseTunerLayer._move_adapter_to_device_of_base_layer,
         ["self", "adapter_name", "device"],

@@ -231,7 +231,8 @@ def bound_group(layer: SharingLinear, x: Tensor) -> BoundGroup | None:
         return None
     if bound is None or not bound.holds(candidates, x, dtype):
         pools = layer.expert_pools()
-        bound = link.bound = BoundGroup(layer, candidates, x, dtype) if pools and can_fuse(pools) else None
+        is_served = bool(pools) and not any(pool.lora_A.is_meta for pool in pools) and can_fuse(pools)
+        bound = link.bound = BoundGroup(layer, candidates, x, dtype) if is_served else None
     return bound
 
 

@@ -65,6 +65,19 @@ class RouterTunerLayer(BaseTunerLayer):
         self.merged_adapters = []
 
 
+class DiskOffload:
+    """Mixed into a PeftModel: an adapter that is loaded onto a base of which a part lies on disk is kept there too."""
+
+    @abstractmethod
+    def keep_routers_on_disk(self, offload_index: dict[str, dict[str, str]]) -> None:
+        """Note in accelerate's index where the routers are; PEFT notes the layers."""
+
+    def _update_offload(self, offload_index: dict[str, dict[str, str]] | None, adapters_weights: dict[str, Tensor]):
+        super()._update_offload(offload_index, adapters_weights)  # type: ignore[misc]
+        if offload_index:
+            self.keep_routers_on_disk(offload_index)
+
+
 class TunerModel(LoraModel):
     """LoraModel with its private hooks translated into the public methods below."""
 

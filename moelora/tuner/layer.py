@@ -5,6 +5,7 @@ Shapes: D in, O out, E experts, r rank of one expert.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ..forward.shared_input import BoundGroup, SharedInput
 from ..forward.state import BlockRouting, RoutingState, columns
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from ..routing.decision import sole_expert
+from .offloaded import loaded
 from .router import MoELoraRouter
 
 
@@ -94,7 +96,8 @@ class MoELoraLayer(_LayerBase):
             if fused is not None:
                 return fused
         weights = columns(*self._weights_of_pool(x, routing), names).to(x.device)
-        return mixture_linear(x, Reader(self.base_layer, self.expert_pools()), weights, *args, **kwargs)
+        with self._loaded(names):
+            return mixture_linear(x, Reader(self.base_layer, self.expert_pools()), weights, *args, **kwargs)
 
     def _may_be_plain_lora(self, routing: BlockRouting | None) -> bool:
         """Whether the tokens may have to come out as a plain LoRA that was imported makes them, to the last bit.
@@ -119,8 +122,13 @@ class MoELoraLayer(_LayerBase):
     def _as_plain_lora(self, x: Tensor, adapter_name: str, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if adapter_name not in self.lora_A:
             return self.base_layer(x, *args, **kwargs)
-        reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
-        return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
+        with self._loaded([adapter_name]):
+            reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
+            return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
+
+    def _loaded(self, names: list[str]) -> AbstractContextManager[Any]:
+        """Within, these adapters' factors are there."""
+        return loaded([factors[name] for factors in (self.lora_A, self.lora_B) for name in names])
 
     @staticmethod
     def _shared_input(routing: BlockRouting | None) -> SharedInput | None:

@@ -41,7 +41,7 @@ def check_adapter_names(tuner: Any, adapter_names: Sequence[str], routing_weight
 
 @contextmanager
 def acting(tuner: Any, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Within, exactly the adapters of these names act; afterwards what is active, trainable and counted is as before."""
+    """Within, exactly the adapters of these names act; what is active, trainable and counted is then as before."""
     layers: list[Any] = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]
     active = tuner.active_adapters
     counted = [(router, router.totals, router.pending) for router in tuner.routing.routers.values()]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import copyreg
 import sys
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from ..config import MoELoraConfig
 from ..storage import loading, saving
+from ._peft import DiskOffload
 from .batching import ContinuousBatching
 
 # By name, not through super(): torch before 2.13 cannot trace a property of super().
@@ -28,7 +31,7 @@ _NO_REFERENCE = (
 )
 
 
-class MixturePeftModel(ContinuousBatching, PeftModel):
+class MixturePeftModel(ContinuousBatching, DiskOffload, PeftModel):
     """Mixed into the PeftModel that wraps a mixture; see [`adopt_peft_model`]."""
 
     base_model: Any  # MoELoraModel, whose file imports this one
@@ -133,6 +136,13 @@ class MixturePeftModel(ContinuousBatching, PeftModel):
                 has changed then.
         """
         return loading.load(self, super().load_adapter, str(model_id), adapter_name, *args, **kwargs)
+
+    def keep_routers_on_disk(self, offload_index: dict[str, dict[str, str]]) -> None:
+        """See [`DiskOffload`]; the file is beside those that PEFT writes."""
+        routers = {name: value for name, value in self.state_dict().items() if ".moe_router." in name}
+        file = Path(next(iter(offload_index.values()))["safetensors_file"]).with_name("moe_routers.safetensors")
+        save_file(routers, file)
+        offload_index.update({name: {"safetensors_file": str(file), "weight_name": name} for name in routers})
 
 
 def _mixture_class(cls: type[PeftModel], *bases: type) -> type[PeftModel]:

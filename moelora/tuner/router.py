@@ -23,6 +23,7 @@ from ..routing.pooled import AddUp, PooledRouter, Scored, first_weights, routes_
 from ..routing.sums import RoutingSums, RoutingTotals
 from ._peft import RouterTunerLayer
 from .mixed_batch import weights_of_samples
+from .offloaded import with_routers_loaded
 
 
 class MoELoraRouter(nn.Module, RouterTunerLayer):
@@ -65,7 +66,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             has_bias=config.balancing.moves_bias,
         )
         if not any(p.is_meta for p in router.parameters()):
-            router.to(like.device, like.dtype if like.is_floating_point() else None)
+            device = None if like.is_meta else like.device  # a base that accelerate keeps on disk has meta tensors
+            router.to(device, like.dtype if like.is_floating_point() else None)
         self.lora_router[adapter_name] = router
 
     def move_adapter(self, adapter_name: str, device: torch.device | None) -> None:
@@ -100,6 +102,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return None
         return parts[0] if len(parts) == 1 and not copy else torch.cat(parts)
 
+    @with_routers_loaded
     def decide(self, hidden: Tensor, context: ForwardContext | None = None, without: int | None = None) -> Tensor:
         """Routing weights [..., E] for hidden [..., H] as evaluation uses them; no capacity, nothing is counted.
 
@@ -145,6 +148,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """Whether the active adapters, several, all have statistics of their domains, which then decide."""
         return routes_by_domain(self.active_routers())
 
+    @with_routers_loaded
     def forward(self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None) -> Tensor:
         """Scaled routing weights [..., E] for hidden [..., H]; mask [...] is False on padding.
 
@@ -238,6 +242,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
     def _first_weights(self) -> Tensor:
         return first_weights(cast("list[Router]", self.active_routers()))
 
+    @with_routers_loaded
     def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
         """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
         hidden_TH = self._checked(hidden).flatten(0, -2)
