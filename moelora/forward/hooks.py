@@ -13,12 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import is_transformed
 from .caches import kv_cache
 from .checkpointing import make_checkpoint_routed
+from .delivery import warn_once
 from .finish import finish_forward
 from .interfaces import MixtureRouter, SharingLinear
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
+
+_NOT_BALANCED = (
+    "under torch.func and torch.jit.trace a mixture in training routes as in evaluation, without capacity; there is no "
+    "balancing loss, and nothing is counted, for what runs may be one sample of a batch"
+)
 
 
 class ForwardHook:
@@ -54,7 +61,9 @@ class ForwardHook:
         elif self.is_root or here.context is None:
             inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
             mine.context = here.context = ForwardContext(state, inputs, training=module.training)
-            if self.is_root and module.training:
+            if self.is_root and module.training and is_transformed():
+                warn_once(state, _NOT_BALANCED)
+            elif self.is_root and module.training:
                 for name, hook in state.hooks.items():
                     make_checkpoint_routed(module.get_submodule(name), hook)
         else:

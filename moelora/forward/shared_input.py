@@ -21,6 +21,7 @@ from ..ops import (
     compute_dtype,
     drop_rate,
     is_plain,
+    is_transformed,
     mixture_sparse,
     operands_of,
 )
@@ -227,7 +228,7 @@ def bound_group(layer: SharingLinear, x: Tensor) -> BoundGroup | None:
     link, dtype = layer.link, compute_dtype(x)
     candidates = () if x.is_inference() else link.fused_with  # without a version counter, a change of x goes unseen
     bound = link.bound
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return None
     if bound is None or not bound.holds(candidates, x, dtype):
         pools = layer.expert_pools()

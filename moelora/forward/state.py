@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
-from ..ops import ExpertPairs, chooses_sparse, scaled_weights, serves_sparse
+from ..ops import ExpertPairs, chooses_sparse, is_transformed, scaled_weights, serves_sparse
 from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
@@ -165,7 +165,7 @@ class ForwardContext:
         self.is_lone = is_lone
         self.look_up()
         self.inputs = inputs
-        self.training = training
+        self.training = training and not is_transformed()  # nobody could count, or balance, over what is one sample's
         self.recomputing = False  # inside a checkpointed region's second run
         self.in_checkpoint = False
         self.region: str | None = None  # the block whose checkpointed region runs, and carries its routing
@@ -179,7 +179,8 @@ class ForwardContext:
         self.past_length = past_length(self.cache)  # now: the blocks' attention lets it grow
         self.densities = ContextDensities.on(self.cache)
         self.requests = PackedRequests.of(inputs)
-        self.counts = training or not (self.requests or self.call.is_generate)  # whether what routers do is summed up
+        is_no_text = self.requests or self.call.is_generate or is_transformed()
+        self.counts = self.training or not is_no_text  # whether what routers do is summed up
         has_no_mask = inputs.get("attention_mask") is None and self.requests is None
         self.packed = packed_mask(inputs.get("position_ids")) if has_no_mask else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}

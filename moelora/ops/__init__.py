@@ -19,6 +19,7 @@ from .operands import Operands, operands_of
 from .pool import ExpertPool, drop_rate
 from .reference import mixture_reference
 from .sparse import mixture_sparse
+from .transforms import is_transformed
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +33,7 @@ __all__ = [
     "compute_dtype",
     "drop_rate",
     "is_plain",
+    "is_transformed",
     "mixture",
     "mixture_by_expert",
     "mixture_fused",

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from .autocast import compute_dtype, without_autocast
 from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
+from .transforms import is_transformed
 from .triton import launches_are_free
 from .weighted import weighted, weighted_, weighted_backward
 
@@ -261,7 +262,7 @@ def _products(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) 
 
 def can_fuse(pools: Sequence[ExpertPool]) -> bool:
     """Whether the hand-written form serves these; else the caller uses a form that autograd differentiates."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return False  # inductor fuses the plain form, and does not trace in-place autograd functions
     return len({(pool.rank, pool.drop_rate) for pool in pools}) == 1 and pools[0].drop_rate < 1
 
