@@ -35,6 +35,23 @@ SHARED_FIELDS = (
     "bias_update_speed",
 )
 
+# What a mixture and the one that is swapped in for it must have in common, besides their targets, which PEFT compares.
+SWAPPED_ALIKE = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "lora_dropout",
+    "use_moe_routing",
+    "num_experts",
+    "single_expert",
+    "router_hidden_size",
+    "router_memory",
+    "adapters",
+    *SHARED_FIELDS,
+)
+
 
 def _listed(choices: Iterable[RouterKind | BalancingLoss]) -> str:
     return "; ".join(f"'{choice.name}': {choice.help}" for choice in choices)

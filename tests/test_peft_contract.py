@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, save_and_load
+from peft.utils import PeftType, hotswap, save_and_load
 
 import moelora
 
@@ -70,6 +70,10 @@ BEHAVIOUR = {
     "layer_cls is only passed to isinstance": (tuners_utils.set_adapter, "isinstance(module, layer_cls)"),
     "deletion skips names with the prefix": (tuners_utils.delete_adapter, "if prefix in key"),
     "saving delegates to the tuner": (save_and_load.get_peft_model_state_dict, "tuner_cls._get_adapter_state_dict("),
+    "a method's list of what must be alike decides on hot-swapping": (
+        hotswap.check_hotswap_configs_compatible,
+        "CONFIG_KEYS_TO_CHECK[config0.peft_type]",
+    ),
     "the tuner's own attributes are saved, `model` is not": (
         tuners_utils._get_tuner_state_dict_key_prefixes,
         '("base_layer", "model")',

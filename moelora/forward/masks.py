@@ -68,13 +68,13 @@ def _real_keys(attention_mask: Tensor) -> Tensor:
     return (visible & says_something).any(dim=1)
 
 
-def decoder_mask_from_labels(labels: Tensor | None) -> Tensor | None:
+def decoder_mask_from_labels(labels: Any) -> Tensor | None:
     """[B, S] bool for a decoder fed with labels shifted right: position i is real when label i - 1 is.
 
     Example:
         >>> decoder_mask_from_labels(torch.tensor([[5, 6, -100, -100]])).tolist()
         [[True, True, True, False]]
     """
-    if labels is None or labels.dim() != 2:
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
         return None
     return torch.cat([torch.ones_like(labels[:, :1], dtype=torch.bool), labels[:, :-1] != -100], dim=1)

@@ -16,9 +16,10 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 
-from ..config import MoELoraConfig
+from ..config import SWAPPED_ALIKE, MoELoraConfig
 from ..peft_type import MOELORA
 
 __all__ = [
@@ -37,6 +38,7 @@ def register(config_cls: type, model_cls: type) -> None:
     """Make PEFT and transformers know the method, and export its classes beside PEFT's own; repeating is harmless."""
     if MOELORA not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="moelora", config_cls=config_cls, model_cls=model_cls, prefix=lora_prefix)
+    CONFIG_KEYS_TO_CHECK[MOELORA] = list(SWAPPED_ALIKE)
     for module in (peft, peft.tuners, peft.tuners.lora):
         for cls in (config_cls, model_cls):
             setattr(module, cls.__name__, cls)
@@ -45,11 +47,27 @@ def register(config_cls: type, model_cls: type) -> None:
 class RouterTunerLayer(BaseTunerLayer):
     """A tuner layer without a base layer: it holds routers, so PEFT switches, freezes, casts and saves them."""
 
+    cast_input_dtype_enabled = True  # PEFT sets it on every layer; routers read whatever comes, in float32
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Into which hot-swapping writes each layer's; routers have none, and nothing keeps what is written."""
+        return dict.fromkeys(self._get_available_adapters(), 1.0)
+
     def get_base_layer(self) -> nn.Module:
         raise AttributeError("a router wraps no base layer")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         self.move_adapter(adapter_name, device)
+
+    def scale_layer(self, scale: float) -> None:
+        """PEFT and diffusers scale all layers; a router has nothing to scale."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """See `scale_layer`."""
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """See `scale_layer`."""
 
     @abstractmethod
     def move_adapter(self, adapter_name: str, device: torch.device | None) -> None:

@@ -97,7 +97,10 @@ class MoELoraLayer(_LayerBase):
                 return fused
         weights = columns(*self._weights_of_pool(x, routing), names).to(x.device)
         with self._loaded(names):
-            return mixture_linear(x, Reader(self.base_layer, self.expert_pools()), weights, *args, **kwargs)
+            pools = self.expert_pools()
+            if not self.cast_input_dtype_enabled:  # factors may be stored in what nothing is computed in
+                pools = [pool.computed_in(x.dtype) for pool in pools]
+            return mixture_linear(x, Reader(self.base_layer, pools), weights, *args, **kwargs)
 
     def _may_be_plain_lora(self, routing: BlockRouting | None) -> bool:
         """Whether the tokens may have to come out as a plain LoRA that was imported makes them, to the last bit.
@@ -123,7 +126,8 @@ class MoELoraLayer(_LayerBase):
         if adapter_name not in self.lora_A:
             return self.base_layer(x, *args, **kwargs)
         with self._loaded([adapter_name]):
-            reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
+            pool = self.expert_pool(adapter_name)
+            reader = Reader(self.base_layer, [pool if self.cast_input_dtype_enabled else pool.computed_in(x.dtype)])
             return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
 
     def _loaded(self, names: list[str]) -> AbstractContextManager[Any]:
@@ -150,7 +154,17 @@ class MoELoraLayer(_LayerBase):
         return [] if self.is_left_to_peft else [self.expert_pool(name) for name in self.routed_adapters()]
 
     def expert_pool(self, adapter_name: str) -> ExpertPool:
-        """The factors of one adapter's experts."""
+        """The factors of one adapter's experts.
+
+        Raises:
+            ValueError: their rank is none of so many experts.
+        """
+        if len(self.lora_A[adapter_name].weight) != self.r[adapter_name]:
+            raise ValueError(
+                f"the experts of `{self.link.name}` have {len(self.lora_A[adapter_name].weight)} ranks in place of "
+                f"{self.r[adapter_name]}: mixtures are swapped for those of the same `r` and `num_experts`, so call "
+                "`prepare_model_for_compiled_hotswap` without `target_rank`"
+            )
         return ExpertPool(
             lora_A=self.lora_A[adapter_name].weight,
             lora_B=self.lora_B[adapter_name].weight,

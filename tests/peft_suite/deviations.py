@@ -41,8 +41,8 @@ DEVIATIONS = (
     ),
     Deviation(r"`safe_serialization=False` cannot", "a mixture of several adapters is saved as safetensors only"),
     Deviation(
-        r"Hotswapping only supports LORA|PEFT types found: MOELORA|MIXED models|mixed models|`PeftMixedModel`",
-        "PEFT's hot-swapping and PeftMixedModel list the methods they accept by type",
+        r"PEFT types found: MOELORA|MIXED models|mixed models|`PeftMixedModel`",
+        "PeftMixedModel lists the methods it accepts by type",
         plain=True,
     ),
     Deviation(
