@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from .config import MoELoraConfig
     from .report.analysis import analyze
     from .training.callback import MoELoraCallback
+    from .tuner.diffusion import load_lora_adapter
     from .tuner.model import MoELoraModel
 
-__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze", "experts"]
+__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze", "experts", "load_lora_adapter"]
 
 _LAZY = {
     "MoELoraCallback": ".training.callback",
     "MoELoraConfig": ".config",
     "MoELoraModel": ".tuner.model",
     "analyze": ".report.analysis",
+    "load_lora_adapter": ".tuner.diffusion",
 }
 """Where the public names are, imported when somebody asks: `import moelora` must stay quick."""
 

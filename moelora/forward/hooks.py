@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..ops import is_transformed
 from .caches import kv_cache
-from .checkpointing import make_checkpoint_routed
+from .checkpointing import make_checkpoint_routed, make_owners_checkpoints_routed
 from .delivery import warn_once
 from .finish import finish_forward
 from .interfaces import MixtureRouter, SharingLinear
+from .removal import remove_routing
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
 
@@ -50,6 +51,9 @@ class ForwardHook:
             RuntimeError: under nn.DataParallel, whose replicas would share the routers of one GPU.
         """
         state, here = self.state, self.state.in_force
+        if self.is_root and "peft_config" not in module.__dict__:  # diffusers' unload_lora knows the layers alone
+            remove_routing(module)
+            return
         mine = here.entry = ForwardEntry(self, here.context, here.entry)  # first: whatever is raised, `after` is called
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
@@ -66,6 +70,7 @@ class ForwardHook:
             elif self.is_root and module.training:
                 for name, hook in state.hooks.items():
                     make_checkpoint_routed(module.get_submodule(name), hook)
+                make_owners_checkpoints_routed(module, state.hooks)
         else:
             here.context.reset(self.stacks)
 
@@ -99,9 +104,11 @@ class BlockHook:
 
     Attributes:
         leaders: the linears that ran last in the block, each for those that read its input after it.
+        text_first: see [`joint_blocks.text_comes_first`].
     """
 
     leaders: Sequence[SharingLinear] = ()
+    text_first: bool | None = None
 
     def __init__(
         self,
@@ -160,6 +167,7 @@ class BlockHook:
             router=self.router,
             encoder_hidden=self._encoder_hidden(args, kwargs),
             shared_input=None if torch.compiler.is_compiling() else SharedInput(),
+            text_first=self.text_first,
             top_k=context.top_k if shared is None else None,
         )
         here.context = context

@@ -26,6 +26,7 @@ from ..routing.training_sums import TrainingWindow
 from .caches import kv_cache, past_length
 from .call import Call
 from .interfaces import MixtureRouter, Pool
+from .joint_blocks import reads_text
 from .masks import decoder_mask_from_labels, packed_mask, token_mask
 from .overflow import StepRollback
 from .packed_requests import PROBED, PackedRequests, check_reads_tokens_alone
@@ -332,6 +333,7 @@ class BlockRouting:
     encoder_hidden: Tensor | None  # [B, S_enc, H], what cross-attention reads in a decoder block
     shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
     encoder_weights: Tensor | None = None
+    text_first: bool | None = None  # where a row joins encoder_hidden and the block's own tokens; None: none does
     top_k: int | None = None  # experts of a token that weights give anything to, at most; None: maybe all
     _pairs: ExpertPairs | None = field(default=None, init=False)
     _scaled: dict[tuple, Tensor] = field(default_factory=dict, init=False)
@@ -343,12 +345,12 @@ class BlockRouting:
         Raises:
             ValueError: x holds other tokens than the block's.
         """
-        if self._is_encoder(x):
+        if self._is_encoder(x, module):
             if self.encoder_weights is None:
                 self.encoder_weights = self._route_encoder(x)
             return self.encoder_weights
         assert self.weights is not None
-        fitted = _fit(self.weights, self.lead, x)
+        fitted = self._joined_weights() if self._is_joined(x) else _fit(self.weights, self.lead, x)
         if fitted is None:
             raise ValueError(
                 f"`{module}` reads an input of shape {list(x.shape)}, which does not line up with the tokens "
@@ -370,7 +372,7 @@ class BlockRouting:
         """
         if self.shared_by_user or self.context.config.router_scope != "block":
             return scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
-        key = (x.shape[:-1], self._is_encoder(x), torch.is_grad_enabled(), bound.columns)
+        key = (x.shape[:-1], self._is_encoder(x, layer.link.name), torch.is_grad_enabled(), bound.columns)
         scaled = self._scaled.get(key)
         if scaled is None:  # one step of autograd for all linears of the block
             scaled = self._scaled[key] = scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
@@ -407,6 +409,8 @@ class BlockRouting:
     def sole_expert(self, x: Tensor) -> int | None:
         """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""
         is_encoder = self._is_encoder(x)
+        if self._is_joined(x):
+            return None
         if is_encoder not in self._sole:
             weights = self.encoder_weights if is_encoder else self.weights
             self._sole[is_encoder] = None if weights is None else sole_expert(weights)
@@ -418,12 +422,28 @@ class BlockRouting:
             return self.context.mask(x, is_decoder=False)
         return None if self.mask is None else _fit(self.mask, self.lead, x, trailing=0)
 
-    def _is_encoder(self, x: Tensor) -> bool:
+    def _is_encoder(self, x: Tensor, module: str = "") -> bool:
         encoder = self.encoder_hidden
         if encoder is None:
             return False
+        if encoder.shape[:-1] == self.lead == x.shape[:-1] and reads_text(module):
+            return True
         # Identity first: encoder and decoder may be equally long. Device maps copy the tensor, so shape is next.
         return x is encoder or (x.shape[:-1] == encoder.shape[:-1] and x.shape[:-1] != self.lead)
+
+    def _is_joined(self, x: Tensor) -> bool:
+        """Whether x holds the tokens of text and picture in one row."""
+        encoder = self.encoder_hidden
+        if self.text_first is None or encoder is None or x.dim() != 3 or len(self.lead) != 2:
+            return False
+        return x.shape[1] == encoder.shape[1] + self.lead[1]
+
+    def _joined_weights(self) -> Tensor:
+        assert self.weights is not None and self.encoder_hidden is not None
+        if self.encoder_weights is None:
+            self.encoder_weights = self._route_encoder(self.encoder_hidden)
+        rows = (self.encoder_weights, self.weights)
+        return torch.cat(rows if self.text_first else rows[::-1], dim=1)
 
     def _route_encoder(self, x: Tensor) -> Tensor:
         """The encoder's tokens were counted in the encoder; here the same router only weighs them."""

@@ -16,11 +16,14 @@ _NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.
 def find_block(model: nn.Module, module_name: str) -> str | None:
     """Name of the transformer block that a module lies in; None if it lies in none.
 
-    That is the nearest ancestor that transformers checkpoints as a layer, else the outermost member of an
-    `nn.ModuleList` (models of other libraries).
+    That is the nearest ancestor that transformers checkpoints as a layer, or whose class diffusers lists among the
+    model's repeated blocks; where it lists none, and in models of other libraries, the outermost member of an
+    `nn.ModuleList`.
     """
     parts = module_name.split(".")
     ancestors = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+    if repeated := getattr(model, "_repeated_blocks", None):
+        return next((name for name in ancestors if type(model.get_submodule(name)).__name__ in repeated), None)
     for name in ancestors:
         if isinstance(model.get_submodule(name), GradientCheckpointingLayer):
             return name
@@ -29,6 +32,17 @@ def find_block(model: nn.Module, module_name: str) -> str | None:
         if parent and isinstance(model.get_submodule(parent), nn.ModuleList):
             return name
     return None
+
+
+def reads_another_width(model: nn.Module, module_name: str) -> bool:
+    """Whether a linear reads a text of another width than its block's, as diffusers' cross-attention may.
+
+    No router of the block can read that, so it has one of its own.
+    """
+    parent, _, name = module_name.rpartition(".")
+    attention: Any = model.get_submodule(parent)
+    width = getattr(attention, "cross_attention_dim", None)
+    return name in ("to_k", "to_v") and width is not None and width != getattr(attention, "query_dim", width)
 
 
 def stack_of(block_name: str) -> str:
@@ -92,6 +106,21 @@ def check_targets(model: nn.Module, module_names: list[str], scope: str) -> None
         raise ValueError(
             f'router_scope="model" routes on what enters the first transformer block, and none of the targets '
             f'({", ".join(module_names[:3])}) lies in one; use router_scope="module"'
+        )
+
+
+def check_one_width(model: nn.Module, module_names: list[str]) -> None:
+    """Refuse blocks that one router cannot serve.
+
+    Raises:
+        ValueError: hidden states of several widths enter them, as in a UNet.
+    """
+    names = {block for name in module_names if (block := find_block(model, name))}
+    widths = sorted({hidden_size(model, name) for name in names})
+    if len(widths) > 1:
+        raise ValueError(
+            f'router_scope="model" has one router for all blocks, which hidden states of widths '
+            f'{", ".join(map(str, widths))} enter; use router_scope="block"'
         )
 
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from ..config import MoELoraConfig
 from ..forward.call import Call
 from ..forward.interfaces import MixtureRouter
+from ..forward.removal import STATE_ATTRIBUTE
 from ..forward.state import RoutingState, call_attached_router
 from ..routing import FixedRouter
 from ..routing.sums import RouterStats
 from ..storage.attached_router import AwaitedRouter
 from .mixed_batch import acting, check_adapter_names
-
-STATE_ATTRIBUTE = "_moelora_state"  # on the base model, which outlives tuners (transformers discards them)
 
 
 class RoutingControls:

@@ -12,14 +12,15 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
-from ..forward.checkpointing import make_checkpoint_plain
 from ..forward.hooks import BlockHook, ForwardHook, encoder_argument_position, refuse_fused_loss
+from ..forward.joint_blocks import text_comes_first
+from ..forward.removal import STATE_ATTRIBUTE, remove_routing
 from ..forward.shared_input import readers_of
 from ..forward.state import RoutingState
 from ..storage.patterns import check_patterns_end
 from . import blocks
 from ._peft import LoraLayer, TunerModel
-from .controls import STATE_ATTRIBUTE, RoutingControls
+from .controls import RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
 from .peft_model import adopt_peft_model
@@ -103,6 +104,8 @@ class MoELoraModel(RoutingControls, TunerModel):
                 f"({others[0].router_scope!r}); use the same"
             )
         blocks.check_targets(self.model, module_names, config.router_scope)
+        if config.router_scope == "model" and not config.router_kind.is_constant:
+            blocks.check_one_width(self.model, module_names)
 
     def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
         """The LoRA that stores the adapter's experts side by side along the rank."""
@@ -133,12 +136,14 @@ class MoELoraModel(RoutingControls, TunerModel):
         for name, layer in list(self.model.named_modules()):
             if not isinstance(layer, MoELoraLayer) or adapter_name not in layer.lora_A:
                 continue
-            block = blocks.find_block(self.model, name)
-            router = self._router_for(layer, name, block, config.router_scope)
+            block, scope = blocks.find_block(self.model, name), config.router_scope
+            if blocks.reads_another_width(self.model, name):
+                block, scope = None, "module"
+            router = self._router_for(layer, name, block, scope)
             if adapter_name not in router.lora_router:
                 router.add_adapter(adapter_name, config, like=layer.lora_A[adapter_name].weight)
             if not hasattr(layer, "link"):
-                hook = self._hook_block(block, config.router_scope) if block else None
+                hook = self._hook_block(block, scope) if block else None
                 layer.link = LayerLink(name, state, hook)
                 if layer is self._output_layer():
                     state.handles.append(self.model.register_forward_pre_hook(refuse_fused_loss, with_kwargs=True))
@@ -234,6 +239,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             is_encoder_decoder=bool(decoder),
             encoder_position=encoder_argument_position(module),
         )
+        hook.text_first = text_comes_first(type(module).forward)
         self.routing.handles += [
             module.register_forward_pre_hook(hook.before, with_kwargs=True),
             module.register_forward_hook(hook.after, always_call=True),
@@ -341,7 +347,7 @@ class MoELoraModel(RoutingControls, TunerModel):
     def unload(self) -> nn.Module:
         """Return the base model without experts, routers and hooks."""
         base = super().unload()
-        self._remove_routing()
+        remove_routing(self.model)
         return base
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -351,18 +357,8 @@ class MoELoraModel(RoutingControls, TunerModel):
             ValueError: routing depends on the token, so no single weight equals the mixture.
         """
         base = super().merge_and_unload(*args, **kwargs)
-        self._remove_routing()
+        remove_routing(self.model)
         return base
-
-    def _remove_routing(self) -> None:
-        state = self.model.__dict__.pop(STATE_ATTRIBUTE, None)
-        if state is None:
-            return
-        for handle in state.handles:
-            handle.remove()
-        for module in list(self.model.modules()):
-            module._modules.pop("moe_router", None)
-            make_checkpoint_plain(module)
 
     def check_merge(self) -> None:
         """Raise where merging would change outputs."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .controls import STATE_ATTRIBUTE
+from ..forward.removal import STATE_ATTRIBUTE
 from .layer import MoELoraLayer
 
 _CONTAINERS = (dict, OrderedDict, list, set)
