@@ -67,8 +67,8 @@ def _may_hold_more(config: MoELoraConfig) -> bool:
 
 
 def _is_embedding(key: str) -> bool:
-    """Whether PEFT saved the base model's embeddings along, as it does where they were resized."""
-    return key.split(".")[-2:-1] in ([layer] for layer in EMBEDDING_LAYER_NAMES)
+    """Whether PEFT saved the base model's embeddings along, as it does where they were resized or adapted."""
+    return key.replace(".base_layer.", ".").split(".")[-2:-1] in ([layer] for layer in EMBEDDING_LAYER_NAMES)
 
 
 def _check_factors(

@@ -44,6 +44,15 @@ def register(config_cls: type, model_cls: type) -> None:
             setattr(module, cls.__name__, cls)
 
 
+class _NoScaling(dict):
+    """What a router has in the place of scalings."""
+
+    def __contains__(self, adapter_name: object) -> bool:
+        raise ValueError(
+            "PEFT's `create_lorafa_optimizer` takes routers for factors; use `moelora.training.create_lorafa_optimizer`"
+        )
+
+
 class RouterTunerLayer(BaseTunerLayer):
     """A tuner layer without a base layer: it holds routers, so PEFT switches, freezes, casts and saves them."""
 
@@ -52,7 +61,7 @@ class RouterTunerLayer(BaseTunerLayer):
     @property
     def scaling(self) -> dict[str, float]:
         """Into which hot-swapping writes each layer's; routers have none, and nothing keeps what is written."""
-        return dict.fromkeys(self._get_available_adapters(), 1.0)
+        return _NoScaling.fromkeys(self._get_available_adapters(), 1.0)
 
     def get_base_layer(self) -> nn.Module:
         raise AttributeError("a router wraps no base layer")
