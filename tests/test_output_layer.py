@@ -48,7 +48,7 @@ def test_lm_head(tmp_path, kind, tied):
 
 
 def test_an_adapted_output_layer_replaces_no_weights_of_another_base(tmp_path):
-    """PEFT saves an adapted output layer's own weights along, and puts them into whatever base it loads the adapter on."""
+    """PEFT saves such a layer's own weights along, and puts them into whatever base it loads the adapter on."""
     model = adapted("module")
     with torch.no_grad():
         model.get_base_model().lm_head.base_layer.weight += 1

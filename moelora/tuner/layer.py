@@ -179,8 +179,7 @@ class MoELoraLayer(_LayerBase):
 
     def _weights_of_pool(self, x: Tensor, routing: BlockRouting | None) -> tuple[Tensor, Pool]:
         link = self.link
-        is_called_alone = routing is None and "moe_router" in self._modules  # DiT asks a block what its time step is
-        if link.hook is None or is_called_alone:
+        if link.hook is None or (routing is None and self._is_asked_before_its_block):
             return self._weights_outside_blocks(x)
         if routing is None:
             raise RuntimeError(
@@ -190,6 +189,11 @@ class MoELoraLayer(_LayerBase):
         if routing.weights is not None:
             return routing.weights_for(x, link.name), routing.pool
         return self.moe_router(x, routing.context, routing.mask_for(x)), self.moe_router.pool
+
+    @property
+    def _is_asked_before_its_block(self) -> bool:
+        """Whether a forward calls it by itself, as DiT asks a block what its time step is, and it has its own router."""
+        return "moe_router" in self._modules and self.link.state.in_force.context is not None
 
     def _weights_outside_blocks(self, x: Tensor) -> tuple[Tensor, Pool]:
         state = self.link.state
