@@ -192,7 +192,7 @@ class MoELoraLayer(_LayerBase):
 
     @property
     def _is_asked_before_its_block(self) -> bool:
-        """Whether a forward calls it by itself, as DiT asks a block what its time step is, and it has its own router."""
+        """Whether a forward calls it by itself, as DiT asks a block for its time step, and it has its own router."""
         return "moe_router" in self._modules and self.link.state.in_force.context is not None
 
     def _weights_outside_blocks(self, x: Tensor) -> tuple[Tensor, Pool]:
