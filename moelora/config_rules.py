@@ -23,7 +23,6 @@ REFUSED_OPTIONS: dict[str, str] = {
     "kasa_config": "KaSA changes the base weights",
     "use_bdlora": "BD-LoRA's block-diagonal factors conflict with the rank blocks of the experts",
     "lora_bias": "a bias on B is shared by all experts and would escape the router",
-    "target_parameters": "parameters are adapted through weight parametrisations, which see no tokens",
     "ensure_weight_tying": "a tied layer's input has no router",
     "layer_replication": "replicated blocks would share one router's state",
     "megatron_config": "Megatron's parallel layers are not supported",

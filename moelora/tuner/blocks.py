@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ._peft import BaseTunerLayer
+from .native import is_native
 
 _NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm)
 
@@ -84,8 +85,8 @@ def check_targets(model: nn.Module, module_names: list[str], scope: str) -> None
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, _NOT_LINEAR) or not _is_linear(base):
             raise ValueError(
-                f"`{name}` is a {type(base).__name__}, which a mixture cannot route: only linear layers have one input "
-                "vector per token; leave it out of `target_modules` or add it to `exclude_modules`"
+                f"`{name}` is a {type(base).__name__}, which a mixture cannot route: only linear layers and native experts have one "
+                "input vector per token; leave it out of `target_modules` or add it to `exclude_modules`"
             )
         if scope == "block" and find_block(model, name) is None:
             raise ValueError(
@@ -100,4 +101,5 @@ def check_targets(model: nn.Module, module_names: list[str], scope: str) -> None
 
 
 def _is_linear(base: nn.Module) -> bool:
-    return isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")
+    """Whether it makes one vector of one vector: a linear, or native experts."""
+    return isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features") or is_native(base)

@@ -22,6 +22,8 @@ from ._peft import LoraLayer, TunerModel
 from .controls import STATE_ATTRIBUTE, RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
+from .native import NO_MERGE, ExpertsLora, check_parameters, has_experts_beside, is_native
+from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
 
@@ -85,7 +87,11 @@ class MoELoraModel(RoutingControls, TunerModel):
         check_adapter_name(adapter_name, self.model, [name for name in self.peft_config if name != adapter_name])
         check_patterns_end(config, (name for name, _ in self.model.named_modules()))
 
-    def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
+    def name_parameters(self, config: MoELoraConfig) -> None:
+        """Let names of linears reach the native experts that these have become; see [`reach_native_experts`]."""
+        reach_native_experts(self.model, config, self.is_target)
+
+    def check_targets(self, adapter_name: str, config: MoELoraConfig, module_names: list[str]) -> None:
         """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
         others = [other for other in self.peft_config.values() if other is not config]
         if any(other.use_moe_routing != config.use_moe_routing for other in others):
@@ -101,10 +107,16 @@ class MoELoraModel(RoutingControls, TunerModel):
                 f"({others[0].router_scope!r}); use the same"
             )
         blocks.check_targets(self.model, module_names, config.router_scope)
+        check_parameters(self.model, adapter_name, config, module_names)
 
     def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
         """The LoRA that stores the adapter's experts side by side along the rank."""
         return storage_config(config, count_experts(adapter_name, config)) if config.use_moe_routing else config
+
+    @staticmethod
+    def layer_class(target: nn.Module) -> type[nn.Module] | None:
+        """Native experts are adapted as a whole, from what enters them to what leaves them."""
+        return ExpertsLora if is_native(target) else None
 
     @staticmethod
     def prepare_layer(layer: nn.Module, config: MoELoraConfig, adapter_name: str) -> nn.Module:
@@ -119,7 +131,8 @@ class MoELoraModel(RoutingControls, TunerModel):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         self._frozen_by_disabling = frozen  # PEFT activates what is active once more
         config = self.peft_config[adapter_name]
-        if config.use_moe_routing:
+        is_routed = any(isinstance(m, MoELoraLayer) and adapter_name in m.lora_A for m in self.model.modules())
+        if is_routed:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._add_routers(adapter_name, config)
         if self._is_disabled:
@@ -366,6 +379,8 @@ class MoELoraModel(RoutingControls, TunerModel):
         state = self.routing_or_none
         if state is None:
             return
+        if has_experts_beside(self.model):
+            raise ValueError(NO_MERGE)
         if state.attached is not None:
             raise ValueError("cannot merge: the attached router decides per token; call `detach_router()` first")
         if not state.config.router_kind.is_constant:
