@@ -19,9 +19,7 @@ def experts_of(num_experts, hidden, inner, dtype, *, gate=True, transposed=False
 
     first = "gate_up_proj" if gate else "up_proj"
     shapes = {first: ((2 if gate else 1) * inner, hidden), "down_proj": (hidden, inner)}
-    made = {
-        name: drawn(num_experts, *(reversed(shape) if transposed else shape)) for name, shape in shapes.items()
-    }
+    made = {name: drawn(num_experts, *(reversed(shape) if transposed else shape)) for name, shape in shapes.items()}
     made |= {f"{name}_bias": drawn(num_experts, shape[0]) for name, shape in shapes.items() if bias}
     return SimpleNamespace(
         num_experts=num_experts, has_gate=gate, is_transposed=transposed, has_bias=bias, has_post_expert_norm=norm,
@@ -100,7 +98,7 @@ def test_which_form_serves(monkeypatch, hidden, dtype, grouped):
     calls = []
     monkeypatch.setattr(native, "_padded", lambda x, weight, rows: calls.append(1) or x.new_zeros(len(x), 16))
     experts = experts_of(4, hidden, 8, dtype)
-    x, chosen, weights = tokens_of(9, hidden, 4, 2, dtype)
+    x, chosen, _ = tokens_of(9, hidden, 4, 2, dtype)
     rows = native._Rows.of(chosen, 4)
     native._product(experts, "gate_up_proj", (), native._Spread.apply(x, rows), rows)
     assert bool(calls) is not grouped

@@ -24,7 +24,7 @@ from ..ops.pool import ExpertPool
 from ..schema import settable_fields
 from ..storage.lora_file import Factors, LoraFile, peft_tensors
 from ..storage.mixture_files import StoredAdapter
-from ..storage.structure import owner_of
+from ..storage.structure import acts_beside_experts, owner_of
 from ..tuner.layer import MoELoraLayer
 from ..tuner.model import MoELoraModel
 
@@ -112,6 +112,11 @@ def _given(weights: Sequence[float] | None) -> str:
 def _check_exportable(adapters: Sequence[StoredAdapter]) -> None:
     check_only_factors({adapter.name: adapter.config for adapter in adapters})
     for adapter in adapters:
+        if beside := next(filter(acts_beside_experts, adapter.pools), None):
+            raise ValueError(
+                f"adapter {adapter.name!r} has experts beside the native ones of `{beside}`, which no plain LoRA can "
+                "hold; serve the mixture as it is"
+            )
         if adapter.others:
             raise ValueError(
                 f"`{adapter.others[0]}` of adapter {adapter.name!r} is no part of its experts' factors, so no LoRA "
@@ -123,10 +128,11 @@ def check_only_factors(configs: Mapping[str, MoELoraConfig]) -> None:
     """Refuse adapters that are more than their experts, which no LoRA made of experts computes.
 
     Raises:
-        ValueError: one trained modules of the base model, embeddings of tokens or biases too.
+        ValueError: one trained modules of the base model, embeddings of tokens, biases or native experts too.
     """
     for name, config in configs.items():
         trained = {field: getattr(config, field) for field in ("modules_to_save", "trainable_token_indices")}
+        trained["target_parameters"] = config.target_parameters
         trained["bias"] = None if config.bias == "none" else config.bias
         for field, value in trained.items():
             if value:

@@ -37,9 +37,9 @@ FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear that reads x: its base layer, and the factors of its adapters in expert order."""
+    """A linear that reads x: its base layer, or what calls it, and the factors of its adapters in expert order."""
 
-    base_layer: nn.Module
+    base_layer: nn.Module | Callable[[Tensor], Tensor]
     pools: Sequence[ExpertPool]
 
     def goes_with(self, other: Reader) -> bool:
@@ -285,11 +285,11 @@ def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> Sequ
     return group(x, scaled_weights(weights, group.scalings))
 
 
-def _base(base_layer: nn.Module, dtype: torch.dtype) -> Base:
-    return (base_layer.weight, base_layer.bias) if is_plain(base_layer, dtype) else (None, None)  # type: ignore[return-value]
+def _base(base_layer: Any, dtype: torch.dtype) -> Base:
+    return (base_layer.weight, base_layer.bias) if is_plain(base_layer, dtype) else (None, None)
 
 
-def is_plain(base_layer: nn.Module, dtype: torch.dtype) -> bool:
+def is_plain(base_layer: Any, dtype: torch.dtype) -> bool:
     """Whether calling it does nothing but x W^T + b in dtype with frozen W and b.
 
     It does more where somebody hooked or replaced its forward, trains it, or changed the type of its weight.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 RANKS = 8  # a rank that is no multiple is padded: rows of grouped products have to begin at multiples of 16 bytes
 _ALIGNED = 16
@@ -102,6 +102,17 @@ def native_experts_reference(
     return total
 
 
+_DESCRIBED_BY = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+
+def is_native(module: nn.Module) -> bool:
+    """Whether it holds native experts, described as transformers' `use_experts_implementation` does."""
+    if any(name not in module.__dict__ for name in _DESCRIBED_BY):
+        return False
+    weights = [module._parameters.get(name) for name in (first_parameter(module), "down_proj")]
+    return all(weight is not None and weight.dim() == 3 for weight in weights)
+
+
 def first_parameter(experts: Any) -> str:
     """The parameter that reads the hidden states."""
     return "gate_up_proj" if experts.has_gate else "up_proj"
@@ -148,7 +159,7 @@ class _Spread(torch.autograd.Function):
         return x.index_select(0, rows.order // rows.top_k)
 
     @staticmethod
-    def backward(ctx: Any, d_SD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_SD: Tensor) -> tuple[Tensor, None]:
         rows = ctx.rows
         return d_SD.index_select(0, rows.inverse).view(-1, rows.top_k, d_SD.shape[-1]).sum(dim=1), None
 
@@ -162,7 +173,7 @@ class _Collect(torch.autograd.Function):
         return y.index_select(0, rows.inverse)
 
     @staticmethod
-    def backward(ctx: Any, d_SO: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_SO: Tensor) -> tuple[Tensor, None]:
         return d_SO.index_select(0, ctx.rows.order), None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
@@ -76,11 +77,17 @@ class RouterTunerLayer(BaseTunerLayer):
 class ModuleLora(nn.Module, LoraLayer):
     """Factors from the input of a module of native experts to its output; alone, it computes what the module does."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, lora_alpha: int, **_: Any) -> None:
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **_: Any
+    ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+        LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.base_layer(x, *args, **kwargs)
@@ -90,7 +97,7 @@ class ModuleLora(nn.Module, LoraLayer):
         return width, width
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        weight = next(self.get_base_layer().parameters())
+        weight = next(self.base_layer.parameters())
         for factors in (self.lora_A, self.lora_B):
             if adapter_name in factors and not factors[adapter_name].weight.is_meta:
                 factors[adapter_name].to(device or weight.device, weight.dtype)
@@ -148,10 +155,6 @@ class TunerModel(LoraModel):
         """Turn the layer that PEFT chose into a routed one."""
         raise NotImplementedError
 
-    @abstractmethod
-    def name_parameters(self, config: MoELoraConfig) -> None:
-        """Turn names of linears that have become parameters into `target_parameters`, before anything is checked."""
-
     def is_target(self, config: MoELoraConfig, name: str) -> bool:
         """Whether `target_modules` is for a module of this name."""
         return bool(self._check_target_module_exists(config, name))
@@ -170,7 +173,6 @@ class TunerModel(LoraModel):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
-        self.name_parameters(config)
         self._check_new_adapter_config(config)
         self.check_adapter(adapter_name, config)
         self.check_targets(adapter_name, config, self.resolve_targets(config) if config.use_moe_routing else [])

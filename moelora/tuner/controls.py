@@ -43,7 +43,10 @@ class RoutingControls:
         """
         state = self.routing_or_none
         if state is None:
-            raise ValueError("this model holds no mixture: its adapters were made with `use_moe_routing=False`")
+            raise ValueError(
+                "this model holds no mixture: its adapters were made with `use_moe_routing=False`, or adapt nothing "
+                "but the base's native experts, which the base's own router weighs"
+            )
         return state
 
     # ---- forward -----------------------------------------------------------------------------------------------------
@@ -66,7 +69,10 @@ class RoutingControls:
         """
         if self.routing_or_none is None:
             if routing_weights is not None:
-                raise ValueError("`routing_weights` needs a mixture, but `use_moe_routing` is False")
+                raise ValueError(
+                    "`routing_weights` needs a mixture, but `use_moe_routing` is False, or nothing is adapted but the "
+                    "base's native experts"
+                )
             return nullcontext()
         if adapter_names is not None:
             raise ValueError(

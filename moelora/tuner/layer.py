@@ -257,7 +257,8 @@ def make_routed(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
     """
     if isinstance(layer, peft_lora.ParamWrapper):
         layer.__class__ = native.ParamWrapper
-        return
+    if not isinstance(layer, LoraLayer) or isinstance(layer, native.ParamWrapper):
+        return  # no LoRA: what wraps a parameter already, further out, got the adapter
     if not isinstance(layer, MoELoraLayer):
         layer.__class__ = routed_class(type(layer))
         layer.num_experts = {}

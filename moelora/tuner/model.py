@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -16,13 +17,14 @@ from ..forward.checkpointing import make_checkpoint_plain
 from ..forward.hooks import BlockHook, ForwardHook, encoder_argument_position, refuse_fused_loss
 from ..forward.shared_input import readers_of
 from ..forward.state import RoutingState
+from ..ops.native import is_native
 from ..storage.patterns import check_patterns_end
 from . import blocks
 from ._peft import LoraLayer, TunerModel
 from .controls import STATE_ATTRIBUTE, RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
-from .native import NO_MERGE, ExpertsLora, check_parameters, has_experts_beside, is_native
+from .native import NO_MERGE, ExpertsLora, check_parameters, has_experts_beside, patterns_are_for_parameters
 from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
@@ -87,10 +89,6 @@ class MoELoraModel(RoutingControls, TunerModel):
         check_adapter_name(adapter_name, self.model, [name for name in self.peft_config if name != adapter_name])
         check_patterns_end(config, (name for name, _ in self.model.named_modules()))
 
-    def name_parameters(self, config: MoELoraConfig) -> None:
-        """Let names of linears reach the native experts that these have become; see [`reach_native_experts`]."""
-        reach_native_experts(self.model, config, self.is_target)
-
     def check_targets(self, adapter_name: str, config: MoELoraConfig, module_names: list[str]) -> None:
         """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
         others = [other for other in self.peft_config.values() if other is not config]
@@ -128,9 +126,13 @@ class MoELoraModel(RoutingControls, TunerModel):
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
         """Create the adapter's experts and routers; see PEFT for the arguments."""
         frozen = self._frozen_by_disabling
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
-        self._frozen_by_disabling = frozen  # PEFT activates what is active once more
         config = self.peft_config[adapter_name]
+        reach_native_experts(self.model, config, self.is_target)
+        with warnings.catch_warnings():
+            if patterns_are_for_parameters(self.model, config):
+                warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        self._frozen_by_disabling = frozen  # PEFT activates what is active once more
         is_routed = any(isinstance(m, MoELoraLayer) and adapter_name in m.lora_A for m in self.model.modules())
         if is_routed:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():

@@ -7,6 +7,7 @@ Two layouts. Low-rank pairs for each native expert, weighed by the base's own ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -15,18 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
-from ..ops.native import NativePairs, first_parameter, native_experts
+from ..ops.native import NativePairs, first_parameter, is_native, native_experts
 from ._peft import BaseTunerLayer, ModuleLora
-
-_DESCRIBED_BY = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
-
-
-def is_native(module: nn.Module) -> bool:
-    """Whether it holds native experts, described as transformers' `use_experts_implementation` does."""
-    if any(name not in module.__dict__ for name in _DESCRIBED_BY):
-        return False
-    weights = [module._parameters.get(name) for name in (first_parameter(module), "down_proj")]
-    return all(weight is not None and weight.dim() == 3 for weight in weights)
 
 
 class ParamWrapper(peft_lora.ParamWrapper):
@@ -97,7 +88,7 @@ def has_experts_beside(model: nn.Module) -> bool:
 
 def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that hold a base's native experts, by name."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if "Experts" in type(module).__name__ and not isinstance(module, BaseTunerLayer):
             own = dict(module.named_parameters(recurse=False))
@@ -107,7 +98,7 @@ def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def matched_parameters(model: nn.Module, targets: Collection[str]) -> dict[str, tuple[nn.Module, Tensor]]:
     """The parameters that these names are for, as PEFT finds them: by name, with the modules that hold them."""
-    found = {}
+    found: dict[str, tuple[nn.Module, Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             continue
@@ -161,11 +152,13 @@ def check_parameters(model: nn.Module, adapter_name: str, config: MoELoraConfig,
                 "leave one of them out (`exclude_modules`)"
             )
         if value.dim() not in (2, 3):
-            raise ValueError(f"`{name}` of `target_parameters` has {value.dim()} dimensions; only 2 and 3 can be adapted")
+            raise ValueError(
+                f"`{name}` of `target_parameters` has {value.dim()} dimensions; only 2 and 3 can be adapted"
+            )
         if hasattr(module, "parametrizations") or value.dtype not in _DTYPES:
             raise ValueError(
-                f"`{name}` of `target_parameters` is quantised ({value.dtype}), which low-rank pairs cannot be added to; "
-                "load the base in bfloat16 or float32 (or dequantised), or leave it out"
+                f"`{name}` of `target_parameters` is quantised ({value.dtype}), which low-rank pairs cannot be added "
+                "to; load the base in bfloat16 or float32 (or dequantised), or leave it out"
             )
 
 
@@ -176,8 +169,8 @@ def _check_options(adapter_name: str, config: MoELoraConfig) -> None:
     if count_experts(adapter_name, config) == 1:
         raise ValueError(
             f"adapter {adapter_name!r} is one expert of a mixture, and `target_parameters` adapts experts that the "
-            "base's own router weighs: no router of ours would weigh this one's part; give the adapter another name, or "
-            "leave `target_parameters` out"
+            "base's own router weighs: no router of ours would weigh this one's part; give the adapter another name, "
+            "or leave `target_parameters` out"
         )
     for field in ("lora_dropout", "fan_in_fan_out"):
         if value := getattr(config, field):
@@ -185,6 +178,13 @@ def _check_options(adapter_name: str, config: MoELoraConfig) -> None:
                 f"`{field}` ({value!r}) cannot be had with `target_parameters`: PEFT's LoRA of a parameter has none; "
                 "leave one of them out"
             )
+
+
+def patterns_are_for_parameters(model: nn.Module, config: MoELoraConfig) -> bool:
+    """Whether every pattern of ranks and alphas is for a parameter: PEFT looks among modules, and warns of the rest."""
+    names = matched_parameters(model, config.target_parameters or ())
+    patterns = {*config.rank_pattern, *config.alpha_pattern}
+    return all(any(re.match(rf"(.*\.)?({pattern})$", name) for name in names) for pattern in patterns)
 
 
 def short_name(parameter: str) -> str:

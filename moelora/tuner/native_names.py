@@ -129,9 +129,10 @@ def _warn_of_frozen(model: nn.Module, config: MoELoraConfig, fused: Collection[s
         return
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in frozen))
     more = f" and {len(owners) - 2} more" if len(owners) > 2 else ""
+    fields = sorted(set(map(short_name, frozen)))
     warnings.warn(
-        f"the native experts of {', '.join(owners[:2])}{more} stay frozen: transformers keeps them in parameters, which "
-        f"`target_modules` does not reach; to adapt them pass target_parameters={sorted(set(map(short_name, frozen)))}",
+        f"the native experts of {', '.join(owners[:2])}{more} stay frozen: transformers keeps them in parameters, "
+        f"which `target_modules` does not reach; to adapt them pass target_parameters={fields}",
         stacklevel=2,
     )
 
