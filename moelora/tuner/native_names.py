@@ -122,22 +122,33 @@ def _shortened(names: Collection[str], alike: Collection[str]) -> set[str]:
 
 
 def _warn_of_frozen(model: nn.Module, config: MoELoraConfig, fused: Collection[str], is_target: IsTarget) -> None:
-    adapted = {name.rpartition(".")[0] for name in matched_parameters(model, config.target_parameters or ())}
-    frozen = [name for name in fused if name.rpartition(".")[0] not in adapted]
-    frozen = [name for name in frozen if _is_all_linear(config) or not is_target(config, name.rpartition(".")[0])]
-    if not frozen or not _means_experts(model, config, is_target):
+    if not _means_experts(model, config):
         return
-    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in frozen))
-    more = f" and {len(owners) - 2} more" if len(owners) > 2 else ""
+    adapted = {name.rpartition(".")[0] for name in matched_parameters(model, config.target_parameters or ())}
+    owners = {name.rpartition(".")[0] for name in fused} - adapted
+    left = {owner for owner in owners if _is_left(config, owner, is_target)}
+    frozen = [name for name in fused if name.rpartition(".")[0] in left]
+    if not frozen:
+        return
+    named = list(dict.fromkeys(name.rpartition(".")[0] for name in frozen))
+    more = f" and {len(named) - 2} more" if len(named) > 2 else ""
     fields = sorted(set(map(short_name, frozen)))
     warnings.warn(
-        f"the native experts of {', '.join(owners[:2])}{more} stay frozen: transformers keeps them in parameters, "
+        f"the native experts of {', '.join(named[:2])}{more} stay frozen: transformers keeps them in parameters, "
         f"which `target_modules` does not reach; to adapt them pass target_parameters={fields}",
         stacklevel=2,
     )
 
 
-def _means_experts(model: nn.Module, config: MoELoraConfig, is_target: IsTarget) -> bool:
+def _is_left(config: MoELoraConfig, owner: str, is_target: IsTarget) -> bool:
+    """Whether these native experts are neither adapted as a module nor left out on purpose, by `exclude_modules` or
+    `layers_to_transform`."""
+    own = copy.copy(config)
+    own.target_modules = {owner.rpartition(".")[2]}
+    return is_target(own, owner) and (_is_all_linear(config) or not is_target(config, owner))
+
+
+def _means_experts(model: nn.Module, config: MoELoraConfig) -> bool:
     """Whether "all-linear" was said, or `target_modules` has a name that no module has, or speaks of experts."""
     targets = config.target_modules
     if targets is None or isinstance(targets, str):
