@@ -5,6 +5,7 @@ import torch
 from native import EXPERTS, FAMILIES, batch, gradients, native_model, noisy, ours, peft_lora
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import ParamWrapper as PeftParamWrapper
+from safetensors.torch import load_file, save_file
 
 from moelora import MoELoraConfig
 from moelora.ops import native
@@ -57,8 +58,6 @@ def test_checkpoints_go_to_pefts_lora_and_back(family, tmp_path):
     again = PeftModel.from_pretrained(native_model(family), tmp_path)
     assert type(again.base_model).__name__ == "MoELoraModel"
     assert torch.equal(again(**inputs).logits, expected)
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     plain = get_peft_model(native_model(family), LoraConfig(r=2, lora_alpha=6, **ALONE)).eval()
     found = set_peft_model_state_dict(plain, tensors)
@@ -233,6 +232,32 @@ def test_a_watched_module_is_called_as_peft_does(monkeypatch):
     assert seen == [1]
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("targets", ["alone", "beside linears", "beside experts"])
+def test_compiles_as_one_graph(family, targets):
+    options = {
+        "alone": ALONE,
+        "beside linears": ALONE | {"target_modules": ["q_proj"]},
+        "beside experts": {"target_modules": ["mlp.experts"], "expert_capacity_factor": None},
+    }[targets]
+    model = ours(native_model(family, torch.bfloat16), **options).train()
+    inputs = batch()
+    expected = model(**inputs).loss
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("options", [ALONE, {"target_modules": ["mlp.experts", "q_proj"]}], ids=["pairs", "beside"])
+def test_generates_with_a_cache_what_it_does_without(options):
+    model = ours(native_model("qwen3_moe"), **options)
+    prompt = {"input_ids": batch(labels=False)["input_ids"], "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**prompt), model.generate(**prompt, use_cache=False))
+
+
 def test_trained_by_the_trainer_and_resumed(tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -293,6 +318,45 @@ def test_without_a_mixture_what_needs_one_says_so():
             call()
     with pytest.raises(ValueError, match="native experts"):
         model(**batch(), routing_weights=torch.ones(3, 4))
+
+
+def test_files_alone_say_what_they_hold(tmp_path):
+    """Read without the base model, as `moelora inspect` does; what would drop native pairs is refused."""
+    from moelora.experts import to_lora
+    from moelora.storage.mixture_files import read_mixture
+
+    model = ours(native_model("mixtral"), target_modules=["q_proj"], target_parameters=EXPERTS)
+    model.save_pretrained(tmp_path)
+    (adapter,) = read_mixture(tmp_path)
+    assert adapter.pools.keys() == {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+    assert len(adapter.others) == 8 and all("experts" in name for name in adapter.others)
+    assert adapter.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for given in (model, [adapter]):
+        with pytest.raises(ValueError, match="`target_parameters`"):
+            to_lora(given, 0)
+    alone = ours(native_model("mixtral"), **ALONE)
+    alone.save_pretrained(tmp_path / "alone")
+    (adapter,) = read_mixture(tmp_path / "alone")
+    assert not adapter.pools and not adapter.routers and len(adapter.others) == 8
+
+
+@pytest.mark.parametrize("damage", ["half", "shape"])
+def test_damaged_pairs_are_told(tmp_path, damage):
+    from moelora.schema import UserError
+    from moelora.storage.mixture_files import read_mixture
+
+    model = ours(native_model("mixtral"), **ALONE)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"
+    tensors[key] = tensors[key][:, :-1].clone()
+    if damage == "half":
+        del tensors[key]
+    save_file(tensors, path)
+    for read in (read_mixture, lambda folder: PeftModel.from_pretrained(native_model("mixtral"), folder)):
+        with pytest.raises((UserError, ValueError), match=r"experts\.base_layer"):
+            read(tmp_path)
 
 
 def test_a_bare_name_is_written_with_its_module():

@@ -10,12 +10,12 @@ from moelora.ops import native
 from moelora.ops.native import NativePairs, native_experts, native_experts_reference
 
 
-def experts_of(num_experts, hidden, inner, dtype, *, gate=True, transposed=False, bias=False, norm=False):
+def experts_of(num_experts, hidden, inner, dtype, device="cpu", *, gate=True, transposed=False, bias=False, norm=False):
     """Random experts as transformers lays them out."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape):
-        return (torch.randn(shape, generator=generator) * 0.5).to(dtype)
+        return (torch.randn(shape, generator=generator) * 0.5).to(device, dtype)
 
     first = "gate_up_proj" if gate else "up_proj"
     shapes = {first: ((2 if gate else 1) * inner, hidden), "down_proj": (hidden, inner)}
@@ -28,7 +28,7 @@ def experts_of(num_experts, hidden, inner, dtype, *, gate=True, transposed=False
     )  # fmt: skip
 
 
-def pairs_of(experts, ranks, dtype):
+def pairs_of(experts, ranks):
     """Two adapters for the first parameter, one for the other."""
     generator = torch.Generator().manual_seed(1)
     pairs = {}
@@ -37,20 +37,20 @@ def pairs_of(experts, ranks, dtype):
         out, width = weight.shape[1:] if not experts.is_transposed else weight.shape[1:][::-1]
         pairs[name] = []
         for number, rank in enumerate(adapters):
-            A = torch.randn(experts.num_experts * rank, width, generator=generator).to(dtype) * 0.3
-            B = torch.randn(out, rank * experts.num_experts, generator=generator).to(dtype) * 0.3
+            A = torch.randn(experts.num_experts * rank, width, generator=generator).to(weight) * 0.3
+            B = torch.randn(out, rank * experts.num_experts, generator=generator).to(weight) * 0.3
             pairs[name].append(NativePairs(A.requires_grad_(), B.requires_grad_(), 0.5 + number))
     return pairs
 
 
-def tokens_of(tokens, hidden, num_experts, top_k, dtype):
+def tokens_of(tokens, hidden, num_experts, top_k, dtype, device="cpu"):
     """Hidden states, the native experts of each token (the last ones get none), their weights."""
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
+    x = torch.randn(tokens, hidden, generator=generator).to(device, dtype).requires_grad_()
     scores = torch.randn(tokens, num_experts, generator=generator)
     scores[:, max(top_k, num_experts - 2) :] = -torch.inf
     weights, chosen = scores.softmax(-1).topk(top_k)
-    return x, chosen, weights.to(dtype).detach().requires_grad_()
+    return x, chosen.to(device), weights.to(device, dtype).detach().requires_grad_()
 
 
 def outcome(form, experts, pairs, tokens, upstream):
@@ -75,12 +75,13 @@ KINDS = {
     ids=["63 tokens", "one token", "odd widths"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_equals_the_loop(kind, tokens, num_experts, top_k, hidden, inner, ranks, dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_equals_the_loop(kind, tokens, num_experts, top_k, hidden, inner, ranks, dtype, device):
     """Odd widths and float64 take the padded form, the others torch's grouped products."""
-    experts = experts_of(num_experts, hidden, inner, dtype, **KINDS[kind])
-    pairs = pairs_of(experts, ranks, dtype)
-    given = tokens_of(tokens, hidden, num_experts, top_k, dtype)
-    upstream = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(3)).to(dtype)
+    experts = experts_of(num_experts, hidden, inner, dtype, device, **KINDS[kind])
+    pairs = pairs_of(experts, ranks)
+    given = tokens_of(tokens, hidden, num_experts, top_k, dtype, device)
+    upstream = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(3)).to(given[0])
     y, grads = outcome(native_experts, experts, pairs, given, upstream)
     expected, expected_grads = outcome(native_experts_reference, experts, pairs, given, upstream)
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.1}[dtype]
@@ -91,6 +92,9 @@ def test_equals_the_loop(kind, tokens, num_experts, top_k, hidden, inner, ranks,
         scale = wanted.abs().max()
         assert scale > 0
         torch.testing.assert_close(grad / scale, wanted / scale, rtol=tolerance, atol=tolerance)
+        for dim in (0, 1):  # of an expert without a token nothing is left as it was allocated
+            of_none = wanted.eq(0).all(dim, keepdim=True).expand_as(wanted)
+            assert grad[of_none].eq(0).all()
 
 
 @pytest.mark.parametrize(("hidden", "dtype", "grouped"), [(32, torch.float32, True), (7, torch.float32, False)])
@@ -106,7 +110,7 @@ def test_which_form_serves(monkeypatch, hidden, dtype, grouped):
 
 def test_an_expert_beyond_the_last_is_nobody():
     experts = experts_of(4, 32, 16, torch.float32)
-    pairs = pairs_of(experts, [4], torch.float32)
+    pairs = pairs_of(experts, [4])
     x, chosen, weights = tokens_of(11, 32, 4, 2, torch.float32)
     chosen[3] = 4
     chosen[5, 1] = 4
