@@ -177,6 +177,7 @@ def test_several_adapters_are_saved_and_loaded_as_one(tmp_path):
     both = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
     model = ours(native_model("mixtral"), **both)
     model.add_adapter("second", MoELoraConfig(r=3, router_type="learned", **both))
+    model.set_adapter(["default", "second"])
     noisy(model)
     expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
@@ -308,6 +309,17 @@ def test_other_parameters_in_a_second_adapter_are_refused():
     before = names_and_shapes(model)
     with pytest.raises(ValueError, match="same set of parameters"):
         model.add_adapter("second", MoELoraConfig(target_modules=[], target_parameters=EXPERTS[:1]))
+    assert names_and_shapes(model) == before and list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("routed_first", [True, False])
+def test_native_pairs_alone_and_a_mixture_do_not_join(routed_first):
+    routed = {"target_modules": ["q_proj"]}
+    first, second = (routed, ALONE) if routed_first else (ALONE, routed)
+    model = ours(native_model("mixtral"), **first)
+    before = names_and_shapes(model)
+    with pytest.raises(ValueError, match="'second' cannot join default: one has experts"):
+        model.add_adapter("second", MoELoraConfig(**second))
     assert names_and_shapes(model) == before and list(model.peft_config) == ["default"]
 
 

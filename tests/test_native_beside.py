@@ -89,13 +89,15 @@ def test_starts_as_the_base_and_can_be_switched_off():
     torch.testing.assert_close(base(**inputs).logits, expected)
 
 
-def test_saved_loaded_copied_and_pickled(tmp_path):
+@pytest.mark.parametrize("targets", [BESIDE, {"target_modules": [], "target_parameters": EXPERTS}], ids=str)
+def test_saved_loaded_copied_and_pickled(tmp_path, targets):
     inputs = batch(labels=False)
-    model = ours(native_model("mixtral"), **BESIDE)
+    model = ours(native_model("mixtral"), **targets)
     expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(native_model("mixtral"), tmp_path)
-    assert torch.equal(again(**inputs).logits, expected)
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        again = PeftModel.from_pretrained(native_model("mixtral"), tmp_path, **options)
+        assert torch.equal(again(**inputs).logits, expected)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(**inputs).logits, expected)
 

@@ -43,7 +43,7 @@ def to_lora(model: PeftModel | Sequence[StoredAdapter], expert: int | str) -> Lo
         ValueError: there is no such expert, or its adapter is more than experts: it trained biases or modules too.
     """
     adapter, index = locate(stored_adapters(model), expert)
-    _check_exportable([adapter])
+    check_exportable([adapter])
     config = adapter.config
     scale = config.routing_scale  # what a router multiplies a lone expert's weight of 1 by
     settings = _plain(config) | {
@@ -65,7 +65,7 @@ def to_lora_mixture(model: PeftModel | Sequence[StoredAdapter], weights: Sequenc
         ValueError: they are not E finite numbers, there are none, or an adapter trained biases or modules too.
     """
     active = [adapter for adapter in stored_adapters(model) if adapter.position is not None]
-    _check_exportable(active)
+    check_exportable(active)
     given = None if weights is None else _split(active, weights)
     factors: Factors = {}
     for name in dict.fromkeys(name for adapter in active for name in adapter.pools):
@@ -109,8 +109,13 @@ def _given(weights: Sequence[float] | None) -> str:
     return "those of the fixed router" if weights is None else ", ".join(f"{weight:g}" for weight in weights)
 
 
-def _check_exportable(adapters: Sequence[StoredAdapter]) -> None:
-    check_only_factors({adapter.name: adapter.config for adapter in adapters})
+def check_exportable(adapters: Sequence[StoredAdapter]) -> None:
+    """Refuse adapters of which no plain LoRA computes all.
+
+    Raises:
+        ValueError: one trained more than its experts, or has experts beside a base's native ones.
+    """
+    _check_only_factors({adapter.name: adapter.config for adapter in adapters})
     for adapter in adapters:
         if beside := next(filter(acts_beside_experts, adapter.pools), None):
             raise ValueError(
@@ -124,7 +129,7 @@ def _check_exportable(adapters: Sequence[StoredAdapter]) -> None:
             )
 
 
-def check_only_factors(configs: Mapping[str, MoELoraConfig]) -> None:
+def _check_only_factors(configs: Mapping[str, MoELoraConfig]) -> None:
     """Refuse adapters that are more than their experts, which no LoRA made of experts computes.
 
     Raises:

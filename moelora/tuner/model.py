@@ -91,21 +91,36 @@ class MoELoraModel(RoutingControls, TunerModel):
 
     def check_targets(self, adapter_name: str, config: MoELoraConfig, module_names: list[str]) -> None:
         """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
-        others = [other for other in self.peft_config.values() if other is not config]
-        if any(other.use_moe_routing != config.use_moe_routing for other in others):
+        self._check_joins(adapter_name, config, bool(module_names))
+        if not config.use_moe_routing:
+            return
+        blocks.check_targets(self.model, module_names, config.router_scope)
+        check_parameters(self.model, adapter_name, config, module_names)
+
+    def _check_joins(self, adapter_name: str, config: MoELoraConfig, is_routed: bool) -> None:
+        """Raise for an adapter that cannot be beside those that there are; is_routed: our routers are to weigh it."""
+        others = {name: other for name, other in self.peft_config.items() if other is not config}
+        if not others:
+            return
+        first = next(iter(others.values()))
+        if any(other.use_moe_routing != config.use_moe_routing for other in others.values()):
             raise ValueError(
                 "an adapter with `use_moe_routing=False` is plain LoRA and cannot share a model with routed adapters; "
                 "give all adapters the same `use_moe_routing`"
             )
         if not config.use_moe_routing:
             return
-        if others and others[0].router_scope != config.router_scope:
+        adapts = is_routed or bool(config.target_parameters)
+        if adapts and is_routed is (self.routing_or_none is None):
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot join {', '.join(others)}: one has experts that a router weighs, "
+                "the other adapts a base's native experts alone; give both the same `target_modules`"
+            )
+        if first.router_scope != config.router_scope:
             raise ValueError(
                 f"`router_scope` ({config.router_scope!r}) differs from that of the model's other adapters "
-                f"({others[0].router_scope!r}); use the same"
+                f"({first.router_scope!r}); use the same"
             )
-        blocks.check_targets(self.model, module_names, config.router_scope)
-        check_parameters(self.model, adapter_name, config, module_names)
 
     def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
         """The LoRA that stores the adapter's experts side by side along the rank."""

@@ -87,12 +87,13 @@ def has_experts_beside(model: nn.Module) -> bool:
 
 
 def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that hold a base's native experts, by name."""
+    """The parameters that hold a base's native experts, by name: of all experts, one of a kind (DBRX: side by side)."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if "Experts" in type(module).__name__ and not isinstance(module, BaseTunerLayer):
-            own = dict(module.named_parameters(recurse=False))
-            found |= {f"{bare(name)}.{key}": value for key, value in own.items() if value.dim() == 3}
+        kind = type(module).__name__
+        if "Expert" in kind and "Router" not in kind and not isinstance(module, BaseTunerLayer):
+            own = {key: value for key, value in module.named_parameters(recurse=False) if "bias" not in key}
+            found |= {f"{bare(name)}.{key}": value for key, value in own.items() if value.dim() in (2, 3)}
     return found
 
 
