@@ -103,18 +103,14 @@ def matched_parameters(model: nn.Module, targets: Collection[str]) -> dict[str, 
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             continue
-        for key, value in _parameters_of(module):
+        for key, value in module.named_parameters(recurse=False):
             full = f"{bare(name)}.{key}"
             if full in targets or any(full.endswith(f".{target}") for target in targets):
                 found[full] = (module, value)
+        for key in getattr(module, "parametrizations", ()):  # of quantised ones, say; PEFT wants the whole name
+            if (full := f"{bare(name)}.{key}") in targets:
+                found[full] = (module, getattr(module, key))
     return found
-
-
-def _parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Its own, and those that a parametrisation (of quantised ones) makes."""
-    yield from module.named_parameters(recurse=False)
-    for name in getattr(module, "parametrizations", {}):
-        yield name, getattr(module, name)
 
 
 def bare(name: str) -> str:
@@ -143,10 +139,13 @@ def check_parameters(model: nn.Module, adapter_name: str, config: MoELoraConfig,
                 f"`target_parameters` ({target!r}) names no parameter of the model; "
                 + (f"its native experts are {known}" if known else "it has no native experts; use `target_modules`")
             )
-    for name, (module, value) in found.items():
+    for name, (_, value) in found.items():
         owner = name.rpartition(".")[0]
         if not owner:
-            raise ValueError(f"`target_parameters` ({name!r}): PEFT cannot adapt a parameter of the model itself")
+            raise ValueError(
+                "Targeting an nn.Parameter on the top-level module is not supported "
+                f"(parameter {name.removeprefix('.')!r}), by PEFT; name one of its modules'"
+            )
         if owner in modules:
             raise ValueError(
                 f"`{owner}` is in `target_modules` and holds `{name}` of `target_parameters`: both would be one layer; "
@@ -156,7 +155,7 @@ def check_parameters(model: nn.Module, adapter_name: str, config: MoELoraConfig,
             raise ValueError(
                 f"`{name}` of `target_parameters` has {value.dim()} dimensions; only 2 and 3 can be adapted"
             )
-        if hasattr(module, "parametrizations") or value.dtype not in _DTYPES:
+        if value.dtype not in _DTYPES:
             raise ValueError(
                 f"`{name}` of `target_parameters` is quantised ({value.dtype}), which low-rank pairs cannot be added "
                 "to; load the base in bfloat16 or float32 (or dequantised), or leave it out"

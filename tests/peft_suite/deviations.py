@@ -28,6 +28,11 @@ class Deviation:
 
 DEVIATIONS = (
     Deviation(
+        r"test_target_parameter_result_caching_works",
+        "native experts are computed without the sum of weight and delta whose making the case watches",
+        applies=True,
+    ),
+    Deviation(
         r"`(?P<option>\w+)` \(.*\) cannot be honoured by a mixture",
         "the case sets `{option}`, which MoELoraConfig refuses: experts weighted per token cannot honour it",
     ),
@@ -64,7 +69,8 @@ DEVIATIONS = (
         plain=True,
     ),
     Deviation(
-        r"Can't find 'adapter_config.json' at|Could not determine the dtype of this adapter",
+        r"Can't find 'adapter_config.json' at|test_save_pretrained_selected_adapters .*is no folder"
+        r"|Could not determine the dtype of this adapter",
         "several adapters are saved as one mixture and loaded under their own names, not one directory each",
         applies=True,
     ),
@@ -81,7 +87,8 @@ DEVIATIONS = (
         applies=True,
     ),
     Deviation(
-        r"Rank \d+ is not equal to|TestRankAndAlphaPattern|target rank|compiled_hotswap|test_scaling_with_rslora ",
+        r"Rank \d+ is not equal to|TestRankAndAlphaPattern|target rank|compiled_hotswap|test_scaling_with_rslora "
+        r"|test_targeting_module_and_targeting_param_equivalent",
         "a layer stores its experts as one LoRA of rank num_experts * r, which the case reads, or rounds with",
         applies=True,
     ),
