@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from moelora import MoELoraConfig
-from moelora.tuner.native import ExpertsLora
+from moelora.tuner._peft import ExpertsLora
 
 BESIDE = {"target_modules": ["mlp.experts"], "expert_capacity_factor": None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,32 @@ def native_from_lora(base_model: nn.Module, path_or_id: str | Path, *, is_traina
     source = str(path_or_id)
     if (kind := read_config(source).get("peft_type")) != "LORA":
         raise LoraError(f"{source}: `peft_type` is {kind!r}; only a plain LoRA is loaded by `native_from_lora`")
-    trainable = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
-    lora = PeftModel.from_pretrained(base_model, source, autocast_adapter_dtype=False)
+    lora = _as_peft_reads_it(base_model, source)
     linears = [name for name, module in lora.base_model.model.named_modules() if _is_of_linear(module)]
     tensors, settings = get_peft_model_state_dict(lora), _settings(lora.peft_config["default"])
-    base = lora.unload()
-    for parameter, value in trainable.items():
-        parameter.requires_grad = value
     if linears or not settings["target_parameters"]:
         found = f"`{linears[0]}`, which is a linear" if linears else "no parameter at all"
         raise LoraError(
             f"{source} adapts {found}: `native_from_lora` loads LoRAs of native experts alone. Linears need a router "
             "of ours: `moelora.experts.build` takes LoRAs of linears"
         )
-    model = get_peft_model(base, MoELoraConfig(**settings | {"target_modules": [], "inference_mode": not is_trainable}))
+    model = get_peft_model(
+        base_model, MoELoraConfig(**settings | {"target_modules": [], "inference_mode": not is_trainable})
+    )
     set_peft_model_state_dict(model, tensors)
     return model if is_trainable else model.eval()
+
+
+def _as_peft_reads_it(base_model: nn.Module, source: str) -> PeftModel:
+    """The LoRA on a copy of the base's modules around its own weights: whatever fails, the base stays as it is."""
+    weights = [*base_model.parameters(), *base_model.buffers()]
+    trainable = [weight.requires_grad for weight in weights]
+    try:
+        twin = copy.deepcopy(base_model, {id(weight): weight for weight in weights})
+        return PeftModel.from_pretrained(twin, source, autocast_adapter_dtype=False)
+    finally:
+        for weight, value in zip(weights, trainable, strict=True):
+            weight.requires_grad_(value)
 
 
 def native_to_lora(model: PeftModel, adapter_name: str = "default") -> LoraFile:

@@ -30,8 +30,8 @@ from ..peft_type import MOELORA
 
 __all__ = [
     "BaseTunerLayer",
+    "ExpertsLora",
     "LoraLayer",
-    "ModuleLora",
     "RouterTunerLayer",
     "TunerModel",
     "lora_prefix",
@@ -74,8 +74,8 @@ class RouterTunerLayer(BaseTunerLayer):
         self.merged_adapters = []
 
 
-class ModuleLora(nn.Module, LoraLayer):
-    """Factors from the input of a module of native experts to its output; alone, it computes what the module does."""
+class ExpertsLora(nn.Module, LoraLayer):
+    """Factors from what enters the native experts of a block to what leaves them; alone, it computes what these do."""
 
     base_layer: Any
     lora_A: Any

@@ -20,11 +20,11 @@ from ..forward.state import RoutingState
 from ..ops.native import is_native
 from ..storage.patterns import check_patterns_end
 from . import blocks
-from ._peft import LoraLayer, TunerModel
+from ._peft import ExpertsLora, LoraLayer, TunerModel
 from .controls import STATE_ATTRIBUTE, RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
-from .native import NO_MERGE, ExpertsLora, check_parameters, has_experts_beside, patterns_are_for_parameters
+from .native import NO_MERGE, check_parameters, has_experts_beside, patterns_are_for_parameters
 from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter

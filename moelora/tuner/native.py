@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
 from ..ops.native import NativePairs, first_parameter, is_native, native_experts
-from ._peft import BaseTunerLayer, ModuleLora
+from ._peft import BaseTunerLayer, ExpertsLora
 
 
 class ParamWrapper(peft_lora.ParamWrapper):
@@ -36,7 +36,7 @@ class ParamWrapper(peft_lora.ParamWrapper):
         """See the class. x [T, D], then the native experts of each token and their weights [T, K] -> [T, D]."""
         experts: Any = self.get_base_layer()
         wrappers = list(_nested(self))
-        if len(args) != 2 or kwargs or not _computes_natively(experts, wrappers):
+        if x.dim() != 2 or len(args) != 2 or kwargs or not _computes_natively(experts, wrappers):
             return super().forward(x, *args, **kwargs)
         return native_experts(experts, {wrapper.parameter_name: _pairs(wrapper) for wrapper in wrappers}, x, *args)
 
@@ -61,18 +61,6 @@ def _computes_natively(experts: Any, wrappers: Collection[Any]) -> bool:
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" not in experts.__dict__ and not any(experts.__dict__[name] for name in hooks)
-
-
-class ExpertsLora(ModuleLora):
-    """Factors from what enters the native experts of a block to what leaves them; routed as a linear's are."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(NO_MERGE)
 
 
 NO_MERGE = (

@@ -41,9 +41,9 @@ def reach_native_experts(model: nn.Module, config: MoELoraConfig, is_target: IsT
     meant: dict[str, int] = {}  # how many linears became the parameter
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in fused):
         for new, old in _names_of(model, owner).items():
-            meant |= _meant(owner, new, old, asks)
-    if meant:
-        _target(model, config, meant, fused)
+            if new.endswith(".weight") or f"{owner}.{new}" in fused:
+                meant |= _meant(owner, new, old, asks)
+    _target(model, config, meant)
     _warn_of_frozen(model, config, fused, is_target)
 
 
@@ -93,9 +93,11 @@ def _meant(owner: str, new: str, old: tuple[str, ...], asks: Callable[[str], boo
     return {f"{owner}.{new}": len(old)} if found else {}
 
 
-def _target(model: nn.Module, config: MoELoraConfig, meant: dict[str, int], fused: Collection[str]) -> None:
+def _target(model: nn.Module, config: MoELoraConfig, meant: dict[str, int]) -> None:
     there = matched_parameters(model, meant)
     names = [name for name, (module, _) in there.items() if not isinstance(module, nn.Linear)]
+    if not names:
+        return
     config.target_parameters = sorted({*(config.target_parameters or ()), *_shortened(names, _alike(model, names))})
     for name in names:
         if meant[name] > 1:
