@@ -78,7 +78,7 @@ def read_mixture(folder: Path) -> list[StoredAdapter]:
     """The adapters that a folder holds: the active ones first, in expert order.
 
     Raises:
-        UserError: there is no adapter, it is no mixture, or its files are damaged, incomplete, of different saves, or
+        UserError: there is no adapter, it is no mixture, it has no experts but native ones, or its files are damaged, incomplete, of different saves, or
             hold weights that are not finite.
     """
     if not (folder / CONFIG_FILE).is_file():
@@ -110,6 +110,11 @@ def _read_mixture(folder: Path) -> list[StoredAdapter]:
         _adapter(name, config, entries[name]["active"] if entries else 0, weights[name])
         for name, config in configs.items()
     ]
+    if not any(adapter.pools for adapter in found):
+        raise ValueError(
+            f"{files.source} adapts a base's native experts alone (`target_parameters`), so there are no experts of "
+            "ours to work on; as a plain LoRA it goes anywhere: moelora.experts.native_to_lora"
+        )
     return sorted(found, key=lambda adapter: math.inf if adapter.position is None else adapter.position)
 
 
