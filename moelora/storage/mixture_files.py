@@ -78,8 +78,8 @@ def read_mixture(folder: Path) -> list[StoredAdapter]:
     """The adapters that a folder holds: the active ones first, in expert order.
 
     Raises:
-        UserError: there is no adapter, it is no mixture, it has no experts but native ones, or its files are damaged, incomplete, of different saves, or
-            hold weights that are not finite.
+        UserError: there is no adapter, it is no mixture, it has no experts but a base's native ones, or its files are
+            damaged, incomplete, of different saves, or hold weights that are not finite.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(missing_adapter(folder))
