@@ -286,6 +286,10 @@ def test_trained_by_the_trainer_and_resumed(tmp_path):
 
 REFUSALS = {
     "dropout": ({"lora_dropout": 0.1}, r"`lora_dropout` \(0.1\)"),
+    "dropout under all-linear": (
+        {"lora_dropout": 0.1, "target_modules": "all-linear", "target_parameters": None},
+        r"exclude_modules='\.\*",
+    ),
     "one expert": ({"single_expert": True}, "one expert of a mixture"),
     "typing error": ({"target_parameters": ["experts.gate_upproj"]}, r"mlp\.experts\.gate_up_proj"),
     "both": ({"target_modules": ["mlp.experts"]}, "both would be one layer"),

@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 from native import EXPERTS, FAMILIES, batch, native_model, ours, peft_lora
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+
+from moelora import MoELoraConfig
 
 CONVERTED = [name for name, family in FAMILIES.items() if family.is_converted]
 V4_NAMES = {"mixtral": ["w1", "w2", "w3"], "qwen3_moe": ["gate_proj", "up_proj", "down_proj"]}
@@ -76,7 +78,12 @@ def test_some_blocks_alone():
 
 def test_excluded_experts_stay_frozen():
     model, messages = warned_of(
-        lambda: ours(native_model("mixtral"), target_modules="all-linear", exclude_modules=r".*(experts|gate).*")
+        lambda: ours(
+            native_model("mixtral"),
+            target_modules="all-linear",
+            exclude_modules=r".*\.(experts|gate)\b.*",
+            lora_dropout=0.1,
+        )
     )
     assert not [name for name in factors(model) if ".mlp." in name]
     assert not messages  # they were left out on purpose
@@ -124,6 +131,30 @@ def test_nothing_is_said_where_nobody_meant_experts():
     for targets in (["q_proj", "v_proj"], None, ["mlp.experts"]):
         _, messages = warned_of(lambda targets=targets: ours(native_model("mixtral"), target_modules=targets))
         assert not messages
+
+
+def test_one_expert_of_a_mixture_leaves_them(tmp_path):
+    """Built expert by expert, no part of a parameter could be weighed by our router."""
+    config = MoELoraConfig(r=2, target_modules="all-linear", num_experts=2)
+    model, messages = warned_of(lambda: get_peft_model(native_model("mixtral"), config, "expert_0"))
+    assert len(messages) == 1 and "name ['mlp.experts'] in `target_modules` too" in messages[0]
+    model.add_adapter("expert_1", config)
+    assert model.base_model.routing.num_experts == 2
+    assert not [name for name in factors(model) if ".mlp." in name]
+
+
+def test_grown_experts_leave_them():
+    from moelora.experts import grow
+
+    model = ours(native_model("mixtral"), target_modules=["q_proj", "w1", "w2", "w3"])
+    before = {name for name in factors(model) if "experts" in name}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        name = grow(model, num_experts=2)
+    grown = {each for each in factors(model) if f".{name}." in each}
+    assert len(grown) == 4 and all("q_proj" in each for each in grown)
+    assert {each for each in factors(model) if "experts" in each} == before
+    assert model(**batch(labels=False)).logits.isfinite().all()
 
 
 def test_plain_lora_under_our_name_reaches_them_too():

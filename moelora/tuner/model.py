@@ -142,7 +142,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         """Create the adapter's experts and routers; see PEFT for the arguments."""
         frozen = self._frozen_by_disabling
         config = self.peft_config[adapter_name]
-        reach_native_experts(self.model, config, self.is_target)
+        reach_native_experts(self.model, adapter_name, config, self.is_target)
         with warnings.catch_warnings():
             if patterns_are_for_parameters(self.model, config):
                 warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)

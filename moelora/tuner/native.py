@@ -163,8 +163,9 @@ def _check_options(adapter_name: str, config: MoELoraConfig) -> None:
     for field in ("lora_dropout", "fan_in_fan_out"):
         if value := getattr(config, field):
             raise ValueError(
-                f"`{field}` ({value!r}) cannot be had with `target_parameters`: PEFT's LoRA of a parameter has none; "
-                "leave one of them out"
+                f"`{field}` ({value!r}) does not go with `target_parameters` {sorted(config.target_parameters or ())}: "
+                "PEFT's LoRA of a parameter has none; leave one of them out, by "
+                r"exclude_modules='.*\.(experts|gate)\b.*' where 'all-linear' reaches them"
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import MoELoraConfig
+from ..config import MoELoraConfig, count_experts
 from ._peft import names_before_fusion
 from .native import bare, fused_parameters, matched_parameters, short_name
 
@@ -23,11 +23,12 @@ IsTarget = Callable[[MoELoraConfig, str], bool]
 """Whether a configuration's `target_modules` are for a module of this name."""
 
 
-def reach_native_experts(model: nn.Module, config: MoELoraConfig, is_target: IsTarget) -> None:
+def reach_native_experts(model: nn.Module, adapter_name: str, config: MoELoraConfig, is_target: IsTarget) -> None:
     """Add to config's `target_parameters` those that its `target_modules` mean by names of transformers 4, or by
     "all-linear"; say which native experts were meant and stay frozen.
 
-    As with PEFT's LoRA, a parameter of several fused linears gets the rank of them all.
+    As with PEFT's LoRA, a parameter of several fused linears gets the rank of them all. An adapter that is one expert
+    of a mixture has no part in parameters: no router of ours would weigh it.
 
     Raises:
         ValueError: some of the linears that were fused into one parameter are meant, and others are not.
@@ -37,6 +38,13 @@ def reach_native_experts(model: nn.Module, config: MoELoraConfig, is_target: IsT
         return
     if config.target_parameters:
         config.target_parameters = _qualified(model, config.target_parameters)
+    is_one = config.use_moe_routing and count_experts(adapter_name, config) == 1
+    if not is_one:
+        _turn_names(model, config, fused, is_target)
+    _warn_of_frozen(model, config, fused, is_target, is_one)
+
+
+def _turn_names(model: nn.Module, config: MoELoraConfig, fused: Collection[str], is_target: IsTarget) -> None:
     asks = _asks(config, is_target)
     meant: dict[str, int] = {}  # how many linears became the parameter
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in fused):
@@ -44,7 +52,6 @@ def reach_native_experts(model: nn.Module, config: MoELoraConfig, is_target: IsT
             if new.endswith(".weight") or f"{owner}.{new}" in fused:
                 meant |= _meant(owner, new, old, asks)
     _target(model, config, meant)
-    _warn_of_frozen(model, config, fused, is_target)
 
 
 def _asks(config: MoELoraConfig, is_target: IsTarget) -> Callable[[str], bool]:
@@ -123,7 +130,9 @@ def _shortened(names: Collection[str], alike: Collection[str]) -> set[str]:
     return {name if short_name(name) in left_out else short_name(name) for name in names}
 
 
-def _warn_of_frozen(model: nn.Module, config: MoELoraConfig, fused: Collection[str], is_target: IsTarget) -> None:
+def _warn_of_frozen(
+    model: nn.Module, config: MoELoraConfig, fused: Collection[str], is_target: IsTarget, is_one: bool
+) -> None:
     if not _means_experts(model, config):
         return
     adapted = {name.rpartition(".")[0] for name in matched_parameters(model, config.target_parameters or ())}
@@ -134,10 +143,11 @@ def _warn_of_frozen(model: nn.Module, config: MoELoraConfig, fused: Collection[s
         return
     named = list(dict.fromkeys(name.rpartition(".")[0] for name in frozen))
     more = f" and {len(named) - 2} more" if len(named) > 2 else ""
-    fields = sorted(set(map(short_name, frozen)))
+    fields = sorted({short_name(name).rpartition(".")[0] if is_one else short_name(name) for name in frozen})
+    adapts = f"name {fields} in `target_modules` too" if is_one else f"pass target_parameters={fields}"
     warnings.warn(
         f"the native experts of {', '.join(named[:2])}{more} stay frozen: transformers keeps them in parameters, "
-        f"which `target_modules` does not reach; to adapt them pass target_parameters={fields}",
+        f"which `target_modules` does not reach; to adapt them {adapts}",
         stacklevel=2,
     )
 
