@@ -17,11 +17,6 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
-from peft.utils.transformers_weight_conversion import (
-    _MODEL_TO_CONVERSION_PATTERN,
-    _MOE_FUSED_TARGETS,
-    _MOE_TARGET_MODULE_MAPPING,
-)
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig
@@ -110,6 +105,12 @@ def names_before_fusion(model_type: str) -> dict[str, tuple[str, ...]]:
         >>> names_before_fusion("mixtral")["gate_up_proj"]
         ('w1', 'w3')
     """
+    from peft.utils.transformers_weight_conversion import (  # late, as PEFT does: it loads much, for few models
+        _MODEL_TO_CONVERSION_PATTERN,
+        _MOE_FUSED_TARGETS,
+        _MOE_TARGET_MODULE_MAPPING,
+    )
+
     family = _MODEL_TO_CONVERSION_PATTERN.get(model_type, model_type)
     names: dict[str, tuple[str, ...]] = {}
     for old, new in _MOE_TARGET_MODULE_MAPPING.get(family, {}).items():
