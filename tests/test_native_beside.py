@@ -143,6 +143,11 @@ def test_float32_experts_on_a_bfloat16_base():
     assert (logits.float() - expected).norm() < 0.1 * expected.norm()
 
 
+def test_without_routing_there_is_nothing_to_act_beside():
+    with pytest.raises(ValueError, match="is not supported"):
+        get_peft_model(native_model("mixtral"), MoELoraConfig(target_modules=["mlp.experts"], use_moe_routing=False))
+
+
 def test_neither_merged_nor_exported(tmp_path):
     from moelora.experts import to_lora
 

@@ -147,7 +147,7 @@ class TunerModel(LoraModel):
         raise NotImplementedError
 
     @staticmethod
-    def layer_class(target: nn.Module) -> type[nn.Module] | None:
+    def layer_class(target: nn.Module, config: MoELoraConfig) -> type[nn.Module] | None:
         """What adapts a module that PEFT has no layer for; None where it has."""
         raise NotImplementedError
 
@@ -182,7 +182,7 @@ class TunerModel(LoraModel):
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         is_parameter = kwargs.get("parameter_name") is not None  # of native experts, which are what they were in number
         stored = lora_config if is_parameter else self.stored(adapter_name, lora_config)
-        if not is_parameter and (kind := self.layer_class(target)) is not None:
+        if not is_parameter and (kind := self.layer_class(target, lora_config)) is not None:
             stored = copy.copy(stored)
             stored._register_custom_module({type(target): kind})
         super()._create_and_replace(stored, adapter_name, target, target_name, parent, current_key, **kwargs)

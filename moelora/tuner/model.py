@@ -127,9 +127,9 @@ class MoELoraModel(RoutingControls, TunerModel):
         return storage_config(config, count_experts(adapter_name, config)) if config.use_moe_routing else config
 
     @staticmethod
-    def layer_class(target: nn.Module) -> type[nn.Module] | None:
-        """Native experts are adapted as a whole, from what enters them to what leaves them."""
-        return ExpertsLora if is_native(target) else None
+    def layer_class(target: nn.Module, config: MoELoraConfig) -> type[nn.Module] | None:
+        """Native experts are adapted as a whole, from what enters them to what leaves them; by routed experts alone."""
+        return ExpertsLora if config.use_moe_routing and is_native(target) else None
 
     @staticmethod
     def prepare_layer(layer: nn.Module, config: MoELoraConfig, adapter_name: str) -> nn.Module:
@@ -143,9 +143,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         frozen = self._frozen_by_disabling
         config = self.peft_config[adapter_name]
         reach_native_experts(self.model, adapter_name, config, self.is_target)
-        with warnings.catch_warnings():
-            if patterns_are_for_parameters(self.model, config):
-                warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+        with _no_warning_of_patterns() if patterns_are_for_parameters(self.model, config) else nullcontext():
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         self._frozen_by_disabling = frozen  # PEFT activates what is active once more
         is_routed = any(isinstance(m, MoELoraLayer) and adapter_name in m.lora_A for m in self.model.modules())
@@ -418,6 +416,13 @@ class MoELoraModel(RoutingControls, TunerModel):
     def is_mixture_key(key: str) -> bool:
         """Whether a state dict key belongs to the attached router, which is saved once and not with each adapter."""
         return key.removeprefix("base_model.").startswith("router.")
+
+
+@contextmanager
+def _no_warning_of_patterns() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+        yield
 
 
 def _active_order(config: MoELoraConfig) -> list[str]:

@@ -171,8 +171,10 @@ def _check_options(adapter_name: str, config: MoELoraConfig) -> None:
 
 def patterns_are_for_parameters(model: nn.Module, config: MoELoraConfig) -> bool:
     """Whether every pattern of ranks and alphas is for a parameter: PEFT looks among modules, and warns of the rest."""
-    names = matched_parameters(model, config.target_parameters or ())
     patterns = {*config.rank_pattern, *config.alpha_pattern}
+    if not config.target_parameters or not patterns:
+        return False
+    names = matched_parameters(model, config.target_parameters)
     return all(any(re.match(rf"(.*\.)?({pattern})$", name) for name in names) for pattern in patterns)
 
 

@@ -33,11 +33,11 @@ def reach_native_experts(model: nn.Module, adapter_name: str, config: MoELoraCon
     Raises:
         ValueError: some of the linears that were fused into one parameter are meant, and others are not.
     """
+    if config.target_parameters:
+        config.target_parameters = _qualified(model, config.target_parameters)
     fused = fused_parameters(model)
     if not fused:
         return
-    if config.target_parameters:
-        config.target_parameters = _qualified(model, config.target_parameters)
     is_one = config.use_moe_routing and count_experts(adapter_name, config) == 1
     if not is_one:
         _turn_names(model, config, fused, is_target)
