@@ -7,8 +7,9 @@ Backward:   g = dy B;  dB = dy^T (h * w);  dw_e = <g_e, h_e>;  dh = g * w;  dA =
             dx = dh A;  dx += dy W for each of them, in place.
 
 The small product comes first and the frozen one accumulates onto it: y is then read inside a product that is bound by
-arithmetic, not in a pass of its own, and the sum is rounded once. Saved are x (once), h and w, and of dropout one byte
-per element of x; h * w is made again. The factors are saved as they are multiplied: cast and stacked once a step.
+arithmetic, not in a pass of its own, and the sum is rounded once. Saved are x (once, or what it is made of: remade.py),
+h and w, and of dropout one byte per element of x; h * w is made again. The factors are saved as they are multiplied:
+cast and stacked once a step.
 The reference is reference.py.
 Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a group.
 """
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from .autocast import compute_dtype, without_autocast
 from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
+from .remade import source_of
 from .triton import launches_are_free
 from .weighted import weighted, weighted_, weighted_backward
 
@@ -173,8 +175,10 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Any):
         outside, (A, *Bs) = tensors[: group.num_readers], tensors[group.num_readers :]
         ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs), keeps_h=True)
-        ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))
-        ctx.group, ctx.device = group, x.device.type
+        source = source_of(x)
+        frozen = (weight for weight, _ in group.bases)
+        ctx.save_for_backward(h, weights, kept, A, *Bs, *frozen, *source.tensors)
+        ctx.group, ctx.device, ctx.make, ctx.shape = group, x.device.type, source.make, x.shape
         ctx.set_materialize_grads(False)
         return ys
 
@@ -187,10 +191,9 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         group: FusedGroup = ctx.group
-        x, h, weights, kept, A, *saved = ctx.saved_tensors
-        x_TD = flat(x)
+        h, weights, kept, A, *saved = ctx.saved_tensors
         readers = group.num_readers
-        Bs, Ws = saved[:readers], saved[readers:]
+        Bs, Ws, source = saved[:readers], saved[readers : 2 * readers], saved[2 * readers :]
         _, needs_x, needs_weights, *needs = ctx.needs_input_grad
         needs_outside, needs_A, needs_B = needs[:readers], needs[readers], needs[readers + 1 :]
 
@@ -203,12 +206,14 @@ class _Mixture(torch.autograd.Function):
         ]
         dA = None
         if needs_A:
+            x_TD = flat(ctx.make(*source))
             dA = torch.mm(dh.t(), group.dropped_again(x_TD, kept))
+            del x_TD  # made again, it is as large as dx
         dx = None
         if needs_x:
             dx = torch.mm(dh, A)
             group.add_frozen(dx, kept, dys_TO, Ws)
-            dx = dx.view(x.shape)
+            dx = dx.view(ctx.shape)
         d_outside = [dy if needed else None for dy, needed in zip(dys, needs_outside, strict=True)]
         return None, dx, dw if needs_weights else None, *d_outside, dA, *dBs
 
