@@ -26,7 +26,7 @@ from ..routing.training_sums import TrainingWindow
 from .caches import kv_cache, past_length
 from .call import Call
 from .interfaces import MixtureRouter, Pool
-from .masks import decoder_mask_from_labels, packed_mask, token_mask
+from .masks import decoder_mask_from_labels, packed_mask, token_mask, without_nothing
 from .overflow import StepRollback
 from .packed_requests import PROBED, PackedRequests, check_reads_tokens_alone
 from .shared_input import BoundGroup, SharedInput
@@ -278,7 +278,7 @@ class ForwardContext:
         elif (length, is_decoder) in self._masks:
             mask = self._masks[length, is_decoder]
         else:
-            mask = self._masks[length, is_decoder] = self._mask_of(length, is_decoder)
+            mask = self._masks[length, is_decoder] = without_nothing(self._mask_of(length, is_decoder))
         return mask if mask is not None and mask.shape == (batch, length) else None
 
     def _mask_of(self, length: int, is_decoder: bool) -> Tensor | None:
