@@ -84,8 +84,8 @@ class RoutingSums:
         return cls(packed, probs, squared_lse.squeeze(-1))
 
     def _part(self, name: str) -> Tensor:
-        sizes = sums_layout.sizes(self.probs.shape[-1])
-        return self.packed.split(sizes, dim=-1)[[part for part, _ in sums_layout.PARTS].index(name)]
+        start, length = sums_layout.place(name, self.probs.shape[-1])
+        return self.packed.narrow(-1, start, length)
 
     num_tokens = property(lambda self: self._part("num_tokens").squeeze(-1), doc="[...]")
     assignments = property(lambda self: self._part("assignments"), doc="[..., E]")
