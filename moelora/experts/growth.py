@@ -64,7 +64,7 @@ def grow(
     if num_experts is None:
         num_experts = min(count_experts(each, first) for each in (old[0], name))
     config = _grown_config(first, name, num_experts, changes)
-    model.add_adapter(name, config)
+    model.add_to_mixture(name, config)
     _freeze(model, old, freeze_experts, freeze_scores)
     if optimizer is not None:
         _tell(optimizer, model, name, old)

@@ -70,6 +70,7 @@ class RoutingState:
     balancing_loss: Tensor | None = None  # of the latest training forward
     rollback: StepRollback | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
+    is_dropless: bool = False  # in training too: see `give_up_capacity`
     loop: TrainingLoop | None = None  # the one that trains it, where MoELoraCallback tells
     delivered_at: int | None = None  # a router's version when the balancing loss last came by itself; see delivery
     warned: set[str] = field(default_factory=set)  # warnings that were given of this model, and need not be again
@@ -155,7 +156,7 @@ class ForwardContext:
 
     Args:
         inputs: the base model's arguments by name.
-        training: whether capacity, expert dropout and the balancing loss apply.
+        training: whether capacity (unless it was given up), expert dropout and the balancing loss apply.
         is_lone: it stands in for a forward around one block that is called by itself, and ends with it.
     """
 
