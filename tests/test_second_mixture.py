@@ -188,9 +188,7 @@ def test_beside_a_reference_a_text_has_the_same_log_probabilities_in_every_batch
     model = mixture_of("llama", expert_capacity_factor=0.5).train()
     together = model(**INPUTS).logits[:1]
     assert (model(input_ids=INPUTS["input_ids"][:1]).logits - together).abs().max() > 0.1
-    with pytest.warns(
-        UserWarning, match=r"`expert_capacity_factor` \(0\.5\) is off .*those of a reference"
-    ):
+    with pytest.warns(UserWarning, match=r"`expert_capacity_factor` \(0\.5\) is off .*those of a reference"):
         model.add_adapter("ref", model.peft_config["default"])
     for name in ("default", "ref"):
         model.set_adapter(name)
