@@ -20,6 +20,8 @@ from .peft_type import MOELORA
 from .presets import PRESETS
 from .routing import BALANCING_LOSSES, ROUTER_KINDS, BalancingLoss, RouterKind
 
+LIBRARY = __name__.partition(".")[0]  # what registers the method with PEFT when it is imported
+
 # What the first active adapter decides for the whole mixture; adapters that disagree cannot be active together.
 SHARED_FIELDS = (
     "top_k_experts",
@@ -123,6 +125,10 @@ class MoELoraConfig(LoraConfig):
         metadata={
             "help": "Written by moelora.experts.learn_domain: directions kept of its domain by each router (0: none)."
         },
+    )
+    requires_import: str = field(
+        default=LIBRARY,
+        metadata={"help": "Written by save_pretrained: what a process has to import before PEFT can load the adapter."},
     )
     adapters: list[dict[str, Any]] | None = field(
         default=None,

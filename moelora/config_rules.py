@@ -151,6 +151,7 @@ MIXTURE_RULES = (
     Rule("router_memory", lambda v: is_int(v) and v >= 0, "pass an integer of 0 or more"),
     Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
     Rule("routing_scale", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
+    Rule("requires_import", lambda v: v == "moelora", "leave it to save_pretrained"),
     Rule("checkpoint", lambda v: v is None or isinstance(v, dict), "leave it to save_pretrained"),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import sys
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -12,7 +13,9 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from transformers import GenerationConfig
 
 from ..config import MoELoraConfig, count_experts
+from ..files.atomic_save import CARD_NAME
 from ..storage import loading, saving
+from ..storage.model_card import say_what_to_import
 from . import reference
 from .batching import ContinuousBatching
 
@@ -131,6 +134,11 @@ class MixturePeftModel(ContinuousBatching, PeftModel):
                 was gathered of an adapter is not all of it; nothing has been written then.
         """
         saving.save(self, save_directory, *args, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """See PEFT; the card says what to import, too."""
+        super().create_or_update_model_card(output_dir)
+        say_what_to_import(Path(output_dir) / CARD_NAME)
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """See PEFT; a directory that holds a mixture restores all its adapters, whatever adapter_name says.
