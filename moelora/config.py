@@ -13,14 +13,12 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 
-from .config_rules import LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
+from .config_rules import LIBRARY, LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
 from .files.adapter_files import parse_config
 from .files.atomic_save import part, read_at_once
 from .peft_type import MOELORA
 from .presets import PRESETS
 from .routing import BALANCING_LOSSES, ROUTER_KINDS, BalancingLoss, RouterKind
-
-LIBRARY = __name__.partition(".")[0]  # what registers the method with PEFT when it is imported
 
 # What the first active adapter decides for the whole mixture; adapters that disagree cannot be active together.
 SHARED_FIELDS = (

@@ -191,12 +191,14 @@ def test_routers_learn_and_the_balancing_loss_comes_once(tmp_path, name):
         transformers.set_seed(1)
         trainer = trainer_of(name, tmp_path / str(coef), coef=coef, max_grad_norm=0.0)
         before = state_of(trainer.model)
+        router_weights = [key for key in before if "moe_router" in key and key.endswith(".weight")]
         watch = Watch(trainer)
         trainer.train()
+        assert len(router_weights) == 2 and [len(batches) for batches in watch.batches] == [1, 1]
         assert len(watch.steps) == 2 and all(math.isfinite(loss) for loss in losses(trainer))
         assert all(router_gradient(step).abs().max() > 0 for step in watch.steps)
         after = state_of(trainer.model)
-        assert all(not torch.equal(after[key], before[key]) for key in after if key.endswith("moe_router.weight"))
+        assert all(not torch.equal(after[key], before[key]) for key in router_weights)
         gradients[coef] = router_gradient(watch.steps[0])
     model = loaded(CASES[name], tmp_path / "again")
     model.base_model.routing.is_dropless = trainer.model.base_model.routing.is_dropless

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..config import LIBRARY
+from ..config_rules import LIBRARY
 
 _HEADING = f"## Loading it needs {LIBRARY}"
 _TEXT = f"""{_HEADING}

@@ -49,10 +49,9 @@ class ContinuousBatching:
         if kwargs.pop("routing_weights", None) is not None:
             raise ValueError(_NO_WEIGHTS)
         self._check_router()
-        if self.base_model.routing_or_none is not None:
-            self.base_model.note_roll_out()
         for value in (*args, *kwargs.values()):
             self._check_offloading(value)
+        self.base_model.note_roll_out()
         return getattr(self.get_base_model(), name)(*args, **kwargs)
 
     def _check_router(self) -> None:

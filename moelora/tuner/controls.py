@@ -258,15 +258,15 @@ class RoutingControls:
         """To be called before the mixture generates: in training mode it has no capacity from then on.
 
         Generation has none, for which it would have to know all tokens at once. The policy that is trained would be
-        another than the one that rolled out: log-probabilities of the same tokens differed by up to 2.9 nats.
+        another than the one that rolled out.
         """
         if self.model.training:
             self.give_up_capacity(_ROLLS_OUT)
 
     def give_up_capacity(self, reason: str) -> None:
         """Let experts take every token in training too, and warn once where a capacity is set."""
-        state = self.routing
-        if state.is_dropless or not state.enabled:
+        state = self.routing_or_none
+        if state is None or state.is_dropless or not state.enabled:
             return
         state.is_dropless, config = True, state.config
         chooses = config.top_k_experts < state.num_experts and not config.router_kind.is_constant
