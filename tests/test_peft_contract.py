@@ -29,6 +29,10 @@ SIGNATURES = {
     "a new adapter's configuration is checked with it": (LoraModel._check_new_adapter_config, ["self", "config"]),
     "default target modules come from it": (LoraModel._prepare_adapter_config, ["self", "peft_config", "model_config"]),
     "targets are matched with it": (BaseTuner._check_target_module_exists, ["peft_config", "key"]),
+    "targets that kernels bypass are refused by it": (
+        BaseTuner._check_target_module_compatiblity,
+        ["self", "peft_config", "model", "target_name"],
+    ),
     '"all-linear" is expanded with it': (tuners_utils._maybe_include_all_linear_layers, ["peft_config", "model"]),
     "merging asks it first": (LoraModel._check_merge_allowed, ["self"]),
     "routing_weights= arrives through it": (LoraModel._enable_peft_forward_hooks, ["self", "args", "kwargs"]),

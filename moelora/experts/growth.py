@@ -68,7 +68,7 @@ def grow(
     config = _grown_config(first, name, num_experts, changes)
     if config.target_parameters and "target_parameters" not in changes:
         _leave_native_experts(config, model, old[0])
-    model.add_adapter(name, config)
+    model.add_to_mixture(name, config)
     _freeze(model, old, freeze_experts, freeze_scores)
     if optimizer is not None:
         _tell(optimizer, model, name, old)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import register_peft_method
+from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig
@@ -176,8 +176,25 @@ class TunerModel(LoraModel):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         self.check_adapter(adapter_name, config)
-        self.check_targets(adapter_name, config, self.resolve_targets(config) if config.use_moe_routing else [])
+        targets = self.resolve_targets(config) if config.use_moe_routing else []
+        self._check_called(config, targets)
+        self.check_targets(adapter_name, config, targets)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _check_called(self, config: MoELoraConfig, module_names: list[str]) -> None:
+        """Raise for targets whose weights kernels read without calling them, so that experts there would do nothing."""
+        for name in module_names:
+            try:
+                self._check_target_module_compatiblity(config, self.model, name.rpartition(".")[2])
+            except ValueError as error:
+                raise ValueError(
+                    f'`{name}` cannot be adapted: {error} Under "all-linear", name it in `exclude_modules`.'
+                ) from None
+
+    def _check_target_module_compatiblity(self, peft_config, model, target_name):
+        as_lora = copy.copy(peft_config)  # PEFT checks its own methods alone
+        as_lora.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         is_parameter = kwargs.get("parameter_name") is not None  # of native experts, which are what they were in number
