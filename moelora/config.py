@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 
-from .config_rules import LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
+from .config_rules import LIBRARY, LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
 from .files.adapter_files import parse_config
 from .files.atomic_save import part, read_at_once
 from .peft_type import MOELORA
@@ -140,6 +140,10 @@ class MoELoraConfig(LoraConfig):
         metadata={
             "help": "Written by moelora.experts.learn_domain: directions kept of its domain by each router (0: none)."
         },
+    )
+    requires_import: str = field(
+        default=LIBRARY,
+        metadata={"help": "Written by save_pretrained: what a process has to import before PEFT can load the adapter."},
     )
     adapters: list[dict[str, Any]] | None = field(
         default=None,

@@ -37,6 +37,19 @@ def token_mask(attention_mask: Any, length: int, past_length: int | Tensor = 0) 
     return real.index_select(1, columns.clamp(max=real.shape[1] - 1))
 
 
+def without_nothing(mask: Tensor | None) -> Tensor | None:
+    """None in place of a mask that leaves out nothing, where that can be known and the host need not wait: on a CPU.
+
+    Example:
+        >>> without_nothing(torch.tensor([[True, True]])) is None
+        True
+    """
+    is_known = (
+        type(mask) is Tensor and mask.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
+    )
+    return None if is_known and bool(mask.all()) else mask  # type: ignore[union-attr]
+
+
 def packed_mask(position_ids: Any) -> Tensor | None:
     """[B, S] bool for sequences packed in rows: False on the zeros that end a row of positions; None without [B, S].
 

@@ -27,7 +27,7 @@ from .caches import kv_cache, past_length
 from .call import Call
 from .interfaces import MixtureRouter, Pool
 from .joint_blocks import reads_text
-from .masks import decoder_mask_from_labels, packed_mask, token_mask
+from .masks import decoder_mask_from_labels, packed_mask, token_mask, without_nothing
 from .overflow import StepRollback
 from .packed_requests import PROBED, PackedRequests, check_reads_tokens_alone
 from .shared_input import BoundGroup, SharedInput
@@ -71,6 +71,7 @@ class RoutingState:
     balancing_loss: Tensor | None = None  # of the latest training forward
     rollback: StepRollback | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
+    is_dropless: bool = False  # in training too: see `give_up_capacity`
     loop: TrainingLoop | None = None  # the one that trains it, where MoELoraCallback tells
     delivered_at: int | None = None  # a router's version when the balancing loss last came by itself; see delivery
     warned: set[str] = field(default_factory=set)  # warnings that were given of this model, and need not be again
@@ -156,7 +157,7 @@ class ForwardContext:
 
     Args:
         inputs: the base model's arguments by name.
-        training: whether capacity, expert dropout and the balancing loss apply.
+        training: whether capacity (unless it was given up), expert dropout and the balancing loss apply.
         is_lone: it stands in for a forward around one block that is called by itself, and ends with it.
     """
 
@@ -282,7 +283,7 @@ class ForwardContext:
         elif (length, is_decoder) in self._masks:
             mask = self._masks[length, is_decoder]
         else:
-            mask = self._masks[length, is_decoder] = self._mask_of(length, is_decoder)
+            mask = self._masks[length, is_decoder] = without_nothing(self._mask_of(length, is_decoder))
         return mask if mask is not None and mask.shape == (batch, length) else None
 
     def _mask_of(self, length: int, is_decoder: bool) -> Tensor | None:

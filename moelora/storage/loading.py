@@ -250,7 +250,8 @@ def _router_to_attach(
     model: PeftModel, files: AdapterFiles, given: nn.Module | None, allow_pickled_router: bool
 ) -> tuple[nn.Module, Tensors | None] | None:
     """The router that the save has (the user's module, or one made for it) and what to load into it; None without."""
-    there = given or model.base_model.routing.attached
+    state = model.base_model.routing_or_none
+    there = given or (state.attached if state else None)
     if files.pickled_router is not None:
         unpickled = unpickle_router(files.pickled_router, allow_pickled_router)
         if there is None:

@@ -84,6 +84,7 @@ NOT_IN_MIXTURE = {
     "auto_mapping": "drop it: PEFT fills it in",
     "peft_version": "drop it: PEFT fills it in",
     "router_memory": "drop it: `moelora train --grow` fills it in",
+    "requires_import": "drop it: save_pretrained fills it in",
     "adapters": "drop it: save_pretrained fills it in",
     "checkpoint": "drop it: save_pretrained fills it in",
 }

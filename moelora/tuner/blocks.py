@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from ..ops.native import is_native
 from ._peft import BaseTunerLayer
 
 _NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm)
@@ -94,8 +95,9 @@ def check_targets(model: nn.Module, module_names: list[str], scope: str) -> None
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, _NOT_LINEAR) or not _is_linear(base):
             raise ValueError(
-                f"`{name}` is a {type(base).__name__}, which a mixture cannot route: only linear layers have one input "
-                "vector per token; leave it out of `target_modules` or add it to `exclude_modules`"
+                f"`{name}` is a {type(base).__name__}, which a mixture cannot route: only linear layers and native "
+                "experts have one input vector per token; leave it out of `target_modules` or add it to "
+                "`exclude_modules`"
             )
         if scope == "block" and find_block(model, name) is None:
             raise ValueError(
@@ -125,4 +127,5 @@ def check_one_width(model: nn.Module, module_names: list[str]) -> None:
 
 
 def _is_linear(base: nn.Module) -> bool:
-    return isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")
+    """Whether it makes one vector of one vector: a linear, or native experts."""
+    return isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features") or is_native(base)

@@ -20,6 +20,7 @@ from ..forward.shared_input import BoundGroup, SharedInput
 from ..forward.state import BlockRouting, RoutingState, columns
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from ..routing.decision import sole_expert
+from . import native
 from .offloaded import loaded
 from .router import MoELoraRouter
 
@@ -271,7 +272,7 @@ def _routed_class_of(name: str, layer_cls: type) -> type:
 def __getattr__(name: str) -> type:
     """Make routed classes importable by name, so that models can be pickled and unpickled elsewhere."""
     if name.startswith(_CLASS_PREFIX):
-        for module in vars(peft_lora).values():
+        for module in (native, *vars(peft_lora).values()):
             layer_cls = getattr(module, name.removeprefix(_CLASS_PREFIX), None)
             if isinstance(layer_cls, type) and issubclass(layer_cls, LoraLayer):
                 return _routed_class_of(name, layer_cls)
@@ -279,7 +280,14 @@ def __getattr__(name: str) -> type:
 
 
 def make_routed(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
-    """Turn the LoRA layer that PEFT created into a routed one, or add an adapter to a routed one."""
+    """Turn the LoRA layer that PEFT created into a routed one, or add an adapter to a routed one.
+
+    A parameter's layer is none: what has to be routed there, the base routes.
+    """
+    if isinstance(layer, peft_lora.ParamWrapper):
+        layer.__class__ = native.ParamWrapper
+    if not isinstance(layer, LoraLayer) or isinstance(layer, native.ParamWrapper):
+        return  # no LoRA: what wraps a parameter already, further out, got the adapter
     if not isinstance(layer, MoELoraLayer):
         layer.__class__ = routed_class(type(layer))
         layer.num_experts = {}

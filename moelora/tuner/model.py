@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -17,12 +18,15 @@ from ..forward.joint_blocks import text_comes_first
 from ..forward.removal import STATE_ATTRIBUTE, remove_routing
 from ..forward.shared_input import readers_of
 from ..forward.state import RoutingState
+from ..ops.native import is_native
 from ..storage.patterns import check_patterns_end
 from . import blocks
-from ._peft import LoraLayer, TunerModel
+from ._peft import ExpertsLora, LoraLayer, TunerModel
 from .controls import RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
+from .native import NO_MERGE, check_parameters, has_experts_beside, patterns_are_for_parameters
+from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .router import MoELoraRouter
 from .undo import undone_if_refused
@@ -88,28 +92,49 @@ class MoELoraModel(RoutingControls, TunerModel):
         check_adapter_name(adapter_name, self.model, [name for name in self.peft_config if name != adapter_name])
         check_patterns_end(config, (name for name, _ in self.model.named_modules()))
 
-    def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
+    def check_targets(self, adapter_name: str, config: MoELoraConfig, module_names: list[str]) -> None:
         """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
-        others = [other for other in self.peft_config.values() if other is not config]
-        if any(other.use_moe_routing != config.use_moe_routing for other in others):
+        self._check_joins(adapter_name, config, bool(module_names))
+        if not config.use_moe_routing:
+            return
+        blocks.check_targets(self.model, module_names, config.router_scope)
+        if config.router_scope == "model" and not config.router_kind.is_constant:
+            blocks.check_one_width(self.model, module_names)
+        check_parameters(self.model, adapter_name, config, module_names)
+
+    def _check_joins(self, adapter_name: str, config: MoELoraConfig, is_routed: bool) -> None:
+        """Raise for an adapter that cannot be beside those that there are; is_routed: our routers are to weigh it."""
+        others = {name: other for name, other in self.peft_config.items() if other is not config}
+        if not others:
+            return
+        first = next(iter(others.values()))
+        if any(other.use_moe_routing != config.use_moe_routing for other in others.values()):
             raise ValueError(
                 "an adapter with `use_moe_routing=False` is plain LoRA and cannot share a model with routed adapters; "
                 "give all adapters the same `use_moe_routing`"
             )
         if not config.use_moe_routing:
             return
-        if others and others[0].router_scope != config.router_scope:
+        adapts = is_routed or bool(config.target_parameters)
+        if adapts and is_routed is (self.routing_or_none is None):
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot join {', '.join(others)}: one has experts that a router weighs, "
+                "the other adapts a base's native experts alone; give both the same `target_modules`"
+            )
+        if first.router_scope != config.router_scope:
             raise ValueError(
                 f"`router_scope` ({config.router_scope!r}) differs from that of the model's other adapters "
-                f"({others[0].router_scope!r}); use the same"
+                f"({first.router_scope!r}); use the same"
             )
-        blocks.check_targets(self.model, module_names, config.router_scope)
-        if config.router_scope == "model" and not config.router_kind.is_constant:
-            blocks.check_one_width(self.model, module_names)
 
     def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
         """The LoRA that stores the adapter's experts side by side along the rank."""
         return storage_config(config, count_experts(adapter_name, config)) if config.use_moe_routing else config
+
+    @staticmethod
+    def layer_class(target: nn.Module, config: MoELoraConfig) -> type[nn.Module] | None:
+        """Native experts are adapted as a whole, from what enters them to what leaves them; by routed experts alone."""
+        return ExpertsLora if config.use_moe_routing and is_native(target) else None
 
     @staticmethod
     def prepare_layer(layer: nn.Module, config: MoELoraConfig, adapter_name: str) -> nn.Module:
@@ -122,10 +147,12 @@ class MoELoraModel(RoutingControls, TunerModel):
         """Create the adapter's experts and routers, or none of them; see PEFT for the arguments."""
         frozen = self._frozen_by_disabling
         with undone_if_refused(self.model):
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
-            self._frozen_by_disabling = frozen  # PEFT activates what is active once more
             config = self.peft_config[adapter_name]
-            if config.use_moe_routing:
+            reach_native_experts(self.model, adapter_name, config, self.is_target)
+            with _no_warning_of_patterns() if patterns_are_for_parameters(self.model, config) else nullcontext():
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+            self._frozen_by_disabling = frozen  # PEFT activates what is active once more
+            if any(isinstance(m, MoELoraLayer) and adapter_name in m.lora_A for m in self.model.modules()):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     self._add_routers(adapter_name, config)
         if self._is_disabled:
@@ -365,6 +392,8 @@ class MoELoraModel(RoutingControls, TunerModel):
         state = self.routing_or_none
         if state is None:
             return
+        if has_experts_beside(self.model):
+            raise ValueError(NO_MERGE)
         if state.attached is not None:
             raise ValueError("cannot merge: the attached router decides per token; call `detach_router()` first")
         if not state.config.router_kind.is_constant:
@@ -385,6 +414,13 @@ class MoELoraModel(RoutingControls, TunerModel):
     def is_mixture_key(key: str) -> bool:
         """Whether a state dict key belongs to the attached router, which is saved once and not with each adapter."""
         return key.removeprefix("base_model.").startswith("router.")
+
+
+@contextmanager
+def _no_warning_of_patterns() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+        yield
 
 
 def _active_order(config: MoELoraConfig) -> list[str]:

@@ -5,7 +5,8 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     adapter_layer_names = ("lora_router",)
     active_adapters: list[str]  # a property of PEFT's
+    _counted: Pool = ()  # the mixture that `totals` and `pending` are of
+    _waiting: Mapping[Pool, tuple[RoutingTotals, Tensor | None]] = MappingProxyType({})  # those of others
 
     def __init__(self, name: str, hidden_size: int, state: RoutingState) -> None:
         super().__init__()
@@ -198,8 +201,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         maturity_E = context.maturity(self) if config.router_kind.matures else None
         bias_E = context.selection_bias(self) if config.balancing.moves_bias else None
         # Where domains decide, a batch of one goes to one adapter: a share of the whole pool would drop most of it.
-        is_limited = context.training and not decides_by_domain
-        limit = (self._capacity_factor(config) if is_limited else None, is_limited and context.over_ranks)
+        limit = (None, False) if not context.training or decides_by_domain else self._capacity(context)
         is_softmax = config.router_kind.has_kernel and bias_E is None and not decides_by_domain
         is_linear = is_softmax and all(router.hidden_weight is None for router in routers)
         here = hidden.to(weight_NH.device)
@@ -216,10 +218,16 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         context.record(self, sums)
         return weights, scale
 
-    def _capacity_factor(self, config: MoELoraConfig) -> float | None:
-        """With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats."""
-        factor = config.expert_capacity_factor
-        return None if factor is None else min(factor, self.out_features)
+    def _capacity(self, context: ForwardContext) -> tuple[float | None, bool]:
+        """The factor of a training forward, and whether data-parallel ranks share the capacity.
+
+        With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats. A rank
+        that has given its capacity up has that factor: others may not have, and wait for its counts.
+        """
+        factor, over_ranks = context.config.expert_capacity_factor, context.over_ranks
+        if factor is None or (self.state.is_dropless and not over_ranks):
+            return None, over_ranks
+        return self.out_features if self.state.is_dropless else min(factor, self.out_features), over_ranks
 
     def _finish(self, weights: Tensor, scale: float, context: ForwardContext) -> Tensor:
         if context.training and context.config.expert_dropout > 0:
@@ -344,15 +352,18 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """E."""
         return sum(count for _, count in self.pool)
 
-    def reset_counts(self) -> None:
-        """Forget statistics and pending counts: the pool of experts they belong to has changed."""
-        self.totals.reset()
-        self.pending = None
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """See PEFT."""
+        """See PEFT; what was counted of a mixture waits until it is active again."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.reset_counts()
+        if self.pool != self._counted:
+            waiting = {**self._waiting, self._counted: (self.totals, self.pending)}
+            self.totals, self.pending = waiting.pop(self.pool, (RoutingTotals(), None))
+            self._counted, self._waiting = self.pool, waiting
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT."""
+        super().delete_adapter(adapter_name)
+        self._waiting = {pool: counts for pool, counts in self._waiting.items() if adapter_name not in dict(pool)}
 
     def __repr__(self) -> str:
         return f"MoELoraRouter({self.name!r}, hidden_size={self.hidden_size}, pool={dict(self.pool)})"
