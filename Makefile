@@ -17,6 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLD_TRL := $(VENV)/trl-1.14
+DIFFUSERS := $(VENV)/diffusers
 EXAMPLE := $(VENV)/.example
 NEWEST := $(VENV)/newest
 ENGINES := $(VENV)/engines
@@ -43,6 +44,10 @@ $(EXAMPLE): $(INSTALLED)
 $(OLD_TRL): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ trl==1.14.2
 
+# In a folder of its own, which tests/test_diffusion.py finds: PEFT and transformers import it wherever they see it.
+$(DIFFUSERS): constraints.txt $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ --constraint constraints.txt diffusers
+
 quickstart: $(EXAMPLE)
 	$(BIN)/python examples/prepare_quickstart.py
 	$(BIN)/moelora train examples/quickstart.yaml --overwrite
@@ -54,7 +59,7 @@ test: $(INSTALLED) $(OLD_TRL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Without chromium its tests are skipped, but on CI, which sets MOELORA_NEEDS_BROWSER, they fail.
-second: $(INSTALLED) $(OLD_TRL)
+second: $(INSTALLED) $(OLD_TRL) $(DIFFUSERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu and not engines"
 
 fuzz: $(INSTALLED)

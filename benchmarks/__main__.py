@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import crossover, decode, generate, growth, layer, model, pool, table
+from . import crossover, decode, generate, growth, layer, model, native, pool, table
 from .correctness import CorrectnessError, check_correctness
 from .options import add_output_options, make_parser, output_folder
 from .record import CSV_NAME, TABLE_NAME, command_line
 
 MODULES = {
-    module.MODULE.rpartition(".")[2]: module for module in (layer, model, decode, generate, growth, crossover, pool)
+    module.MODULE.rpartition(".")[2]: module
+    for module in (layer, model, decode, generate, growth, crossover, pool, native)
 }
 EXAMPLES = (
     "",
@@ -34,6 +35,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "growth": "--num-experts 2 8 --ranks 8 16 --num-tokens 64 8192",
         "crossover": "--num-experts 8 32",
         "pool": "--num-experts 32 256 --num-tokens 8192",
+        "native": "--tokens 8192 --arms frozen native-lora native beside",
     },
     ("cpu", False): {
         "layer": f"{SMALL} --tokens 512",
@@ -43,6 +45,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "growth": GROWTH_ON_CPU,
         "crossover": CROSSOVER_ON_CPU,
         "pool": POOL_ON_CPU,
+        "native": "--quick --tokens 256",
     },
     ("cpu", True): {
         "layer": f"{SMALL} --tokens 128 --shapes block --min-time 0.05",
@@ -52,6 +55,7 @@ PLANS: dict[tuple[str, bool], dict[str, str]] = {
         "growth": f"{GROWTH_ON_CPU} --min-time 0.01",
         "crossover": f"{CROSSOVER_ON_CPU} --num-experts 8 --min-time 0.01",
         "pool": f"{POOL_ON_CPU} --num-experts 8 64 --min-time 0.01",
+        "native": "--quick",
     },
 }
 

@@ -39,6 +39,12 @@ ARMS = {
     "loop": "the same mixture as a loop over experts",
     "dense": "moelora with router_type=learned, every expert computed for every token",
     "sparse": "the same, each token's own experts computed alone",
+    "native-lora": "PEFT's LoRA of a base's native experts (target_parameters), adapters in the model's dtype",
+    "native-lora-default": "the same with PEFT's default, adapters in float32",
+    "native": "moelora's form of the same LoRA, adapters in the model's dtype",
+    "native-default": "the same with PEFT's default, adapters in float32",
+    "beside": "moelora's mixture from what enters the native experts to what leaves them, in the model's dtype",
+    "beside-default": "the same with PEFT's default, adapters in float32",
     "mixlora": "MixLoRA / MoE-PEFT, re-implemented from its formula",
     "loramoe": "LoRAMoE, re-implemented from its formula",
     "hydralora": "HydraLoRA, re-implemented from its formula",
@@ -53,6 +59,10 @@ ARMS = {
     "mixture": "the mixture there",
 }
 WITH_LIGER = {"frozen-liger": "frozen", "lora-liger": "lora-default", "ours-liger": "ours-default"}
+NATIVE_TARGETS: dict[str, dict[str, list[str]]] = {
+    "native": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "beside": {"target_modules": ["mlp.experts"]},
+}
 ROUTER_TYPES = {  # of the arms that have another than moelora's default
     **dict.fromkeys(("ours-fixed", "ours-fixed-default", "ours-e1"), "fixed"),
     **dict.fromkeys(("dense", "sparse"), "learned"),
@@ -96,6 +106,8 @@ def adapt(base: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
             pass
         elif arm in peers.PEERS:
             model = _adapt_as_peer(model, arm, mixture)
+        elif arm.split("-")[0] in NATIVE_TARGETS:
+            model = _adapt_natively(model, arm, mixture)
         elif arm.startswith("lora"):
             rank = mixture.total_rank if arm == "lora-equal" else mixture.active_rank
             model = _plain_lora(model, rank, ATTENTION + FEED_FORWARD, autocast=arm.endswith("default"))
@@ -120,6 +132,14 @@ def _present(model: nn.Module, names: tuple[str, ...]) -> list[str]:
 def _plain_lora(model: nn.Module, rank: int, names: tuple[str, ...], autocast: bool) -> nn.Module:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_present(model, names))
     return get_peft_model(model, config, autocast_adapter_dtype=autocast)
+
+
+def _adapt_natively(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
+    targets = NATIVE_TARGETS[arm.split("-")[0]]
+    options = {"r": mixture.rank, "lora_alpha": 2 * mixture.rank} | targets
+    of_mixture = {"num_experts": mixture.experts, "top_k_experts": mixture.top_k}
+    config = LoraConfig(**options) if "lora" in arm else MoELoraConfig(**options | of_mixture)
+    return get_peft_model(model, config, autocast_adapter_dtype=arm.endswith("default"))
 
 
 def _adapt_as_peer(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:

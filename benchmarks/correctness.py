@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+import moelora.tuner.native
 from moelora import ops
+from moelora.ops.native import native_experts_reference
 
 from .arms import Mixture, adapt, with_loop
 from .grouped import grouped_linear, make_plan
 from .layer import Block, Stack
+from .native import NativeBlock
 from .options import make_parser
 
 MODULE = "benchmarks.correctness"
@@ -37,6 +41,8 @@ def check_correctness(device: str) -> None:
         _compare("moelora", *_block_results(device, dtype), device, dtype, tolerance)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # what the grouped product takes there
     _compare("grouped", *_grouped_results(device, dtype), device, dtype, TOLERANCES[dtype])
+    for dtype, tolerance in TOLERANCES.items():
+        _compare("native", *_native_results(device, dtype), device, dtype, tolerance)
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
     print(f"correctness checked on {device}: outputs and all gradients equal the loop's in {dtypes}", flush=True)
 
@@ -65,6 +71,19 @@ def _block_results(device: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], 
     model = adapt(base, "ours", MIXTURE).train()
     twin = copy.deepcopy(model)  # a forward changes what the next one routes
     return _results(model, sources), with_loop(lambda: _results(twin, sources))()
+
+
+def _native_results(device: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = Stack(NativeBlock(64, 32, num_experts=7, top_k=3), 64).to(dtype)
+        nn.init.normal_(base.layers[0].mlp.experts.down_proj, std=0.5)
+        sources = [torch.randn(1, TOKENS, 64, dtype=dtype)]
+    model = adapt(base, "native", MIXTURE)
+    fast = _results(model, sources)
+    model.zero_grad()
+    with mock.patch.object(moelora.tuner.native, "native_experts", native_experts_reference):
+        return fast, _results(model, sources)
 
 
 def _results(model: nn.Module, sources: list[Tensor]) -> dict[str, Tensor]:

@@ -109,6 +109,8 @@ COLUMNS: dict[str, Callable[[Comparison, str], str]] = {
     "x lora": _ratio_to("lora"),
     "x lora-default": _ratio_to("lora-default"),
     "x lora-equal": _ratio_to("lora-equal"),
+    "x native-lora": _ratio_to("native-lora"),
+    "x native-lora-default": _ratio_to("native-lora-default"),
     "x unsloth": _ratio_to("unsloth"),
     "x lora-liger": _ratio_to("lora-liger"),
     "x unwatched": _ratio_to("unwatched"),

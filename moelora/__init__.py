@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from .config import MoELoraConfig
     from .report.analysis import analyze
     from .training.callback import MoELoraCallback
+    from .tuner.diffusion import load_lora_adapter
     from .tuner.model import MoELoraModel
 
-__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze", "experts"]
+__all__ = ["MoELoraCallback", "MoELoraConfig", "MoELoraModel", "__version__", "analyze", "experts", "load_lora_adapter"]
 
 _LAZY = {
     "MoELoraCallback": ".training.callback",
     "MoELoraConfig": ".config",
     "MoELoraModel": ".tuner.model",
     "analyze": ".report.analysis",
+    "load_lora_adapter": ".tuner.diffusion",
 }
 """Where the public names are, imported when somebody asks: `import moelora` must stay quick."""
 
@@ -39,6 +41,9 @@ def __getattr__(name: str) -> Any:
 
 def _is_command() -> bool:
     """Whether this process is the `moelora` command: `.../moelora` or `python -m moelora`."""
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None and processes.current_process().name != "MainProcess":
+        return False  # one that the command has started, with its command line, and that may load adapters
     program = getattr(sys, "argv", None) or [""]
     if program[0] == "-m":  # what stands there while Python looks for the module
         return ("-m", "moelora") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 
-from .config_rules import LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
+from .config_rules import LIBRARY, LORA_RULES, MIXTURE_RULES, REFUSED_OPTIONS, check_fields, is_int, shown
 from .files.adapter_files import parse_config
 from .files.atomic_save import part, read_at_once
 from .peft_type import MOELORA
@@ -33,6 +33,23 @@ SHARED_FIELDS = (
     "maturity_tokens",
     "routing_scale",
     "bias_update_speed",
+)
+
+# What a mixture and the one that is swapped in for it must have in common, besides their targets, which PEFT compares.
+SWAPPED_ALIKE = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "lora_dropout",
+    "use_moe_routing",
+    "num_experts",
+    "single_expert",
+    "router_hidden_size",
+    "router_memory",
+    "adapters",
+    *SHARED_FIELDS,
 )
 
 
@@ -131,6 +148,10 @@ class MoELoraConfig(LoraConfig):
             "help": "Written when the adapter is made: linears with a router of their own beside those of "
             "`router_scope`, as they lie outside every block or read other tokens than their block's."
         },
+    )
+    requires_import: str = field(
+        default=LIBRARY,
+        metadata={"help": "Written by save_pretrained: what a process has to import before PEFT can load the adapter."},
     )
     adapters: list[dict[str, Any]] | None = field(
         default=None,

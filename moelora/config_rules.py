@@ -9,6 +9,7 @@ from typing import Any
 
 from .routing import BALANCING_LOSSES, ROUTER_KINDS
 
+LIBRARY = __name__.partition(".")[0]  # which registers the method with PEFT when it is imported
 ROUTER_SCOPES = ("block", "model", "module")
 
 # One weight per expert scales that expert's B A x. Each of these adds something that is not of that form, is shared
@@ -23,7 +24,6 @@ REFUSED_OPTIONS: dict[str, str] = {
     "kasa_config": "KaSA changes the base weights",
     "use_bdlora": "BD-LoRA's block-diagonal factors conflict with the rank blocks of the experts",
     "lora_bias": "a bias on B is shared by all experts and would escape the router",
-    "target_parameters": "parameters are adapted through weight parametrisations, which see no tokens",
     "ensure_weight_tying": "a tied layer's input has no router",
     "layer_replication": "replicated blocks would share one router's state",
     "megatron_config": "Megatron's parallel layers are not supported",
@@ -152,6 +152,7 @@ MIXTURE_RULES = (
     Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
     Rule("routing_scale", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
     Rule("own_routers", lambda v: v is None or _is_names(v), "leave it to get_peft_model"),
+    Rule("requires_import", lambda v: v == LIBRARY, "leave it to save_pretrained"),
     Rule("checkpoint", lambda v: v is None or isinstance(v, dict), "leave it to save_pretrained"),
 )
 

@@ -336,16 +336,17 @@ def test_unroutable_target_is_named(build, targets, scope, match):
     assert {name: type(module) for name, module in base.named_modules()} == before, "the model was changed"
 
 
-@every_pair(
-    case=[
-        (mlp, ["first", "second"], {"x": torch.randn(5, 8)}),
-        (llama, ["lm_head", "q_proj"], {"input_ids": torch.arange(2, 9)[None]}),
-        (bert_classifier, ["query", "pooler.dense"], {"input_ids": torch.arange(2, 9)[None]}),
-    ],
-    scope=SCOPES,
-)
+OUTSIDE = {
+    "mlp": (mlp, ["first", "second"], {"x": torch.ones(5, 8)}),
+    "llama": (llama, ["lm_head", "q_proj"], {"input_ids": torch.arange(2, 9)[None]}),
+    "bert": (bert_classifier, ["query", "pooler.dense"], {"input_ids": torch.arange(2, 9)[None]}),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("case", OUTSIDE)
 def test_what_lies_outside_blocks_has_a_router_of_its_own(case, scope):
-    build, targets, inputs = case
+    build, targets, inputs = OUTSIDE[case]
     model = get_peft_model(build(), MoELoraConfig(r=2, target_modules=targets, router_scope=scope))
     output = model(**inputs)
     output = getattr(output, "logits", output)
@@ -354,3 +355,33 @@ def test_what_lies_outside_blocks_has_a_router_of_its_own(case, scope):
     inside = 0 if build is mlp else 1 if scope == "model" else 2
     assert len(routers_of(model)) == len(outside) + inside
     assert set(outside) <= set(routers_of(model))
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.linear = norm, torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+
+class _Stack(torch.nn.Module):
+    """A model without a configuration, whose blocks begin with a norm without weights, or with none."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(_Block(norm) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.Identity()])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_routers_width_is_taken_from_the_block(norm, scope):
+    model = get_peft_model(_Stack(norm), MoELoraConfig(r=2, target_modules=["linear"], router_scope=scope))
+    assert {router.hidden_size for router in routers_of(model).values()} == {8}
+    assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)

@@ -13,7 +13,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import moelora.forward.shared_input
 import moelora.ops
 from benchmarks import __main__ as everything
-from benchmarks import correctness, decode, generate, growth, layer, model, models, monitor, peers, plot, pool, table
+from benchmarks import (
+    correctness,
+    decode,
+    generate,
+    growth,
+    layer,
+    model,
+    models,
+    monitor,
+    native,
+    peers,
+    plot,
+    pool,
+    table,
+)
 from benchmarks.arms import Mixture, adapt, shared_copy
 from benchmarks.grouped import grouped_linear, make_plan
 from benchmarks.kits import kit_of
@@ -228,6 +242,13 @@ def test_both_forms_of_a_pool_are_measured(tmp_path, capsys, monkeypatch):
     assert {(row.arm, row.tokens, row.experts) for row in rows} == {(arm, 8, 4) for arm in pool.ARM_NAMES}
 
 
+def test_native_mixtures_are_measured(tmp_path):
+    native.main(["--device", "cpu", "--quick", "--tokens", "8", "--repeats", "1", "--out", str(tmp_path)])
+    _, rows = read([tmp_path / "results.csv"])
+    assert {(row.arm, row.metric, row.rank) for row in rows} == {(arm, "seconds", 4) for arm in native.ARM_NAMES}
+    assert "x native-lora" in table.render(*read([tmp_path / "results.csv"]))
+
+
 def test_a_plot_of_nothing_says_what_to_run(tmp_path):
     Recorder(tmp_path, "cpu", "command")
     with pytest.raises(SystemExit, match=r"python -m benchmarks\.growth"):
@@ -352,6 +373,7 @@ def test_ratios_are_taken_repeat_by_repeat():
             "growth",
             "crossover",
             "pool",
+            "native",
             "monitor",
             "correctness",
             "parallel",
@@ -371,7 +393,7 @@ def test_help_shows_real_calls(name, capsys):
         assert " ".join(example.split()) in text
 
 
-@pytest.mark.parametrize("name", ["layer", "model", "decode", "generate", "growth", "crossover", "pool"])
+@pytest.mark.parametrize("name", ["layer", "model", "decode", "generate", "growth", "crossover", "pool", "native"])
 def test_examples_and_plans_parse(name):
     module = importlib.import_module(f"benchmarks.{name}")
     plans = [plan[name] for plan in everything.PLANS.values()]

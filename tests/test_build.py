@@ -233,9 +233,10 @@ def test_any_adapter_name_holds_the_whole_mixture(adapter_name):
 
 
 def test_adapters_of_several_experts_pool():
-    """A mixture of 4 joined by a mixture of 3 and a single expert: 8 experts in the order of the adapters."""
+    """A mixture of 4, one of 3 and a single expert, which joins them: 8 experts in the order of the adapters."""
     model = mixture_of("llama")
     model.add_adapter("more", config_for(ARCHITECTURES["llama"], num_experts=3, r=5))
+    model.set_adapter(["default", "more"])
     model.add_adapter("expert_9", config_for(ARCHITECTURES["llama"], target_modules=["q_proj", "up_proj"]))
     assert model.base_model.routing.num_experts == 8
     _, grads = train_step(model, ARCHITECTURES["llama"].batch())
@@ -367,6 +368,7 @@ def test_a_wrapper_of_ones_own_is_a_mixtures_too():
     config = config_for(ARCHITECTURES["llama"])
     model = OwnPeftModel(llama(), config, note="mine")
     model.add_adapter("other", config)
+    model.set_adapter(["default", "other"])
     assert isinstance(model, OwnPeftModel) and model.active_adapters == ["default", "other"]
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(copied) is type(model) and copied.note == "mine" and copied.active_adapters == ["default", "other"]
@@ -381,5 +383,5 @@ def test_a_constructor_that_another_library_has_wrapped(monkeypatch):
     monkeypatch.setattr(peft.PeftModel, "__init__", lambda self, *args, **kwargs: made(self, *args, **kwargs))
     config = config_for(ARCHITECTURES["llama"])
     model = get_peft_model(llama(), config)
-    model.add_adapter("other", config)
-    assert model.active_adapters == ["default", "other"]
+    model.add_adapter("expert_0", config)
+    assert model.active_adapters == ["default", "expert_0"]

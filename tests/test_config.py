@@ -121,7 +121,6 @@ def test_top_k_exceeding_experts():
         ("use_dora", True),
         ("use_qalora", True),
         ("lora_bias", True),
-        ("target_parameters", ["experts.weight"]),
         ("ensure_weight_tying", True),
         ("layer_replication", [(0, 2), (1, 2)]),
         ("alora_invocation_tokens", [1, 2]),

@@ -113,6 +113,7 @@ def test_a_fixed_mixture_exports_as_it_routes(tmp_path, scope):
     options = {"r": 2, "num_experts": 2, "router_type": "fixed", "router_scope": scope, "routing_scale": 1.5}
     model = get_peft_model(base, MoELoraConfig(target_modules=["q_proj", "up_proj"], **options), adapter_name="x")
     model.add_adapter("y", MoELoraConfig(target_modules=r".*\.1\..*down_proj|.*\.1\..*up_proj", **options))
+    model.set_adapter(["x", "y"])
     awaken(model.eval())
     save_lora(to_lora_mixture(model), tmp_path / "even")
     torch.testing.assert_close(plain_output(tmp_path / "even"), logits(model), **ROUNDING)

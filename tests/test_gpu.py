@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import dispatch_model
+from native import EXPERTS, gradients, native_model, ours
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,6 +49,18 @@ def test_equals_the_cpu(scope):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad.cpu(), gradients[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "targets", [{"target_modules": [], "target_parameters": EXPERTS}, {"target_modules": ["mlp.experts"]}], ids=str
+)
+def test_native_mixtures_equal_the_cpu(targets):
+    model = ours(native_model("qwen3_moe"), **targets)
+    expected_loss, expected = gradients(model, {"input_ids": IDS, "labels": IDS})
+    loss, grads = gradients(model.cuda(), {"input_ids": IDS.cuda(), "labels": IDS.cuda()})
+    torch.testing.assert_close(loss.cpu(), expected_loss, rtol=1e-4, atol=1e-5)
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name].cpu(), grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_follows_a_device_map(tmp_path):

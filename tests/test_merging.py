@@ -16,6 +16,7 @@ def config(**options):
 def two_adapters():
     model = get_peft_model(mlp(), config(router_type="fixed", init_lora_weights=False), adapter_name="a")
     model.add_adapter("b", config(router_type="fixed", init_lora_weights=False))
+    model.set_adapter(["a", "b"])
     return model
 
 
@@ -46,6 +47,6 @@ def test_merging_equals_the_mixture_of_what_is_merged(merged):
 
 def test_a_new_adapters_module_to_save_is_trainable_where_it_is_in_use():
     model = get_peft_model(mlp(), config(target_modules=["first"]), adapter_name="a")
-    model.add_adapter("b", config(target_modules=["first"], modules_to_save=["second"]))
+    model.add_adapter("expert_0", config(target_modules=["first"], modules_to_save=["second"]))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert any("second.modules_to_save.b" in name for name in trainable)
+    assert any("second.modules_to_save.expert_0" in name for name in trainable)

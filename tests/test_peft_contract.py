@@ -11,9 +11,9 @@ import peft
 import pytest
 from peft import PeftModel
 from peft.tuners import tuners_utils
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, save_and_load
+from peft.utils import PeftType, hotswap, save_and_load, transformers_weight_conversion
 
 import moelora
 
@@ -29,6 +29,10 @@ SIGNATURES = {
     "a new adapter's configuration is checked with it": (LoraModel._check_new_adapter_config, ["self", "config"]),
     "default target modules come from it": (LoraModel._prepare_adapter_config, ["self", "peft_config", "model_config"]),
     "targets are matched with it": (BaseTuner._check_target_module_exists, ["peft_config", "key"]),
+    "targets that kernels bypass are refused by it": (
+        BaseTuner._check_target_module_compatiblity,
+        ["self", "peft_config", "model", "target_name"],
+    ),
     '"all-linear" is expanded with it': (tuners_utils._maybe_include_all_linear_layers, ["peft_config", "model"]),
     "merging asks it first": (LoraModel._check_merge_allowed, ["self"]),
     "routing_weights= arrives through it": (LoraModel._enable_peft_forward_hooks, ["self", "args", "kwargs"]),
@@ -36,9 +40,18 @@ SIGNATURES = {
         LoraModel._get_adapter_state_dict,
         ["model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"],
     ),
+    "what a base on disk is adapted with is noted through it": (
+        PeftModel._update_offload,
+        ["self", "offload_index", "adapters_weights"],
+    ),
     "routers are moved beside their layers by it": (
         BaseTunerLayer._move_adapter_to_device_of_base_layer,
         ["self", "adapter_name", "device"],
+    ),
+    "factors of native experts are as wide as what it says": (LoraLayer._get_in_out_features, ["self", "module"]),
+    "native experts named as modules get a layer of ours by it": (
+        peft.LoraConfig._register_custom_module,
+        ["self", "mapping"],
     ),
     "routers and layers become active and trainable through it": (
         BaseTunerLayer.set_adapter,
@@ -66,6 +79,22 @@ BEHAVIOUR = {
     "layer_cls is only passed to isinstance": (tuners_utils.set_adapter, "isinstance(module, layer_cls)"),
     "deletion skips names with the prefix": (tuners_utils.delete_adapter, "if prefix in key"),
     "saving delegates to the tuner": (save_and_load.get_peft_model_state_dict, "tuner_cls._get_adapter_state_dict("),
+    "a method's list of what must be alike decides on hot-swapping": (
+        hotswap.check_hotswap_configs_compatible,
+        "CONFIG_KEYS_TO_CHECK[config0.peft_type]",
+    ),
+    "wrappers of parameters are found by the name of their class, which ours has": (
+        BaseTuner._inject_parameters,
+        '__class__.__name__ == "ParamWrapper"',
+    ),
+    "a parameter's name tells layers of parameters from those of modules": (
+        BaseTuner._inject_parameters,
+        "parameter_name=short_param_name",
+    ),
+    "expert-major A and rank-major B are the pairs of native experts": (
+        ParamWrapper.get_delta_factors,
+        "weight_B.reshape(weight_B.shape[0], -1, self.num_experts).permute(2, 0, 1)",
+    ),
     "the tuner's own attributes are saved, `model` is not": (
         tuners_utils._get_tuner_state_dict_key_prefixes,
         '("base_layer", "model")',
@@ -77,6 +106,16 @@ BEHAVIOUR = {
 def test_source_still_does(purpose):
     function, fragment = BEHAVIOUR[purpose]
     assert fragment in source_of(function), f"PEFT {peft.__version__}: no longer true that {purpose}"
+
+
+def test_names_of_linears_that_were_fused():
+    """moelora/tuner/native_names.py reads from these tables what became which parameter."""
+    conversion = transformers_weight_conversion
+    for family, old in (("mixtral", ["w1", "w3"]), ("qwen2_moe", ["gate_proj", "up_proj"])):
+        assert conversion._MOE_FUSED_TARGETS[family] == {"gate_up_proj": old}
+        names = conversion._MOE_TARGET_MODULE_MAPPING[family]
+        assert {names[name] for name in old} == {"gate_up_proj"} and names["gate"] == "gate.weight"
+    assert conversion._MODEL_TO_CONVERSION_PATTERN["qwen3_moe"] == "qwen2_moe"
 
 
 def test_enum_has_the_internals_we_extend():

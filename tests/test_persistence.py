@@ -40,6 +40,7 @@ def trained(names=("default",), **options):
     model = get_peft_model(base_model(), config(**options), adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config(**options))
+    model.set_adapter(list(names))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

@@ -18,6 +18,7 @@ def on_half_base(names, **options):
     model = get_peft_model(base, config(), adapter_name=names[0], **options)
     for name in names[1:]:
         model.add_adapter(name, config(), **options)
+    model.set_adapter(list(names))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.3)

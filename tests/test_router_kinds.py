@@ -255,6 +255,7 @@ def test_an_adapter_that_is_sure_of_its_domain_routes_as_if_alone(router_type):
     """The domain classifier multiplies scores and biases alike."""
     model = loss_free(router_type=router_type, router_temperature=1.0)
     model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter(["default", "other"])
     train_step(model, BATCH)
     texts = {"default": torch.tensor([[3, 4, 5, 6] * 6]), "other": torch.tensor([[40, 41, 42, 43] * 6])}
     for name, ids in texts.items():

@@ -243,11 +243,11 @@ def test_the_cache_counts_whatever_it_is_called(name):
         output = model(input_ids=torch.ones(1, 5, dtype=torch.long), use_cache=True)
     cache = kv_cache(output)
     assert kv_cache({name: cache}) is cache and kv_cache((cache,)) is None
-    inputs = {name: cache, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    inputs = {name: cache, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])}
     state = next(module.state for module in model.modules() if isinstance(module, MoELoraRouter))
     context = ForwardContext(state, inputs, training=False)
     assert context.past_length == 5
-    assert context.mask(torch.zeros(1, 1, 8), is_decoder=False).tolist() == [[True]]
+    assert context.mask(torch.zeros(2, 1, 8), is_decoder=False).tolist() == [[True], [False]]
 
 
 @pytest.mark.parametrize("scope", SCOPES)

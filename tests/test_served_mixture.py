@@ -47,6 +47,7 @@ def in_other_blocks():
     config.layers_to_transform, config.target_modules, config.num_experts = None, {"v_proj", "down_proj"}, 2
     config.r, config.lora_alpha = 3, 5
     model.add_adapter("other", config)
+    model.set_adapter(["default", "other"])
     awaken(model)
     return model
 

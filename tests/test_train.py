@@ -306,6 +306,7 @@ def test_generate_reads_every_adapter_of_a_mixture_whatever_their_names(tmp_path
     config = MoELoraConfig(r=2, num_experts=2, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config, adapter_name="code")
     model.add_adapter("docs", config)
+    model.set_adapter(["code", "docs"])
     model.save_pretrained(tmp_path / "both")
     assert generated(capsys, "--adapter", tmp_path / "both").startswith("HELLO")
     next(parameter for name, parameter in model.named_parameters() if "lora_B.docs" in name).data.fill_(math.nan)

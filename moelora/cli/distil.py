@@ -20,7 +20,7 @@ from ..console import make_stdout, make_table
 from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.covariance import ModelInputs
 from ..experts.distil import closed_form, fresh_lora, lora_of
-from ..experts.exporting import check_only_factors
+from ..experts.exporting import check_exportable
 from ..files.opening import expand_user
 from ..recipe import DomainOptions, Recipe
 from ..schema import Problem, UserError, telling_user
@@ -48,7 +48,7 @@ def distil_command(options: DistilOptions) -> Path | None:
     source = read_source(options.adapter, options.base)
     check_only_read(options, [options.adapter], source.base, domains)
     with telling_user(f"{source.folder}: "):
-        check_only_factors({adapter.name: adapter.config for adapter in source.stored if adapter.position is not None})
+        check_exportable([adapter for adapter in source.stored if adapter.position is not None])
     highest = source.highest_rank(source.experts)
     rank = min(DEFAULT_RANK, highest) if options.r is None else options.r
     check_rank("--r", rank, highest)

@@ -13,6 +13,7 @@ from .growth import GrowthCallback, grow
 from .importing import build, from_lora
 from .merging import MergeRecipe, merge_experts
 from .migration import Migration, experts_of
+from .native import native_from_lora, native_to_lora
 from .novelty_score import Novelty, novelty
 from .parts import put_together, select, take_apart
 from .prune import drop, prune
@@ -39,6 +40,8 @@ __all__ = [
     "lora_of",
     "merge",
     "merge_experts",
+    "native_from_lora",
+    "native_to_lora",
     "novelty",
     "prune",
     "put_together",

@@ -24,7 +24,7 @@ from ..ops.pool import ExpertPool
 from ..schema import settable_fields
 from ..storage.lora_file import Factors, LoraFile, peft_tensors
 from ..storage.mixture_files import StoredAdapter
-from ..storage.structure import owner_of
+from ..storage.structure import acts_beside_experts, owner_of
 from ..tuner.layer import MoELoraLayer
 from ..tuner.model import MoELoraModel
 
@@ -43,7 +43,7 @@ def to_lora(model: PeftModel | Sequence[StoredAdapter], expert: int | str) -> Lo
         ValueError: there is no such expert, or its adapter is more than experts: it trained biases or modules too.
     """
     adapter, index = locate(stored_adapters(model), expert)
-    _check_exportable([adapter])
+    check_exportable([adapter])
     config = adapter.config
     scale = config.routing_scale  # what a router multiplies a lone expert's weight of 1 by
     settings = _plain(config) | {
@@ -65,7 +65,7 @@ def to_lora_mixture(model: PeftModel | Sequence[StoredAdapter], weights: Sequenc
         ValueError: they are not E finite numbers, there are none, or an adapter trained biases or modules too.
     """
     active = [adapter for adapter in stored_adapters(model) if adapter.position is not None]
-    _check_exportable(active)
+    check_exportable(active)
     given = None if weights is None else _split(active, weights)
     factors: Factors = {}
     for name in dict.fromkeys(name for adapter in active for name in adapter.pools):
@@ -109,9 +109,19 @@ def _given(weights: Sequence[float] | None) -> str:
     return "those of the fixed router" if weights is None else ", ".join(f"{weight:g}" for weight in weights)
 
 
-def _check_exportable(adapters: Sequence[StoredAdapter]) -> None:
-    check_only_factors({adapter.name: adapter.config for adapter in adapters})
+def check_exportable(adapters: Sequence[StoredAdapter]) -> None:
+    """Refuse adapters of which no plain LoRA computes all.
+
+    Raises:
+        ValueError: one trained more than its experts, or has experts beside a base's native ones.
+    """
+    _check_only_factors({adapter.name: adapter.config for adapter in adapters})
     for adapter in adapters:
+        if beside := next(filter(acts_beside_experts, adapter.pools), None):
+            raise ValueError(
+                f"adapter {adapter.name!r} has experts beside the native ones of `{beside}`, which no plain LoRA can "
+                "hold; serve the mixture as it is"
+            )
         if adapter.others:
             raise ValueError(
                 f"`{adapter.others[0]}` of adapter {adapter.name!r} is no part of its experts' factors, so no LoRA "
@@ -119,14 +129,15 @@ def _check_exportable(adapters: Sequence[StoredAdapter]) -> None:
             )
 
 
-def check_only_factors(configs: Mapping[str, MoELoraConfig]) -> None:
+def _check_only_factors(configs: Mapping[str, MoELoraConfig]) -> None:
     """Refuse adapters that are more than their experts, which no LoRA made of experts computes.
 
     Raises:
-        ValueError: one trained modules of the base model, embeddings of tokens or biases too.
+        ValueError: one trained modules of the base model, embeddings of tokens, biases or native experts too.
     """
     for name, config in configs.items():
         trained = {field: getattr(config, field) for field in ("modules_to_save", "trainable_token_indices")}
+        trained["target_parameters"] = config.target_parameters
         trained["bias"] = None if config.bias == "none" else config.bias
         for field, value in trained.items():
             if value:

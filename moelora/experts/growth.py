@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from itertools import count
@@ -15,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..ops.data_parallel import num_ranks
+from ..tuner.layer import MoELoraLayer
 
 
 def grow(
@@ -64,7 +66,9 @@ def grow(
     if num_experts is None:
         num_experts = min(count_experts(each, first) for each in (old[0], name))
     config = _grown_config(first, name, num_experts, changes)
-    model.add_adapter(name, config)
+    if config.target_parameters and "target_parameters" not in changes:
+        _leave_native_experts(config, model, old[0])
+    model.add_to_mixture(name, config)
     _freeze(model, old, freeze_experts, freeze_scores)
     if optimizer is not None:
         _tell(optimizer, model, name, old)
@@ -85,6 +89,20 @@ def _grown_config(first: MoELoraConfig, name: str, num_experts: int, changes: Ma
             f"`name` ({name!r}) holds one expert, and `num_experts` is {num_experts}; pass another name, or 1"
         )
     return config
+
+
+def _leave_native_experts(config: MoELoraConfig, model: PeftModel, first: str) -> None:
+    """Let new experts be on what the first adapter's are on: no router would keep pairs of native experts, which the
+    base's own router weighs, away from what the old adapters know."""
+    linears = [
+        layer.link.name for layer in model.modules() if isinstance(layer, MoELoraLayer) and first in layer.lora_A
+    ]
+    config.target_parameters, config.target_modules, config.exclude_modules = None, set(linears), None
+    config.layers_to_transform = config.layers_pattern = None
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        used = {key for key in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in linears)}
+        setattr(config, field, {key: value for key, value in patterns.items() if key in used})
 
 
 def free_name(taken: Collection[str]) -> str:

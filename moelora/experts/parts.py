@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
+from ..storage.structure import FACTOR, adapts_parameter
 from ..tuner.peft_model import MixturePeftModel
 from .domains import refresh_domain_classifier
 
@@ -89,7 +90,7 @@ def take_apart(model: PeftModel) -> list[AdapterParts]:
         experts: list[Tensors] = [{} for _ in range(count_experts(name, config))]
         shared = {}
         for key, tensor in tensors.items():
-            dimension = expert_dimension(key)
+            dimension = None if _is_native(config, key) else expert_dimension(key)
             if dimension is None:
                 shared[key] = tensor
                 continue
@@ -97,6 +98,12 @@ def take_apart(model: PeftModel) -> list[AdapterParts]:
                 expert[key] = piece
         found.append(AdapterParts(name, config, experts, shared, name in active))
     return found
+
+
+def _is_native(config: MoELoraConfig, key: str) -> bool:
+    """Whether a tensor is a factor of the base's own experts, which its own router weighs."""
+    match = FACTOR.fullmatch(key)
+    return match is not None and adapts_parameter(config, match["module"])
 
 
 def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftModel:

@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, E experts of all active adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ class Call:
 
     routing_weights: Tensor | None = None  # the caller's own
     copies: int | None = None  # rows that generate makes of each prompt, for beams and answers; None in a forward
+    adapter_names: Sequence[str] | None = None  # of each sample, which it alone routes; None: all active ones do
     prefilled: bool = False  # generate is past the prompt
     _made: dict[Any, Any] = field(default_factory=dict)
     _pool: Any = None  # the adapters and experts that it was made for

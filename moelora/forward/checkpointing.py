@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, RoutingState
+
+CHECKPOINTS = "gradient_checkpointing"  # the attribute by which a module of diffusers tells that it does
 
 
 class DecidesRouting(Protocol):
@@ -48,10 +50,21 @@ def make_checkpoint_routed(block: Any, hook: DecidesRouting) -> None:
     block._gradient_checkpointing_func = RoutedCheckpoint(function, hook)
 
 
+def make_owners_checkpoints_routed(model: nn.Module, hooks: Mapping[str, DecidesRouting]) -> None:
+    """The same where the owners of blocks checkpoint them, and other modules: in diffusers' models."""
+    if not hasattr(model, "_repeated_blocks"):
+        return
+    by_block = {model.get_submodule(name): hook for name, hook in hooks.items()}
+    owners: list[Any] = [each for each in model.modules() if each.training and getattr(each, CHECKPOINTS, False)]
+    for owner in owners:
+        if not isinstance(owner._gradient_checkpointing_func, RoutedCheckpoints):
+            owner._gradient_checkpointing_func = RoutedCheckpoints(owner._gradient_checkpointing_func, by_block)
+
+
 def make_checkpoint_plain(block: Any) -> None:
-    """Give the block the checkpoint function back that `make_checkpoint_routed` wrapped."""
+    """Give the block, or owner, the checkpoint function back that was wrapped."""
     function = getattr(block, "_gradient_checkpointing_func", None)
-    if isinstance(function, RoutedCheckpoint):
+    if isinstance(function, RoutedCheckpoint | RoutedCheckpoints):
         block._gradient_checkpointing_func = function.function
 
 
@@ -84,6 +97,24 @@ class RoutedCheckpoint:
         finally:
             if is_early:
                 self.hook.leave(routing.context)
+
+
+class RoutedCheckpoints:
+    """An owner's checkpoint function, which it calls with whichever block, or other module, is to run."""
+
+    def __init__(self, function: Callable, hooks: Mapping[nn.Module, DecidesRouting]) -> None:
+        self.function = function
+        self.hooks = hooks
+
+    def __call__(self, region: Callable, *args: Any, **kwargs: Any) -> Any:
+        anyone = next(iter(self.hooks.values()))
+        context = anyone.state.in_force.context
+        if context is None:
+            return self.function(region, *args, **kwargs)
+        hook = self.hooks.get(region) if isinstance(region, nn.Module) else None
+        if hook is None:
+            return self.function(_UndecidedRegion(region, anyone, context), *args, **kwargs)
+        return RoutedCheckpoint(self.function, hook)(region, *args, **kwargs)
 
 
 class _Region:
@@ -141,6 +172,14 @@ class _RoutedRegion(_Region):
                 encoder_weights=None,
             )
             return self.region(*args)
+
+
+class _UndecidedRegion(_Region):
+    """Runs what is no block, whose linears have routers of their own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._running():
+            return self.region(*args, **kwargs)
 
 
 class _DecidingRegion(_Region):

@@ -63,9 +63,10 @@ def num_targets(context: ForwardContext, model: nn.Module) -> Tensor:
         labels = context.inputs.get("labels")
         shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
         is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if labels is not None and shifts and not is_encoder_decoder:
+        if isinstance(labels, Tensor) and shifts and not is_encoder_decoder:
             labels = labels[..., 1:]
-    return torch.zeros(()) if labels is None else (labels != -100).sum()
+    # DETR's are a list, of boxes, in which the Trainer counts nothing either.
+    return (labels != -100).sum() if isinstance(labels, Tensor) else torch.zeros(())
 
 
 def share_of_targets(targets: Tensor, num_items: Any) -> Tensor:

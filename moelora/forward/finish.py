@@ -5,7 +5,7 @@ Shapes: E experts, L routers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import is_dataclass, make_dataclass
 from typing import Any
 
@@ -33,7 +33,9 @@ def finish_forward(context: ForwardContext, model: nn.Module, output: Any) -> An
     if not (is_training_step and groups):
         return output
     state = context.state
-    all_sums, targets, world_size = _over_ranks([group.stacked() for group in groups], num_targets(context, model))
+    reads = state.config.balancing.reads
+    stacked = [group.stacked(reads) for group in groups]
+    all_sums, targets, world_size = _over_ranks(stacked, num_targets(context, model))
     rollback = _advance_all(context, model, groups, all_sums)
     losses_L = _balancing_losses(groups, all_sums, state.config.load_balance_loss_type)
     if state.window is not None:
@@ -85,10 +87,12 @@ class _Group:
         self.packed, self.left_out = without_non_finite(torch.stack([sums.packed for sums in self._sums]))
         self.counted = torch.cat([self.packed, self.left_out], dim=-1)
 
-    def stacked(self) -> RoutingSums:
-        """[L, ...], with gradients."""
+    def stacked(self, reads: Collection[str]) -> RoutingSums:
+        """[L, ...], with gradients: of the squared logsumexp only where the balancing loss reads it."""
         probs = torch.stack([sums.probs for sums in self._sums])
-        return RoutingSums(self.packed, probs, torch.stack([sums.squared_lse for sums in self._sums]))
+        if "squared_lse" in reads:
+            return RoutingSums(self.packed, probs, torch.stack([sums.squared_lse for sums in self._sums]))
+        return RoutingSums(self.packed, probs, self.packed[:, -1])
 
 
 def _alike(records: Sequence[tuple[MixtureRouter, RoutingSums]]) -> list[_Group]:
@@ -108,7 +112,7 @@ def _balancing_losses(groups: Sequence[_Group], all_sums: Sequence[RoutingSums],
         sums.balancing_loss(loss_type).masked_fill(group.left_out.squeeze(-1), 0.0)
         for group, sums in zip(groups, all_sums, strict=True)
     ]
-    return torch.cat([loss.to(losses[0].device) for loss in losses])
+    return losses[0] if len(losses) == 1 else torch.cat([loss.to(losses[0].device) for loss in losses])
 
 
 def advance(routers: Sequence[MixtureRouter], sums: RoutingSums, config: MoELoraConfig, commit: bool) -> None:
@@ -167,8 +171,11 @@ def _move_biases(routers: Sequence[MixtureRouter], counts_LE: Tensor, speed: flo
 
 
 def _by_adapter(router: MixtureRouter, mass_E: Tensor, counts_E: Tensor) -> list[tuple[ExpertRouter, Tensor, Tensor]]:
+    routers = router.active_routers()
+    if len(routers) == 1:
+        return [(routers[0], mass_E, counts_E)]
     sizes = [count for _, count in router.pool]
-    return list(zip(router.active_routers(), mass_E.split(sizes), counts_E.split(sizes), strict=True))
+    return list(zip(routers, mass_E.split(sizes), counts_E.split(sizes), strict=True))
 
 
 def _over_ranks(all_sums: list[RoutingSums], num_targets: Tensor) -> tuple[list[RoutingSums], Tensor, int]:
@@ -194,32 +201,38 @@ def _over_ranks(all_sums: list[RoutingSums], num_targets: Tensor) -> tuple[list[
     return reduced, num_targets.squeeze(0), world_size
 
 
-def _own_share(context: ForwardContext, targets: Tensor, world_size: int) -> Tensor | float:
-    """This micro-batch's part of its step in the model's own loss: 1 unless that is normalised by `num_items_in_batch`.
+def _own_share(context: ForwardContext, targets: Tensor, world_size: int) -> Tensor | None:
+    """This micro-batch's part of its step in the model's own loss: None, all of it, unless that is normalised by
+    `num_items_in_batch`.
 
     The Trainer multiplies such a loss by the number of ranks, over which gradients are averaged.
     """
     num_items = context.inputs.get("num_items_in_batch")
-    return 1.0 if num_items is None else share_of_targets(targets, num_items) / world_size
+    return None if num_items is None else share_of_targets(targets, num_items) / world_size
 
 
 def _add_to_output(
-    output: Any, loss: Tensor, share: Tensor | float, token: Tensor | None, context: ForwardContext
+    output: Any, loss: Tensor, share: Tensor | None, token: Tensor | None, context: ForwardContext
 ) -> Any:
     """The output, to whose own loss the balancing loss is added; all else carries the token."""
-    coef = context.state.config.balancing_coef
     has_loss = has_labels(context)
     if isinstance(output, dict):
         has_loss = has_loss and output.get("loss") is not None
         output = carry(output, token, without=("loss",) if has_loss else ())
         if has_loss:
-            output["loss"] = _plus(output["loss"], loss * coef * share)
+            output["loss"] = _plus(output["loss"], _part_of_step(loss, share, context))
         return _with_balancing_loss(output, loss)
     if isinstance(output, tuple) and has_loss:
-        return (_plus(output[0], loss * coef * share), *carry(output[1:], token))
+        return (_plus(output[0], _part_of_step(loss, share, context)), *carry(output[1:], token))
     if token is not None and not torch.compiler.is_compiling():
         check_can_carry(context.state, output)
     return carry(output, token)
+
+
+def _part_of_step(loss: Tensor, share: Tensor | None, context: ForwardContext) -> Tensor:
+    """What the model's own loss is increased by."""
+    weighed = loss * context.state.config.balancing_coef
+    return weighed if share is None else weighed * share
 
 
 def _with_balancing_loss(output: dict[str, Any], loss: Tensor) -> dict[str, Any]:

@@ -13,13 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import is_transformed
 from .caches import kv_cache
-from .checkpointing import make_checkpoint_routed
+from .checkpointing import make_checkpoint_routed, make_owners_checkpoints_routed
+from .delivery import warn_once
 from .finish import finish_forward
 from .interfaces import MixtureRouter, SharingLinear
 from .masks import block_mask
+from .removal import remove_routing
 from .shared_input import SharedInput
 from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
+
+_NOT_BALANCED = (
+    "under torch.func and torch.jit.trace a mixture in training routes as in evaluation, without capacity; there is no "
+    "balancing loss, and nothing is counted, for what runs may be one sample of a batch"
+)
 
 
 class ForwardHook:
@@ -44,6 +52,9 @@ class ForwardHook:
             RuntimeError: under nn.DataParallel, whose replicas would share the routers of one GPU.
         """
         state, here = self.state, self.state.in_force
+        if self.is_root and "peft_config" not in module.__dict__:  # diffusers' unload_lora knows the layers alone
+            remove_routing(module)
+            return
         mine = here.entry = ForwardEntry(self, here.context, here.entry)  # first: whatever is raised, `after` is called
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
@@ -55,9 +66,12 @@ class ForwardHook:
         elif self.is_root or here.context is None:
             inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
             mine.context = here.context = ForwardContext(state, inputs, training=module.training)
-            if self.is_root and module.training:
+            if self.is_root and module.training and is_transformed():
+                warn_once(state, _NOT_BALANCED)
+            elif self.is_root and module.training:
                 for name, hook in state.hooks.items():
                     make_checkpoint_routed(module.get_submodule(name), hook)
+                make_owners_checkpoints_routed(module, state.hooks)
         else:
             here.context.reset(self.stacks)
 
@@ -92,10 +106,12 @@ class BlockHook:
 
     Attributes:
         leaders: the linears that ran last in the block, each for those that read its input after it.
+        text_first: see [`joint_blocks.text_comes_first`].
     """
 
     leaders: Sequence[SharingLinear] = ()
     reads_images = False  # pickles of November 2026 have none
+    text_first: bool | None = None
 
     def __init__(
         self,
@@ -157,6 +173,7 @@ class BlockHook:
             router=self.router,
             encoder_hidden=encoder_states_of(args, kwargs, self.encoder_position),
             shared_input=None if torch.compiler.is_compiling() else SharedInput(),
+            text_first=self.text_first,
             top_k=context.top_k if shared is None else None,
             may_be_padded=may_be_padded,
         )

@@ -21,6 +21,7 @@ from ..ops import (
     compute_dtype,
     drop_rate,
     is_plain,
+    is_transformed,
     mixture_sparse,
     operands_of,
 )
@@ -121,9 +122,7 @@ class SharedInput:
         self._x: Tensor | None = None
         self._outputs: dict[SharingLinear, Tensor] = {}
         self._leaders: list[SharingLinear] = []  # that have run, each for those that read its input after it
-        self._operands: dict[
-            tuple[FusedGroup, bool], Operands
-        ] = {}  # of those expected to run, with gradient or without
+        self._operands: dict[FusedGroup, Operands] = {}  # of those expected to run
 
     def take(self, layer: SharingLinear, x: Tensor) -> Tensor | None:
         """The layer's output [..., O] for x [..., D], if it was computed with an earlier reader of the same x."""
@@ -157,16 +156,15 @@ class SharedInput:
 
         Those are the ones that the block ran the last time.
         """
-        has_gradient = torch.is_grad_enabled()
         if not self._leaders:
             hook = layer.link.hook
             others = [other.link.bound for other in hook.leaders if other is not layer]
             groups = [other.group for other in (bound, *others) if other is not None and other.is_made_with(bound)]
             made = operands_of([group.stack for group in groups])
-            self._operands = {(group, has_gradient): each for group, each in zip(groups, made, strict=True)}
+            self._operands = dict(zip(groups, made, strict=True))
             hook.leaders = self._leaders
         self._leaders.append(layer)
-        return self._operands.pop((bound.group, has_gradient), None) or operands_of([bound.group.stack])[0]
+        return self._operands.pop(bound.group, None) or operands_of([bound.group.stack])[0]
 
     def close(self) -> None:
         """Let go of the tensors."""
@@ -227,11 +225,12 @@ def bound_group(layer: SharingLinear, x: Tensor) -> BoundGroup | None:
     link, dtype = layer.link, compute_dtype(x)
     candidates = () if x.is_inference() else link.fused_with  # without a version counter, a change of x goes unseen
     bound = link.bound
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return None
     if bound is None or not bound.holds(candidates, x, dtype):
         pools = layer.expert_pools()
-        bound = link.bound = BoundGroup(layer, candidates, x, dtype) if pools and can_fuse(pools) else None
+        is_served = bool(pools) and not any(pool.lora_A.is_meta for pool in pools) and can_fuse(pools)
+        bound = link.bound = BoundGroup(layer, candidates, x, dtype) if is_served else None
     return bound
 
 

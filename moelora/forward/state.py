@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
-from ..ops import ExpertPairs, chooses_sparse, scaled_weights, serves_sparse
+from ..ops import ExpertPairs, chooses_sparse, is_transformed, scaled_weights, serves_sparse
 from ..ops.data_parallel import num_ranks
 from ..routing.decision import sole_expert
 from ..routing.domain_classifier import ContextDensities
@@ -27,7 +27,8 @@ from .alignment import fit
 from .caches import kv_cache, past_length
 from .call import Call
 from .interfaces import MixtureRouter, Pool
-from .masks import decoder_mask_from_labels, packed_mask, token_mask
+from .joint_blocks import reads_text
+from .masks import decoder_mask_from_labels, packed_mask, token_mask, without_nothing
 from .overflow import StepRollback
 from .packed_requests import PROBED, PackedRequests, check_reads_tokens_alone
 from .shared_input import BoundGroup, SharedInput
@@ -71,6 +72,7 @@ class RoutingState:
     balancing_loss: Tensor | None = None  # of the latest training forward
     rollback: StepRollback | None = None  # of the latest training forward, where a loss scaler may skip its step
     window: TrainingWindow | None = None  # sums of the training steps since the last log, where somebody logs
+    is_dropless: bool = False  # in training too: see `give_up_capacity`
     loop: TrainingLoop | None = None  # the one that trains it, where MoELoraCallback tells
     delivered_at: int | None = None  # a router's version when the balancing loss last came by itself; see delivery
     warned: set[str] = field(default_factory=set)  # warnings that were given of this model, and need not be again
@@ -156,7 +158,7 @@ class ForwardContext:
 
     Args:
         inputs: the base model's arguments by name.
-        training: whether capacity, expert dropout and the balancing loss apply.
+        training: whether capacity (unless it was given up), expert dropout and the balancing loss apply.
         is_lone: it stands in for a forward around one block that is called by itself, and ends with it.
     """
 
@@ -166,7 +168,7 @@ class ForwardContext:
         self.is_lone = is_lone
         self.look_up()
         self.inputs = inputs
-        self.training = training
+        self.training = training and not is_transformed()  # nobody could count, or balance, over what is one sample's
         self.recomputing = False  # inside a checkpointed region's second run
         self.in_checkpoint = False
         self.region: str | None = None  # the block whose checkpointed region runs, and carries its routing
@@ -180,7 +182,8 @@ class ForwardContext:
         self.past_length = past_length(self.cache)  # now: the blocks' attention lets it grow
         self.densities = ContextDensities.on(self.cache)
         self.requests = PackedRequests.of(inputs)
-        self.counts = training or not (self.requests or self.call.is_generate)  # whether what routers do is summed up
+        is_no_text = self.requests or self.call.is_generate or is_transformed()
+        self.counts = self.training or not is_no_text  # whether what routers do is summed up
         has_no_mask = inputs.get("attention_mask") is None and self.requests is None
         self.packed = packed_mask(inputs.get("position_ids")) if has_no_mask else None  # [B, S]
         self._maturity: dict[str, Tensor] = {}
@@ -194,7 +197,8 @@ class ForwardContext:
             ValueError: no adapter is active, or its configuration has become another than its routers were made for.
         """
         self.config = self.state.config
-        next(iter(self.state.routers.values())).check_made_for(self.config)  # the others were made as it was
+        if self.call.adapter_names is None:
+            next(iter(self.state.routers.values())).check_made_for(self.config)  # the others were made as it was
         self.pool = self.state.pool
         self.call.begin_forward(self.pool)
         self.may_single_out = self.state.may_single_out
@@ -212,7 +216,8 @@ class ForwardContext:
     @property
     def top_k(self) -> int | None:
         """Experts of a token that the mixture's own routers give any weight to, at most; None: maybe all."""
-        return self.config.top_k_experts if self.config.router_kind.is_sparse else None
+        is_alike = self.call.adapter_names is None  # else each sample's adapter has its own
+        return self.config.top_k_experts if is_alike and self.config.router_kind.is_sparse else None
 
     @property
     def over_ranks(self) -> bool:
@@ -279,7 +284,7 @@ class ForwardContext:
         elif (length, is_decoder) in self._masks:
             mask = self._masks[length, is_decoder]
         else:
-            mask = self._masks[length, is_decoder] = self._mask_of(length, is_decoder)
+            mask = self._masks[length, is_decoder] = without_nothing(self._mask_of(length, is_decoder))
         return mask if mask is not None and mask.shape == (batch, length) else None
 
     def has_mask(self, is_decoder: bool) -> bool:
@@ -345,6 +350,7 @@ class BlockRouting:
     shared_input: SharedInput | None  # None under torch.compile, which fuses by itself
     may_be_padded: bool = False  # some tokens are, or may be, padding
     encoder_weights: Tensor | None = None
+    text_first: bool | None = None  # where a row joins encoder_hidden and the block's own tokens; None: none does
     top_k: int | None = None  # experts of a token that weights give anything to, at most; None: maybe all
     _pairs: ExpertPairs | None = field(default=None, init=False)
     _scaled: dict[tuple, Tensor] = field(default_factory=dict, init=False)
@@ -356,12 +362,12 @@ class BlockRouting:
         Raises:
             ValueError: x holds other tokens than the block's.
         """
-        if self._is_encoder(x):
+        if self._is_encoder(x, module):
             if self.encoder_weights is None:
                 self.encoder_weights = self._route_encoder(x)
             return self.encoder_weights
         assert self.weights is not None
-        fitted = fit(self.weights, self.lead, x)
+        fitted = self._joined_weights() if self._is_joined(x) else fit(self.weights, self.lead, x)
         if fitted is None:
             raise ValueError(
                 f"`{module}` reads an input of shape {list(x.shape)}, which does not line up with the tokens "
@@ -372,7 +378,8 @@ class BlockRouting:
     @property
     def is_constant(self) -> bool:
         """Whether all tokens of all forwards have the same weights."""
-        return not self.shared_by_user and self.context.config.router_kind.is_constant
+        is_given = self.shared_by_user or self.context.call.adapter_names is not None
+        return not is_given and self.context.config.router_kind.is_constant
 
     def scaled_weights_for(self, x: Tensor, layer: Any, bound: BoundGroup) -> Tensor:
         """[T, E] for a linear's input x [..., D]: of its adapters, as [`scaled_weights`] makes them.
@@ -382,7 +389,7 @@ class BlockRouting:
         """
         if self.shared_by_user or self.context.config.router_scope != "block":
             return scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
-        key = (x.shape[:-1], self._is_encoder(x), torch.is_grad_enabled(), bound.columns)
+        key = (x.shape[:-1], self._is_encoder(x, layer.link.name), torch.is_grad_enabled(), bound.columns)
         scaled = self._scaled.get(key)
         if scaled is None:  # one step of autograd for all linears of the block
             scaled = self._scaled[key] = scaled_weights(self._weights_of(x, layer, bound), bound.group.scalings)
@@ -419,6 +426,8 @@ class BlockRouting:
     def sole_expert(self, x: Tensor) -> int | None:
         """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""
         is_encoder = self._is_encoder(x)
+        if self._is_joined(x):
+            return None
         if is_encoder not in self._sole:
             weights = self.encoder_weights if is_encoder else self.weights
             self._sole[is_encoder] = None if weights is None else sole_expert(weights)
@@ -430,12 +439,28 @@ class BlockRouting:
             return self.context.mask(x, is_decoder=False)
         return None if self.mask is None else fit(self.mask, self.lead, x)
 
-    def _is_encoder(self, x: Tensor) -> bool:
+    def _is_encoder(self, x: Tensor, module: str = "") -> bool:
         encoder = self.encoder_hidden
         if encoder is None:
             return False
+        if encoder.shape[:-1] == self.lead == x.shape[:-1] and reads_text(module):
+            return True
         # Identity first: encoder and decoder may be equally long. Device maps copy the tensor, so shape is next.
         return x is encoder or (x.shape[:-1] == encoder.shape[:-1] and x.shape[:-1] != self.lead)
+
+    def _is_joined(self, x: Tensor) -> bool:
+        """Whether x holds the tokens of text and picture in one row."""
+        encoder = self.encoder_hidden
+        if self.text_first is None or encoder is None or x.dim() != 3 or len(self.lead) != 2:
+            return False
+        return x.shape[1] == encoder.shape[1] + self.lead[1]
+
+    def _joined_weights(self) -> Tensor:
+        assert self.weights is not None and self.encoder_hidden is not None
+        if self.encoder_weights is None:
+            self.encoder_weights = self._route_encoder(self.encoder_hidden)
+        rows = (self.encoder_weights, self.weights)
+        return torch.cat(rows if self.text_first else rows[::-1], dim=1)
 
     def _route_encoder(self, x: Tensor) -> Tensor:
         """The encoder's tokens were counted in the encoder; here the same router only weighs them."""
@@ -445,6 +470,8 @@ class BlockRouting:
             assert self.weights is not None
             return self.weights[:, :1].expand(*x.shape[:-1], -1)
         assert self.router is not None
+        if self.context.call.adapter_names is not None:
+            return self.router(x, self.context)
         weights = self.router.decide(x, self.context)
         return weights * self.context.config.routing_scale
 

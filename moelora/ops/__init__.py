@@ -5,7 +5,7 @@ Shapes: D in, O out, E experts, r rank of one expert, R = E * r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from .operands import Operands, operands_of
 from .pool import ExpertPool, drop_rate
 from .reference import mixture_reference
 from .sparse import mixture_sparse
+from .transforms import is_transformed
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +33,7 @@ __all__ = [
     "compute_dtype",
     "drop_rate",
     "is_plain",
+    "is_transformed",
     "mixture",
     "mixture_by_expert",
     "mixture_fused",
@@ -75,9 +77,18 @@ def mixture_linear(x: Tensor, reader: Reader, weights: Tensor, *args: Any, **kwa
     Returns:
         [..., O] in the dtype of the base layer's output.
     """
-    if not args and not kwargs and can_fuse(reader.pools):
+    if can_fuse(reader.pools):
+        if args or kwargs:
+            reader = Reader(_given(reader.base_layer, args, kwargs), reader.pools)
         return mixture_fused(x, [reader], weights)[0]
     return _base_plus_mixture(x, reader, weights, "concat", args, kwargs)
+
+
+def _given(base_layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    def called(x: Tensor) -> Tensor:
+        return base_layer(x, *args, **kwargs)
+
+    return called
 
 
 def mixture_by_expert(x: Tensor, reader: Reader, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,8 +7,9 @@ Backward:   g = dy B;  dB = dy^T (h * w);  dw_e = <g_e, h_e>;  dh = g * w;  dA =
             dx = dh A;  dx += dy W for each of them, in place.
 
 The small product comes first and the frozen one accumulates onto it: y is then read inside a product that is bound by
-arithmetic, not in a pass of its own, and the sum is rounded once. Saved are x (once), h and w, and of dropout one byte
-per element of x; h * w is made again. The factors are saved as they are multiplied: cast and stacked once a step.
+arithmetic, not in a pass of its own, and the sum is rounded once. Saved are x (once, or what it is made of: remade.py),
+h and w, and of dropout one byte per element of x; h * w is made again. The factors are saved as they are multiplied:
+cast and stacked once a step.
 The reference is reference.py.
 Letters: T tokens, D in, O out, E experts, r rank, R = E * r, G linears of a group.
 """
@@ -29,6 +30,8 @@ from torch.autograd.function import once_differentiable
 from .autocast import compute_dtype, without_autocast
 from .operands import FactorStack, Operands, operands_of
 from .pool import ExpertPool
+from .remade import source_of
+from .transforms import is_transformed
 from .triton import launches_are_free
 from .weighted import weighted, weighted_, weighted_backward
 
@@ -37,9 +40,9 @@ FEW_TOKENS = 64  # up to which a launch costs more than the arithmetic in it
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear that reads x: its base layer, and the factors of its adapters in expert order."""
+    """A linear that reads x: its base layer, or what calls it, and the factors of its adapters in expert order."""
 
-    base_layer: nn.Module
+    base_layer: nn.Module | Callable[[Tensor], Tensor]
     pools: Sequence[ExpertPool]
 
     def goes_with(self, other: Reader) -> bool:
@@ -110,7 +113,7 @@ class FusedGroup:
             if operands is None:
                 (operands,) = operands_of([self.stack])
             if torch.is_grad_enabled():
-                return _Mixture.apply(self, x, weights, *outside, operands.A, *operands.Bs)
+                return _Mixture.apply(self, operands, x, weights, *outside, *self.stack.factors)
             return self.outputs(x, weights, outside, operands, keeps_h=False)[0]
 
     def outside_of(self, x: Tensor) -> Sequence[Tensor | None]:
@@ -170,11 +173,12 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: FusedGroup, x: Tensor, weights: Tensor, *tensors: Any):
-        outside, (A, *Bs) = tensors[: group.num_readers], tensors[group.num_readers :]
-        ys, h, kept = group.outputs(x, weights, outside, Operands(A, Bs), keeps_h=True)
-        ctx.save_for_backward(x, h, weights, kept, A, *Bs, *(weight for weight, _ in group.bases))
-        ctx.group, ctx.device = group, x.device.type
+    def forward(ctx: Any, group: FusedGroup, operands: Operands, x: Tensor, weights: Tensor, *tensors: Tensor | None):
+        ys, h, kept = group.outputs(x, weights, tensors[: group.num_readers], operands, keeps_h=True)
+        source = source_of(x)
+        frozen = (weight for weight, _ in group.bases)
+        ctx.save_for_backward(h, weights, kept, operands.A, *operands.Bs, *frozen, *source.tensors)
+        ctx.group, ctx.device, ctx.make, ctx.shape = group, x.device.type, source.make, x.shape
         ctx.set_materialize_grads(False)
         return ys
 
@@ -187,35 +191,46 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         group: FusedGroup = ctx.group
-        x, h, weights, kept, A, *saved = ctx.saved_tensors
-        x_TD = flat(x)
-        readers = group.num_readers
-        Bs, Ws = saved[:readers], saved[readers:]
-        _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        needs_outside, needs_A, needs_B = needs[:readers], needs[readers], needs[readers + 1 :]
+        h, weights, kept, A, *saved = ctx.saved_tensors
+        readers, stack = group.num_readers, group.stack
+        Bs, Ws, source = saved[:readers], saved[readers : 2 * readers], saved[2 * readers :]
+        _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
+        needs_outside, needs_factors = needs[:readers], needs[readers:]
+        needs_A, needs_B = any(needs_factors[: len(stack.As)]), any(needs_factors[len(stack.As) :])
 
         dys_TO = [None if dy is None else flat(dy if dy.dtype is h.dtype else dy.to(h.dtype)) for dy in dys]
         hw, dh, dw = weighted_backward(_products(dys_TO, Bs, h), h, weights, group.rank, group.scale)
-        hws = (hw,) if readers == 1 else hw.chunk(readers, dim=1)
-        dBs = [
-            torch.mm(dy.t(), part) if dy is not None and needed else None
-            for dy, part, needed in zip(dys_TO, hws, needs_B, strict=True)
-        ]
+        dBs: list[Tensor | None] = [None] * readers
+        if needs_B:
+            pairs = zip(dys_TO, (hw,) if readers == 1 else hw.chunk(readers, dim=1), strict=True)
+            dBs = [None if dy is None else _product_in(stack.factor_dtype, dy.t(), part) for dy, part in pairs]
         dA = None
         if needs_A:
-            dA = torch.mm(dh.t(), group.dropped_again(x_TD, kept))
+            read = group.dropped_again(flat(ctx.make(*source)), kept)
+            dA = _product_in(stack.factor_dtype, dh.t(), read)
+            del read  # made again, it is as large as dx
         dx = None
         if needs_x:
             dx = torch.mm(dh, A)
             group.add_frozen(dx, kept, dys_TO, Ws)
-            dx = dx.view(x.shape)
+            dx = dx.view(ctx.shape)
         d_outside = [dy if needed else None for dy, needed in zip(dys, needs_outside, strict=True)]
-        return None, dx, dw if needs_weights else None, *d_outside, dA, *dBs
+        d_factors = stack.split_gradients(dys, dA, *dBs)
+        return None, None, dx, dw if needs_weights else None, *d_outside, *d_factors
 
 
 def flat(values: Tensor) -> Tensor:
     """[..., N] as [T, N]."""
     return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
+
+
+def _product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """left [M, K] @ right [K, N] in dtype; where that is wider, and the device can, the sums are never rounded."""
+    if left.dtype is dtype:
+        return torch.mm(left, right)
+    if left.is_cuda and dtype is torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
 
 
 def _expand(x: Tensor, scale: float, hw: Tensor, B: Tensor, base: Base, outside: Tensor | None) -> Tensor:
@@ -261,7 +276,7 @@ def _products(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) 
 
 def can_fuse(pools: Sequence[ExpertPool]) -> bool:
     """Whether the hand-written form serves these; else the caller uses a form that autograd differentiates."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return False  # inductor fuses the plain form, and does not trace in-place autograd functions
     return len({(pool.rank, pool.drop_rate) for pool in pools}) == 1 and pools[0].drop_rate < 1
 
@@ -285,11 +300,11 @@ def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> Sequ
     return group(x, scaled_weights(weights, group.scalings))
 
 
-def _base(base_layer: nn.Module, dtype: torch.dtype) -> Base:
-    return (base_layer.weight, base_layer.bias) if is_plain(base_layer, dtype) else (None, None)  # type: ignore[return-value]
+def _base(base_layer: Any, dtype: torch.dtype) -> Base:
+    return (base_layer.weight, base_layer.bias) if is_plain(base_layer, dtype) else (None, None)
 
 
-def is_plain(base_layer: nn.Module, dtype: torch.dtype) -> bool:
+def is_plain(base_layer: Any, dtype: torch.dtype) -> bool:
     """Whether calling it does nothing but x W^T + b in dtype with frozen W and b.
 
     It does more where somebody hooked or replaced its forward, trains it, or changed the type of its weight.

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .transforms import is_transformed
+
 EPS = 1e-6
 
 
@@ -43,6 +45,9 @@ class _NormLinear(torch.autograd.Function):
 def norm_linear(hidden: Tensor, weight_NH: Tensor) -> Tensor:
     """``F.linear(rms_norm(hidden), weight)``: hidden [..., H] of any floating dtype -> [..., N], float32 or wider."""
     hidden_TH = hidden.flatten(0, -2)
+    if is_transformed():
+        exact = torch.promote_types(weight_NH.dtype, torch.float32)
+        return F.linear(F.rms_norm(hidden.to(exact), hidden.shape[-1:], eps=EPS), weight_NH.to(exact))
     z = _NormLinear.apply(hidden_TH, weight_NH) if torch.is_grad_enabled() else _scores(hidden_TH, weight_NH)[0]
     return z.view(*hidden.shape[:-1], weight_NH.shape[0])
 

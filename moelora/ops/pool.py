@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +17,10 @@ class ExpertPool:
     num_experts: int
     scaling: float
     dropout: nn.Module  # lora_dropout, on x
+
+    def computed_in(self, dtype: torch.dtype) -> ExpertPool:
+        """The same with factors of another dtype."""
+        return replace(self, lora_A=self.lora_A.to(dtype), lora_B=self.lora_B.to(dtype))
 
     @property
     def rank(self) -> int:

@@ -136,11 +136,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, .
         expand(dh, [call.by_input(A) for A in As], pairs, flat(dx))
         group.add_frozen(flat(dx), kept, dys_TO, Ws)
     d_outside = [dy if needed else None for dy, needed in zip(dys, needs_outside, strict=True)]
-    d_factors = group.stack.split(dA, *dBs)
-    for i, dy in enumerate(dys):
-        if dy is None:  # a linear whose output nobody used has no gradient, rather than zeros
-            d_factors[i * group.num_pools : (i + 1) * group.num_pools] = [None] * group.num_pools
-    return None, dx, dw, *d_outside, *d_factors
+    return None, dx, dw, *d_outside, *group.stack.split_gradients(dys, dA, *dBs)
 
 
 def mixture_sparse(x: Tensor, group: FusedGroup, pairs: ExpertPairs) -> Sequence[Tensor]:

@@ -53,3 +53,18 @@ def starts(num_experts: int) -> dict[str, int]:
         places[f"AT_{name.upper()}"] = place
         place += length
     return places
+
+
+def place(name: str, num_experts: int) -> tuple[int, int]:
+    """Where a part begins, and how many numbers it has.
+
+    Example:
+        >>> place("mass", 8)
+        (18, 8)
+    """
+    start = 0
+    for part, length in zip(PARTS, sizes(num_experts), strict=True):
+        if part[0] == name:
+            return start, length
+        start += length
+    raise KeyError(name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.data_parallel import fits_over_ranks
+from ..ops.transforms import is_transformed
 
 _LEAST_LOG = -60.0  # of a score that a bias is added to: e^60 is no infinity in float32
 
@@ -35,7 +36,11 @@ def sole_expert(weights: Tensor) -> int | None:
         >>> sole_expert(torch.tensor([[0.0, 1.0], [0.0, 0.5]])), sole_expert(torch.eye(2))
         (1, None)
     """
-    if torch.compiler.is_compiling() or (weights.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or (weights.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
         return None
     used = weights.flatten(0, -2).any(0).nonzero().flatten().tolist()
     return used[0] if len(used) == 1 else None
@@ -49,7 +54,7 @@ def top_k_mask(probs_TE: Tensor, top_k: int) -> Tensor:
         [[False, True, True]]
     """
     expert_ids = probs_TE.topk(top_k, dim=-1).indices
-    return torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, expert_ids, True)
+    return torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, expert_ids, 1)  # torch.jit knows no True
 
 
 def within_capacity(

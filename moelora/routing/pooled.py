@@ -58,8 +58,9 @@ def score(
     """
     sizes = [router.first_weight.shape[0] for router in routers]
     product_TN = norm_linear(hidden_TH.to(weight_NH.device), weight_NH)
-    firsts, densities_TA = product_TN.split([sum(sizes), product_TN.shape[-1] - sum(sizes)], dim=-1)
-    logits = [router.logits(piece) for router, piece in zip(routers, firsts.split(sizes, dim=-1), strict=True)]
+    firsts = product_TN if len(weight_NH) == sum(sizes) else product_TN[:, : sum(sizes)]
+    pieces = [firsts] if len(routers) == 1 else firsts.split(sizes, dim=-1)
+    logits = [router.logits(piece) for router, piece in zip(routers, pieces, strict=True)]
     if without is not None:
         left_out = torch.tensor([without], device=firsts.device)
         together = torch.cat(logits, dim=-1).index_fill(-1, left_out, -torch.inf)
@@ -71,7 +72,7 @@ def score(
     discriminants_AH = weight_NH[sum(sizes) :]
     same_AA = (discriminants_AH[:, None] == discriminants_AH).all(-1)  # their statistics are, to the last bit
     own = [router.log_scores(piece, temperature) for router, piece in zip(routers, logits, strict=True)]
-    whole = logits_by_domain(logits, add_up(densities_TA + biases_A), temperature, same_AA)
+    whole = logits_by_domain(logits, add_up(product_TN[:, sum(sizes) :] + biases_A), temperature, same_AA)
     return Scored(whole, torch.cat(own, dim=-1))
 
 

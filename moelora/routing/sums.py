@@ -53,13 +53,15 @@ class RoutingSums:
         """
         reads = {"top1", "squared_lse"} if loss_type is None else BALANCING_LOSSES[loss_type].reads
         probs_TE, selected_TE = routing.probs, routing.selected
-        squared_lse_T1 = torch.zeros_like(logits_TE[:, :1])
+        squared_lse_T1 = None
         if "squared_lse" in reads:
             squared_lse_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square()
         with torch.no_grad():
-            top1_TE = top_k_mask(probs_TE, 1) if "top1" in reads else torch.zeros_like(selected_TE)
             entropy_T1 = torch.special.entr(probs_TE).sum(-1, keepdim=True)
-            dropped_T1 = (selected_TE & ~routing.kept).sum(-1, keepdim=True)
+            zero_T1 = torch.zeros_like(entropy_T1)
+            is_limited = routing.kept is not selected_TE
+            dropped_T1 = (selected_TE & ~routing.kept).sum(-1, keepdim=True) if is_limited else zero_T1
+            top1_TE = top_k_mask(probs_TE, 1) if "top1" in reads else zero_T1.expand_as(probs_TE)
             parts = {
                 "num_tokens": torch.ones_like(entropy_T1),
                 "assignments": selected_TE,
@@ -69,10 +71,11 @@ class RoutingSums:
                 "entropy": entropy_T1,
                 "top1_probs": probs_TE.amax(dim=-1, keepdim=True),
                 "probs": probs_TE,
-                "squared_lse": squared_lse_T1,
+                "squared_lse": zero_T1 if squared_lse_T1 is None else squared_lse_T1,
             }
             packed = masked_sum(torch.cat([parts[name] for name, _ in sums_layout.PARTS], dim=-1), mask_T)
-        return cls(packed, masked_sum(probs_TE, mask_T), masked_sum(squared_lse_T1, mask_T).squeeze(-1))
+        squared_lse = packed[-1] if squared_lse_T1 is None else masked_sum(squared_lse_T1, mask_T).squeeze(-1)
+        return cls(packed, masked_sum(probs_TE, mask_T), squared_lse)
 
     @classmethod
     def of_packed(cls, packed: Tensor) -> RoutingSums:
@@ -81,8 +84,8 @@ class RoutingSums:
         return cls(packed, probs, squared_lse.squeeze(-1))
 
     def _part(self, name: str) -> Tensor:
-        sizes = sums_layout.sizes(self.probs.shape[-1])
-        return self.packed.split(sizes, dim=-1)[[part for part, _ in sums_layout.PARTS].index(name)]
+        start, length = sums_layout.place(name, self.probs.shape[-1])
+        return self.packed.narrow(-1, start, length)
 
     num_tokens = property(lambda self: self._part("num_tokens").squeeze(-1), doc="[...]")
     assignments = property(lambda self: self._part("assignments"), doc="[..., E]")

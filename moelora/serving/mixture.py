@@ -19,6 +19,7 @@ from ..ops.pool import ExpertPool
 from ..routing import FixedRouter, Router
 from ..routing.pooled import PooledRouter
 from ..storage.mixture_files import StoredAdapter, read_mixture
+from ..storage.structure import acts_beside_experts
 
 Factors = tuple[Tensor, Tensor]
 """A [E * r, D] and B [O, E * r], float32, the scaling in B."""
@@ -107,6 +108,11 @@ def _refuse_unserved(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
                 "export a plain LoRA with `moelora export`"
             )
     for adapter in adapters:
+        if beside := next(filter(acts_beside_experts, adapter.pools), None):
+            raise ValueError(
+                f"{folder}: adapter {adapter.name!r} has experts beside the native ones of `{beside}`, which vLLM's "
+                "fused experts leave no place for; serve it with transformers (`moelora serve --engine transformers`)"
+            )
         if adapter.others:
             raise ValueError(
                 f"{folder}: `{adapter.others[0]}` of adapter {adapter.name!r} is more than experts and routers, which "

@@ -203,12 +203,13 @@ def _check_fit(
 
 
 def _embedding_keys(model: PeftModel, state_dict: Mapping[str, Any]) -> list[str]:
-    """Names of the weights of the input and output embeddings, which PEFT saves along where they were resized."""
+    """Names of the weights of input and output embeddings, which PEFT saves along if they were resized or adapted."""
     base = model.get_base_model()
     found: list[Any] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            found.append(getattr(base, getter)())
+            layer = getattr(base, getter)()
+            found += [layer, getattr(layer, "base_layer", layer)]
         except (AttributeError, NotImplementedError):  # no text model
             continue
     names = [name for name, module in model.named_modules() if any(module is layer for layer in found)]
@@ -249,7 +250,8 @@ def _router_to_attach(
     model: PeftModel, files: AdapterFiles, given: nn.Module | None, allow_pickled_router: bool
 ) -> tuple[nn.Module, Tensors | None] | None:
     """The router that the save has (the user's module, or one made for it) and what to load into it; None without."""
-    there = given or model.base_model.routing.attached
+    state = model.base_model.routing_or_none
+    there = given or (state.attached if state else None)
     if files.pickled_router is not None:
         unpickled = unpickle_router(files.pickled_router, allow_pickled_router)
         if there is None:

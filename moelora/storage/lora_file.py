@@ -133,6 +133,11 @@ def check_carries_over(source: str, config: LoraConfig) -> None:
         for name, reason in REFUSED_OPTIONS.items()
         if getattr(config, name, None)
     ]
+    if config.target_parameters:
+        lost.append(
+            f"`target_parameters` ({sorted(config.target_parameters)!r}): pairs of the base's own experts, which its "
+            "own router weighs; where a LoRA holds nothing else, `moelora.experts.native_from_lora` loads it"
+        )
     if config.modules_to_save:
         lost.append(
             f"`modules_to_save` ({sorted(config.modules_to_save)!r}): whole trained copies of modules, which would "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import MoELoraConfig, count_experts
 from ..files.adapter_files import Place, check_tensors, read_adapter, read_config, refuse
+from ..ops.native import is_native, native_width
 from ..ops.pool import ExpertPool
 from ..recipe import ModelOptions
 from ..routing import Router
@@ -23,7 +24,7 @@ from ..schema import UserError
 from .base_model import empty_model, load_config
 from .finding import find_base, missing_adapter
 from .loading import configurations
-from .structure import check_structure, sort_tensors
+from .structure import check_structure, sort_tensors, split_factors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PROBLEMS_SHOWN = 3
@@ -38,7 +39,8 @@ class StoredAdapter:
         pools: the experts by linear.
         routers: router tensors by router name; "" is the model's.
         num_parameters: numbers in its factors and router weights; counters and maturity are none.
-        others: names of tensors that are neither factors nor routers'.
+        others: names of tensors that are neither factors of experts nor routers': those of native experts too, which
+            the base's own router weighs.
     """
 
     name: str
@@ -76,8 +78,8 @@ def read_mixture(folder: Path) -> list[StoredAdapter]:
     """The adapters that a folder holds: the active ones first, in expert order.
 
     Raises:
-        UserError: there is no adapter, it is no mixture, or its files are damaged, incomplete, of different saves, or
-            hold weights that are not finite.
+        UserError: there is no adapter, it is no mixture, it has no experts but a base's native ones, or its files are
+            damaged, incomplete, of different saves, or hold weights that are not finite.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(missing_adapter(folder))
@@ -108,6 +110,11 @@ def _read_mixture(folder: Path) -> list[StoredAdapter]:
         _adapter(name, config, entries[name]["active"] if entries else 0, weights[name])
         for name, config in configs.items()
     ]
+    if not any(adapter.pools for adapter in found):
+        raise ValueError(
+            f"{files.source} adapts a base's native experts alone (`target_parameters`), so there are no experts of "
+            "ours to work on; as a plain LoRA it goes anywhere: moelora.experts.native_to_lora"
+        )
     return sorted(found, key=lambda adapter: math.inf if adapter.position is None else adapter.position)
 
 
@@ -134,14 +141,16 @@ def _against_base(
 
 def _adapter(name: str, config: MoELoraConfig, position: int | None, weights: Mapping[str, Tensor]) -> StoredAdapter:
     """An adapter whose tensors have been checked."""
-    factors, routers, others = sort_tensors(weights)
+    found, routers, others = sort_tensors(weights)
+    factors, native = split_factors(config, found)
+    others += [f"{module}.lora_{side}" for module, pair in native.items() for side in pair]
     num_experts = count_experts(name, config)
     pools = {}
     for module, pair in factors.items():
         scaling = scaling_of(config, module, pair["A"].shape[0] // num_experts)
         pools[module] = ExpertPool(pair["A"], pair["B"], num_experts, scaling, nn.Identity())
     counted = [tensors[key] for tensors in routers.values() for key in ("weight", "hidden_weight") if key in tensors]
-    counted += [factor for pair in factors.values() for factor in pair.values()]
+    counted += [factor for pair in found.values() for factor in pair.values()]
     size = sum(tensor.numel() for tensor in counted)
     return StoredAdapter(name, config, position, num_experts, pools, dict(_sorted(routers)), size, others)
 
@@ -203,7 +212,9 @@ def misfit(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> str | Non
 
 
 def _shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a linear or of GPT-2's Conv1D; None for what is neither."""
+    """(out, in) of a linear, of GPT-2's Conv1D or of native experts; None for what is none of them."""
+    if module is not None and is_native(module):
+        return native_width(module), native_width(module)
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.out_features, module.in_features
     weight = getattr(module, "weight", None)

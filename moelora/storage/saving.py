@@ -93,7 +93,8 @@ def _state_dict_of(
 def _check_complete(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Compare what is to be written with what the model has: a save that lacks a part is found out years later."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
-    routers = [r[name] for r in model.base_model.routing.routers.values() if name in r.lora_router]
+    state = model.base_model.routing_or_none  # none where all that is adapted are a base's native experts
+    routers = [r[name] for r in (state.routers.values() if state else ()) if name in r.lora_router]
     expected = 2 * len(layers) + sum(len(router.state_dict()) for router in routers)
     found = sum(".lora_A.weight" in key or ".lora_B.weight" in key or ".lora_router." in key for key in tensors)
     if found != expected:
@@ -105,7 +106,8 @@ def _check_complete(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) 
 
 def _saves_router(model: PeftModel, names: list[str]) -> bool:
     """Whether an attached router is saved with adapters: it knows the experts of all active ones by their number."""
-    if model.base_model.routing.attached is None:
+    state = model.base_model.routing_or_none
+    if state is None or state.attached is None:
         return False
     if set(model.active_adapters) <= set(names):
         return True
@@ -158,7 +160,7 @@ def _write(
     folder: Path,
     with_router: bool,
 ) -> None:
-    save_id, routing = new_id(), model.base_model.routing
+    save_id = new_id()
     if safe_serialization:
         name, tensors = SAFETENSORS_WEIGHTS_NAME, _without_aliases(tensors)
         save_file(tensors, folder / name, metadata={"format": "pt", ID_KEY: save_id})
@@ -166,12 +168,12 @@ def _write(
         name = WEIGHTS_NAME
         torch.save(tensors, folder / name)
     files = {name: _sum_while_flushing(folder / name, tensors)}
-    router = routing.attached if with_router else None
+    router = model.base_model.routing.attached if with_router else None
     if router is not None:
         files[ROUTER_NAME] = checksum(save_router(router, folder, save_id))
     config.checkpoint = {"id": save_id, "files": files}
     if router is not None:
-        config.checkpoint["router"] = describe(router, routing.num_experts)
+        config.checkpoint["router"] = describe(router, model.base_model.routing.num_experts)
     base = model.get_base_model()
     auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else auto_mapping)

@@ -38,6 +38,27 @@ def sort_tensors(weights: Mapping[str, Tensor]) -> tuple[Parts, Parts, list[str]
     return factors, routers, others
 
 
+def adapts_parameter(config: MoELoraConfig, module: str) -> bool:
+    """Whether factors by the name of this module are of its parameters (`target_parameters`), and not of the module.
+
+    PEFT nests the factors of several parameters of a module, by `base_layer` in their names.
+    """
+    owner = module.replace(".base_layer", "")
+    owners = {target.rpartition(".")[0] for target in config.target_parameters or ()}
+    return any(owner == each or owner.endswith(f".{each}") for each in owners)
+
+
+def split_factors(config: MoELoraConfig, factors: Parts) -> tuple[Parts, Parts]:
+    """The factors that our routers weigh, and those of parameters, which the base's own router does."""
+    native = {module: pair for module, pair in factors.items() if adapts_parameter(config, module)}
+    return {module: pair for module, pair in factors.items() if module not in native}, native
+
+
+def acts_beside_experts(module: str) -> bool:
+    """Whether experts of ours by this name act beside a base's native ones, as transformers calls their module."""
+    return module.rpartition(".")[2] == "experts"
+
+
 def check_structure(name: str, config: MoELoraConfig, weights: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with an adapter's tensors.
 
@@ -48,8 +69,9 @@ def check_structure(name: str, config: MoELoraConfig, weights: Mapping[str, Tens
     Raises:
         ValueError: a pattern of the configuration does not come to an end.
     """
-    factors, routers, others = sort_tensors(weights)
-    if not factors or not routers:
+    found, routers, others = sort_tensors(weights)
+    factors, native = split_factors(config, found)
+    if bool(factors) is not bool(routers) or not found:
         return [f"adapter {name!r} lacks experts or routers"]
     check_patterns_end(config, factors)
     num_experts = count_experts(name, config)
@@ -57,9 +79,11 @@ def check_structure(name: str, config: MoELoraConfig, weights: Mapping[str, Tens
     problems = [f"{key!r} of adapter {name!r} is no part of a mixture" for key in strange]
     for module, pair in factors.items():
         problems += _check_factors(name, module, pair, config, num_experts)
+    for module, pair in native.items():
+        problems += _check_pair(name, module, pair, None)
     for router, tensors in routers.items():
         problems += _check_router(name, router, tensors, config, num_experts)
-    return problems or _check_scope(name, config, list(factors), list(routers))
+    return problems or (_check_scope(name, config, list(factors), list(routers)) if factors else [])
 
 
 def _may_hold_more(config: MoELoraConfig) -> bool:
@@ -67,24 +91,30 @@ def _may_hold_more(config: MoELoraConfig) -> bool:
 
 
 def _is_embedding(key: str) -> bool:
-    """Whether PEFT saved the base model's embeddings along, as it does where they were resized."""
-    return key.split(".")[-2:-1] in ([layer] for layer in EMBEDDING_LAYER_NAMES)
+    """Whether PEFT saved the base model's embeddings along, as it does where they were resized or adapted."""
+    return key.replace(".base_layer.", ".").split(".")[-2:-1] in ([layer] for layer in EMBEDDING_LAYER_NAMES)
 
 
 def _check_factors(
     name: str, module: str, pair: Mapping[str, Tensor], config: MoELoraConfig, num_experts: int
 ) -> list[str]:
+    rank = num_experts * config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    return _check_pair(name, module, pair, rank)
+
+
+def _check_pair(name: str, module: str, pair: Mapping[str, Tensor], rank: int | None) -> list[str]:
+    """Whether A is [R, in] and B [out, R]; R is the rank, or None where only the base model tells it."""
     if len(pair) != 2:
         return [f"adapter {name!r} lacks half of `{module}`"]
     wrong = {side: fix for side in "AB" if (fix := wrong_kind("", pair[side]))}
     problems = [f"`{module}.lora_{side}` of adapter {name!r} {fix}" for side, fix in wrong.items()]
-    rank = num_experts * config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
     shapes = tuple(pair["A"].shape), tuple(pair["B"].shape)
     fits = len(shapes[0]) == len(shapes[1]) == 2 and 0 not in (*shapes[0], *shapes[1])
-    if not fits or shapes[0][0] != rank or shapes[1][1] != rank:
+    wanted = shapes[0][0] if rank is None and fits else rank
+    if not fits or shapes[0][0] != wanted or shapes[1][1] != wanted:
         problems.append(
             f"the factors of `{module}` of adapter {name!r} are {list(shapes[0])} and {list(shapes[1])}, not "
-            f"[{rank}, in] and [out, {rank}]"
+            f"[{wanted or 'R'}, in] and [out, {wanted or 'R'}]"
         )
     return problems
 

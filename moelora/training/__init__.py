@@ -8,11 +8,22 @@ from ..schema import Problem, RecipeError, UserError
 
 if TYPE_CHECKING:
     from .load import load_recipe
+    from .lorafa import create_lorafa_optimizer
     from .run import train
 
-__all__ = ["DomainOptions", "ModelOptions", "Problem", "Recipe", "RecipeError", "UserError", "load_recipe", "train"]
+__all__ = [
+    "DomainOptions",
+    "ModelOptions",
+    "Problem",
+    "Recipe",
+    "RecipeError",
+    "UserError",
+    "create_lorafa_optimizer",
+    "load_recipe",
+    "train",
+]
 
-_LAZY = {"load_recipe": ".load", "train": ".run"}
+_LAZY = {"create_lorafa_optimizer": ".lorafa", "load_recipe": ".load", "train": ".run"}
 """What needs PEFT and `datasets`, imported when somebody asks: the callback needs neither, and `--help` cannot wait."""
 
 

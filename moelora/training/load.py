@@ -85,6 +85,7 @@ NOT_IN_MIXTURE = {
     "peft_version": "drop it: PEFT fills it in",
     "router_memory": "drop it: `moelora train --grow` fills it in",
     "own_routers": "drop it: get_peft_model fills it in",
+    "requires_import": "drop it: save_pretrained fills it in",
     "adapters": "drop it: save_pretrained fills it in",
     "checkpoint": "drop it: save_pretrained fills it in",
 }

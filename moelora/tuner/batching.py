@@ -51,6 +51,7 @@ class ContinuousBatching:
         self._check_router()
         for value in (*args, *kwargs.values()):
             self._check_offloading(value)
+        self.base_model.note_roll_out()
         return getattr(self.get_base_model(), name)(*args, **kwargs)
 
     def _check_router(self) -> None:

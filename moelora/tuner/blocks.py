@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..forward.hooks import encoder_argument_position
+from ..ops.native import is_native
 from ._peft import BaseTunerLayer
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)  # stages of blocks: not called, or calling all that is in them in turn
@@ -20,11 +21,14 @@ _NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.
 def find_block(model: nn.Module, module_name: str) -> str | None:
     """Name of the transformer block that a module lies in; None if it lies in none.
 
-    That is the nearest ancestor that transformers checkpoints as a layer, else the outermost member of an
-    `nn.ModuleList` (models of other libraries).
+    That is the nearest ancestor that transformers checkpoints as a layer, or whose class diffusers lists among the
+    model's repeated blocks; where it lists none, and in models of other libraries, the outermost member of an
+    `nn.ModuleList`.
     """
     parts = module_name.split(".")
     ancestors = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+    if repeated := getattr(model, "_repeated_blocks", None):
+        return next((name for name in ancestors if type(model.get_submodule(name)).__name__ in repeated), None)
     for name in ancestors:
         if isinstance(model.get_submodule(name), GradientCheckpointingLayer):
             return name
@@ -34,6 +38,17 @@ def find_block(model: nn.Module, module_name: str) -> str | None:
         if is_member and not isinstance(model.get_submodule(name), _CONTAINERS):
             return name
     return None
+
+
+def reads_another_width(model: nn.Module, module_name: str) -> bool:
+    """Whether a linear reads a text of another width than its block's, as diffusers' cross-attention may.
+
+    No router of the block can read that, so it has one of its own.
+    """
+    parent, _, name = module_name.rpartition(".")
+    attention: Any = model.get_submodule(parent)
+    width = getattr(attention, "cross_attention_dim", None)
+    return name in ("to_k", "to_v") and width is not None and width != getattr(attention, "query_dim", width)
 
 
 def stack_of(block_name: str) -> str:
@@ -47,11 +62,7 @@ def first_block(model: nn.Module, stack: str) -> str:
 
 
 def hidden_size(model: nn.Module, block_name: str) -> int:
-    """H, the width of the hidden states entering a block.
-
-    Raises:
-        ValueError: neither a configuration nor a normalisation layer tells.
-    """
+    """H, the width of the hidden states entering a block: by a configuration, else by what the block begins with."""
     name = block_name
     while True:
         config = getattr(model.get_submodule(name), "config", None)
@@ -60,14 +71,14 @@ def hidden_size(model: nn.Module, block_name: str) -> int:
         if not name:
             break
         name = name.rpartition(".")[0]
-    for module in model.get_submodule(block_name).modules():
+    modules: list[Any] = list(model.get_submodule(block_name).modules())
+    for module in modules:  # the first normalises what enters; norms of heads come later
         weight = getattr(module, "weight", None)
+        if isinstance(module, nn.LayerNorm):  # which may have no weight
+            return module.normalized_shape[-1]
         if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor):
             return weight.shape[-1]
-    raise ValueError(
-        f"cannot tell the width of the hidden states entering `{block_name}`: the model has no `config.hidden_size`; "
-        'use router_scope="module"'
-    )
+    return next(module.in_features for module in modules if hasattr(module, "in_features"))
 
 
 def decoder_blocks_of(model: Any) -> set[nn.Module]:
@@ -112,11 +123,12 @@ def check_targets(model: nn.Module, module_names: list[str]) -> None:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, _NOT_LINEAR) or not is_linear(base):
             raise ValueError(
-                f"`{name}` is a {type(base).__name__}, which a mixture cannot route: only linear layers have one input "
-                "vector per token; leave it out of `target_modules` or add it to `exclude_modules`"
+                f"`{name}` is a {type(base).__name__}, which a mixture cannot route: only linear layers and native "
+                "experts have one input vector per token; leave it out of `target_modules` or add it to "
+                "`exclude_modules`"
             )
 
 
 def is_linear(base: nn.Module) -> bool:
-    """Whether a module is a linear layer that a mixture can route."""
-    return isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")
+    """Whether it makes one vector of one vector: a linear, or native experts."""
+    return isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features") or is_native(base)

@@ -14,13 +14,20 @@ from torch import Tensor, nn
 
 from ..config import MoELoraConfig
 from ..forward.call import Call
+from ..forward.delivery import warn_once
 from ..forward.interfaces import MixtureRouter
+from ..forward.removal import STATE_ATTRIBUTE
 from ..forward.state import RoutingState, call_attached_router
 from ..routing import FixedRouter
 from ..routing.sums import RouterStats
 from ..storage.attached_router import AwaitedRouter
+from .mixed_batch import acting, check_adapter_names
 
-STATE_ATTRIBUTE = "_moelora_state"  # on the base model, which outlives tuners (transformers discards them)
+_NO_CAPACITY = "`expert_capacity_factor` ({factor}) is off from here on: {reason}. Set it to None, which is the same"
+_ROLLS_OUT = (
+    "the mixture generates in training mode, where experts have no capacity, and a policy has to be trained as it "
+    "rolled out (call `model.eval()` before a `generate` whose answers are not trained on)"
+)
 
 
 class RoutingControls:
@@ -43,7 +50,10 @@ class RoutingControls:
         """
         state = self.routing_or_none
         if state is None:
-            raise ValueError("this model holds no mixture: its adapters were made with `use_moe_routing=False`")
+            raise ValueError(
+                "this model holds no mixture: its adapters were made with `use_moe_routing=False`, or adapt nothing "
+                "but the base's native experts, which the base's own router weighs"
+            )
         return state
 
     # ---- forward -----------------------------------------------------------------------------------------------------
@@ -62,24 +72,25 @@ class RoutingControls:
 
         Raises:
             TypeError: routing_weights are no tensor.
-            ValueError: adapter_names are given, or there is no mixture to weigh.
+            ValueError: there is no mixture to weigh, or adapter_names are given beside other weights.
         """
         if self.routing_or_none is None:
             if routing_weights is not None:
-                raise ValueError("`routing_weights` needs a mixture, but `use_moe_routing` is False")
+                raise ValueError(
+                    "`routing_weights` needs a mixture, but `use_moe_routing` is False, or nothing is adapted but the "
+                    "base's native experts"
+                )
             return nullcontext()
-        if adapter_names is not None:
-            raise ValueError(
-                "`adapter_names` cannot choose one adapter per sample in a mixture, whose adapters act together; pass "
-                "`routing_weights` [B, E] with a 1 for the expert of each sample"
-            )
         if routing_weights is not None and not isinstance(routing_weights, Tensor):
             raise TypeError(
                 f"`routing_weights` ({type(routing_weights).__name__}) must be a tensor [B, S, E] or [B, E]"
             )
         if routing_weights is not None and any(getattr(module, "merged", False) for module in self.model.modules()):
             raise ValueError("`routing_weights` cannot act on merged experts; call `unmerge_adapter()` first")
-        return _in_force(self.routing, routing_weights)
+        if adapter_names is None:
+            return _in_force(self.routing, Call(routing_weights))
+        check_adapter_names(self, adapter_names, routing_weights)
+        return _in_force_with(self, adapter_names)
 
     # ---- routers -----------------------------------------------------------------------------------------------------
 
@@ -240,6 +251,7 @@ class RoutingControls:
         if self.routing_or_none is None:
             yield
             return
+        self.note_roll_out()
         here = self.routing.in_force
         before, here.copies = here.copies, copies
         try:
@@ -247,12 +259,38 @@ class RoutingControls:
         finally:
             here.copies = before
 
+    def note_roll_out(self) -> None:
+        """To be called before the mixture generates: in training mode it has no capacity from then on.
+
+        Generation has none, for which it would have to know all tokens at once. The policy that is trained would be
+        another than the one that rolled out.
+        """
+        if self.model.training:
+            self.give_up_capacity(_ROLLS_OUT)
+
+    def give_up_capacity(self, reason: str) -> None:
+        """Let experts take every token in training too, and warn once where a capacity is set."""
+        state = self.routing_or_none
+        if state is None or state.is_dropless or not state.enabled:
+            return
+        state.is_dropless, config = True, state.config
+        chooses = config.top_k_experts < state.num_experts and not config.router_kind.is_constant
+        if chooses and config.expert_capacity_factor is not None:
+            warn_once(state, _NO_CAPACITY.format(factor=config.expert_capacity_factor, reason=reason))
+
 
 @contextmanager
-def _in_force(state: RoutingState, routing_weights: Tensor | None) -> Iterator[None]:
+def _in_force_with(tuner: RoutingControls, adapter_names: Sequence[str]) -> Iterator[None]:
+    with acting(tuner, adapter_names), _in_force(tuner.routing, Call(adapter_names=adapter_names)):
+        yield
+
+
+@contextmanager
+def _in_force(state: RoutingState, call: Call) -> Iterator[None]:
     here = state.in_force
     before = here.context, here.call, here.entry  # a forward may run inside generate
-    here.call, here.copies = Call(routing_weights, here.copies), None
+    call.copies, here.copies = here.copies, None
+    here.call = call
     try:
         yield
     finally:  # the forward too: after an interrupt, which is no Exception, torch calls no closing hook of ours

@@ -5,6 +5,7 @@ Shapes: D in, O out, E experts, r rank of one expert.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -21,6 +22,8 @@ from ..forward.shared_input import BoundGroup, SharedInput
 from ..forward.state import BlockRouting, ForwardContext, RoutingState, columns
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from ..routing.decision import sole_expert
+from . import native
+from .offloaded import loaded
 from .router import MoELoraRouter
 
 
@@ -79,6 +82,8 @@ class MoELoraLayer(_LayerBase):
         """
         if self.is_left_to_peft:
             return super().forward(x, *args, **kwargs)
+        if kwargs:
+            kwargs.pop("adapter_names", None)  # from PEFT, of each sample: its routing says it already
         routing = self.link.routing
         inputs = None if args or kwargs else self._shared_input(routing)
         if inputs is not None and (ready := inputs.take(self, x)) is not None:
@@ -95,7 +100,11 @@ class MoELoraLayer(_LayerBase):
             if fused is not None:
                 return fused
         weights = columns(*self._weights_of_pool(x, routing), names).to(x.device)
-        return mixture_linear(x, Reader(self.base_layer, self.expert_pools()), weights, *args, **kwargs)
+        with self._loaded(names):
+            pools = self.expert_pools()
+            if not self.cast_input_dtype_enabled:  # factors may be stored in what nothing is computed in
+                pools = [pool.computed_in(x.dtype) for pool in pools]
+            return mixture_linear(x, Reader(self.base_layer, pools), weights, *args, **kwargs)
 
     def _may_be_plain_lora(self, routing: BlockRouting | None) -> bool:
         """Whether the tokens may have to come out as a plain LoRA that was imported makes them, to the last bit.
@@ -120,8 +129,14 @@ class MoELoraLayer(_LayerBase):
     def _as_plain_lora(self, x: Tensor, adapter_name: str, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if adapter_name not in self.lora_A:
             return self.base_layer(x, *args, **kwargs)
-        reader = Reader(self.base_layer, [self.expert_pool(adapter_name)])
-        return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
+        with self._loaded([adapter_name]):
+            pool = self.expert_pool(adapter_name)
+            reader = Reader(self.base_layer, [pool if self.cast_input_dtype_enabled else pool.computed_in(x.dtype)])
+            return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
+
+    def _loaded(self, names: list[str]) -> AbstractContextManager[Any]:
+        """Within, these adapters' factors are there."""
+        return loaded([factors[name] for factors in (self.lora_A, self.lora_B) for name in names])
 
     def _shared_input(self, routing: BlockRouting | None) -> SharedInput | None:
         """Where linears of the block leave each other results; None where this one has weights of its own."""
@@ -157,7 +172,17 @@ class MoELoraLayer(_LayerBase):
         return [] if self.is_left_to_peft else [self.expert_pool(name) for name in self.routed_adapters()]
 
     def expert_pool(self, adapter_name: str) -> ExpertPool:
-        """The factors of one adapter's experts."""
+        """The factors of one adapter's experts.
+
+        Raises:
+            ValueError: their rank is none of so many experts.
+        """
+        if len(self.lora_A[adapter_name].weight) != self.r[adapter_name]:
+            raise ValueError(
+                f"the experts of `{self.link.name}` have {len(self.lora_A[adapter_name].weight)} ranks in place of "
+                f"{self.r[adapter_name]}: mixtures are swapped for those of the same `r` and `num_experts`, so call "
+                "`prepare_model_for_compiled_hotswap` without `target_rank`"
+            )
         return ExpertPool(
             lora_A=self.lora_A[adapter_name].weight,
             lora_B=self.lora_B[adapter_name].weight,
@@ -172,7 +197,7 @@ class MoELoraLayer(_LayerBase):
 
     def _weights_of_pool(self, x: Tensor, routing: BlockRouting | None) -> tuple[Tensor, Pool]:
         link = self.link
-        if link.hook is None:
+        if link.hook is None or (routing is None and self._is_asked_before_its_block):
             return self._weights_outside_blocks(x)
         if self._follows(routing):
             return routing.weights_for(x, link.name), routing.pool
@@ -199,6 +224,11 @@ class MoELoraLayer(_LayerBase):
         weights = context.call.weights_for(torch.Size((batch, length)), context.state.num_experts, past_length=0)
         assert weights is not None
         return weights.reshape(*x.shape[:-1], -1)
+
+    @property
+    def _is_asked_before_its_block(self) -> bool:
+        """Whether a forward calls it by itself, as DiT asks a block for its time step, and it has its own router."""
+        return "moe_router" in self._modules and self.link.state.in_force.context is not None
 
     def _weights_outside_blocks(self, x: Tensor) -> tuple[Tensor, Pool]:
         state = self.link.state
@@ -283,7 +313,7 @@ def _routed_class_of(name: str, layer_cls: type) -> type:
 def __getattr__(name: str) -> type:
     """Make routed classes importable by name, so that models can be pickled and unpickled elsewhere."""
     if name.startswith(_CLASS_PREFIX):
-        for module in vars(peft_lora).values():
+        for module in (native, *vars(peft_lora).values()):
             layer_cls = getattr(module, name.removeprefix(_CLASS_PREFIX), None)
             if isinstance(layer_cls, type) and issubclass(layer_cls, LoraLayer):
                 return _routed_class_of(name, layer_cls)
@@ -291,7 +321,14 @@ def __getattr__(name: str) -> type:
 
 
 def make_routed(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
-    """Turn the LoRA layer that PEFT created into a routed one, or add an adapter to a routed one."""
+    """Turn the LoRA layer that PEFT created into a routed one, or add an adapter to a routed one.
+
+    A parameter's layer is none: what has to be routed there, the base routes.
+    """
+    if isinstance(layer, peft_lora.ParamWrapper):
+        layer.__class__ = native.ParamWrapper
+    if not isinstance(layer, LoraLayer) or isinstance(layer, native.ParamWrapper):
+        return  # no LoRA: what wraps a parameter already, further out, got the adapter
     if not isinstance(layer, MoELoraLayer):
         layer.__class__ = routed_class(type(layer))
         layer.num_experts = {}

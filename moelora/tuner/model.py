@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -13,19 +14,24 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
-from ..forward.checkpointing import make_checkpoint_plain
 from ..forward.hooks import BlockHook, ForwardHook, encoder_argument_position, refuse_fused_loss
+from ..forward.joint_blocks import text_comes_first
+from ..forward.removal import STATE_ATTRIBUTE, remove_routing
 from ..forward.shared_input import readers_of
 from ..forward.state import RoutingState
+from ..ops.native import is_native
 from ..storage.patterns import check_patterns_end
 from . import blocks
-from ._peft import LoraLayer, TunerModel
-from .controls import STATE_ATTRIBUTE, RoutingControls
+from ._peft import ExpertsLora, LoraLayer, TunerModel
+from .controls import RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
+from .native import NO_MERGE, check_parameters, has_experts_beside, patterns_are_for_parameters
+from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .placement import Place, places
 from .router import MoELoraRouter
+from .undo import undone_if_refused
 
 
 class MoELoraModel(RoutingControls, TunerModel):
@@ -71,10 +77,11 @@ class MoELoraModel(RoutingControls, TunerModel):
         if saved:
             adapter_name = next(iter(saved))
             config = {adapter_name: saved[adapter_name]}
-        super().__init__(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
-        for name in list(saved)[1:]:
-            self.peft_config[name] = saved[name]
-            self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        with undone_if_refused(model):
+            super().__init__(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            for name in list(saved)[1:]:
+                self.peft_config[name] = saved[name]
+                self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
         if saved:
             self.set_adapter(_active_order(first), inference_mode=first.inference_mode)
         if not isinstance(config, PeftConfig) and first.use_moe_routing:
@@ -87,27 +94,48 @@ class MoELoraModel(RoutingControls, TunerModel):
         check_adapter_name(adapter_name, self.model, [name for name in self.peft_config if name != adapter_name])
         check_patterns_end(config, (name for name, _ in self.model.named_modules()))
 
-    def check_targets(self, config: MoELoraConfig, module_names: list[str]) -> None:
+    def check_targets(self, adapter_name: str, config: MoELoraConfig, module_names: list[str]) -> None:
         """Raise for targets that cannot be routed and for an adapter that disagrees with the mixture it joins."""
-        others = [other for other in self.peft_config.values() if other is not config]
-        if any(other.use_moe_routing != config.use_moe_routing for other in others):
+        self._check_joins(adapter_name, config, bool(module_names))
+        if not config.use_moe_routing:
+            return
+        blocks.check_targets(self.model, module_names)
+        places(self.model, module_names, config.router_scope, config.own_routers)
+        check_parameters(self.model, adapter_name, config, module_names)
+
+    def _check_joins(self, adapter_name: str, config: MoELoraConfig, is_routed: bool) -> None:
+        """Raise for an adapter that cannot be beside those that there are; is_routed: our routers are to weigh it."""
+        others = {name: other for name, other in self.peft_config.items() if other is not config}
+        if not others:
+            return
+        first = next(iter(others.values()))
+        if any(other.use_moe_routing != config.use_moe_routing for other in others.values()):
             raise ValueError(
                 "an adapter with `use_moe_routing=False` is plain LoRA and cannot share a model with routed adapters; "
                 "give all adapters the same `use_moe_routing`"
             )
         if not config.use_moe_routing:
             return
-        if others and others[0].router_scope != config.router_scope:
+        adapts = is_routed or bool(config.target_parameters)
+        if adapts and is_routed is (self.routing_or_none is None):
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot join {', '.join(others)}: one has experts that a router weighs, "
+                "the other adapts a base's native experts alone; give both the same `target_modules`"
+            )
+        if first.router_scope != config.router_scope:
             raise ValueError(
                 f"`router_scope` ({config.router_scope!r}) differs from that of the model's other adapters "
-                f"({others[0].router_scope!r}); use the same"
+                f"({first.router_scope!r}); use the same"
             )
-        blocks.check_targets(self.model, module_names)
-        places(self.model, module_names, config.router_scope, config.own_routers)
 
     def stored(self, adapter_name: str, config: MoELoraConfig) -> MoELoraConfig:
         """The LoRA that stores the adapter's experts side by side along the rank."""
         return storage_config(config, count_experts(adapter_name, config)) if config.use_moe_routing else config
+
+    @staticmethod
+    def layer_class(target: nn.Module, config: MoELoraConfig) -> type[nn.Module] | None:
+        """Native experts are adapted as a whole, from what enters them to what leaves them; by routed experts alone."""
+        return ExpertsLora if config.use_moe_routing and is_native(target) else None
 
     @staticmethod
     def prepare_layer(layer: nn.Module, config: MoELoraConfig, adapter_name: str) -> nn.Module:
@@ -117,14 +145,17 @@ class MoELoraModel(RoutingControls, TunerModel):
         return layer
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
-        """Create the adapter's experts and routers; see PEFT for the arguments."""
+        """Create the adapter's experts and routers, or none of them; see PEFT for the arguments."""
         frozen = self._frozen_by_disabling
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
-        self._frozen_by_disabling = frozen  # PEFT activates what is active once more
-        config = self.peft_config[adapter_name]
-        if config.use_moe_routing:
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._add_routers(adapter_name, config)
+        with undone_if_refused(self.model):
+            config = self.peft_config[adapter_name]
+            reach_native_experts(self.model, adapter_name, config, self.is_target)
+            with _no_warning_of_patterns() if patterns_are_for_parameters(self.model, config) else nullcontext():
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+            self._frozen_by_disabling = frozen  # PEFT activates what is active once more
+            if any(isinstance(m, MoELoraLayer) and adapter_name in m.lora_A for m in self.model.modules()):
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._add_routers(adapter_name, config)
         if self._is_disabled:
             self._disable_new_layers()
 
@@ -237,6 +268,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             is_encoder_decoder=bool(decoder),
             encoder_position=encoder_argument_position(module),
         )
+        hook.text_first = text_comes_first(type(module).forward)
         self.routing.handles += [
             module.register_forward_pre_hook(hook.before, with_kwargs=True),
             module.register_forward_hook(hook.after, always_call=True),
@@ -344,7 +376,7 @@ class MoELoraModel(RoutingControls, TunerModel):
     def unload(self) -> nn.Module:
         """Return the base model without experts, routers and hooks."""
         base = super().unload()
-        self._remove_routing()
+        remove_routing(self.model)
         return base
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -354,24 +386,16 @@ class MoELoraModel(RoutingControls, TunerModel):
             ValueError: routing depends on the token, so no single weight equals the mixture.
         """
         base = super().merge_and_unload(*args, **kwargs)
-        self._remove_routing()
+        remove_routing(self.model)
         return base
-
-    def _remove_routing(self) -> None:
-        state = self.model.__dict__.pop(STATE_ATTRIBUTE, None)
-        if state is None:
-            return
-        for handle in state.handles:
-            handle.remove()
-        for module in list(self.model.modules()):
-            module._modules.pop("moe_router", None)
-            make_checkpoint_plain(module)
 
     def check_merge(self) -> None:
         """Raise where merging would change outputs."""
         state = self.routing_or_none
         if state is None:
             return
+        if has_experts_beside(self.model):
+            raise ValueError(NO_MERGE)
         if state.attached is not None:
             raise ValueError("cannot merge: the attached router decides per token; call `detach_router()` first")
         if not state.config.router_kind.is_constant:
@@ -392,6 +416,13 @@ class MoELoraModel(RoutingControls, TunerModel):
     def is_mixture_key(key: str) -> bool:
         """Whether a state dict key belongs to the attached router, which is saved once and not with each adapter."""
         return key.removeprefix("base_model.").startswith("router.")
+
+
+@contextmanager
+def _no_warning_of_patterns() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+        yield
 
 
 def _active_order(config: MoELoraConfig) -> list[str]:

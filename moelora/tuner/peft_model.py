@@ -5,53 +5,73 @@ from __future__ import annotations
 import copy
 import copyreg
 import sys
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from ..config import MoELoraConfig
+from ..config import MoELoraConfig, count_experts
+from ..files.atomic_save import CARD_NAME
 from ..storage import loading, saving
+from ..storage.model_card import say_what_to_import
+from . import reference
+from ._peft import DiskOffload
 from .batching import ContinuousBatching
 
 # By name, not through super(): torch before 2.13 cannot trace a property of super().
 _has_active_enabled_adapter = PeftModel.has_active_enabled_adapter.fget
 
 
-_REFERENCE = "ref"
-_NO_REFERENCE = (
-    f"an adapter cannot be added as {_REFERENCE!r}: TRL's trainers add a copy of `default` by that name, for a "
-    "reference that stands still, and an adapter that is added to a mixture joins it. Give DPOTrainer or KTOTrainer "
-    "`ref_model=copy.deepcopy(model).get_base_model()`, or give the trainer a model without adapters and "
-    "`peft_config`, so that this model is the reference; if you add the adapter yourself, choose another name"
-)
-
-
-class MixturePeftModel(ContinuousBatching, PeftModel):
+class MixturePeftModel(ContinuousBatching, DiskOffload, PeftModel):
     """Mixed into the PeftModel that wraps a mixture; see [`adopt_peft_model`]."""
 
     base_model: Any  # MoELoraModel, whose file imports this one
 
     def add_adapter(self, adapter_name: str, peft_config: MoELoraConfig, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the mixture: it is active and trainable at once, beside the others.
+        """Add an adapter: an expert joins the mixture, a whole mixture stands aside until `set_adapter` chooses it.
+
+        An expert (`expert_<i>`, or `single_expert`) is active and trainable at once, beside the others. So is a whole
+        mixture where no adapter is active; else it is inactive and frozen, and all others stay as they are, as in PEFT.
+        A trainer's copy of `default` as `ref` takes the place of an earlier one, and has its maturity.
 
         Raises:
-            ValueError: the adapter exists, cannot be routed, disagrees with the mixture, or is called as TRL's trainers
-                call a reference; nothing has changed then.
+            ValueError: the adapter exists, cannot be routed, disagrees with the mixture that it would join, or is a
+                reference where the mixture is more than `default`; nothing has changed then.
         """
-        if adapter_name == _REFERENCE:
-            raise ValueError(_NO_REFERENCE)
+        is_reference = reference.is_reference(self, adapter_name, peft_config)
+        if is_reference:
+            reference.make_way(self)
         self._add_inactive_adapter(adapter_name, peft_config, *args, **kwargs)
+        if is_reference:
+            reference.make_equal(self)
+        elif count_experts(adapter_name, self.peft_config[adapter_name]) == 1 or not self.active_adapters:
+            self._join(adapter_name)
+
+    def add_to_mixture(self, adapter_name: str, peft_config: MoELoraConfig) -> None:
+        """Add an adapter of however many experts to the mixture: active and trainable at once, beside the others.
+
+        Raises:
+            ValueError: as of `add_adapter`.
+        """
+        self._add_inactive_adapter(adapter_name, peft_config)
+        self._join(adapter_name)
+
+    def _join(self, adapter_name: str) -> None:
         try:
             self.base_model.activate_adapter(adapter_name)
         except ValueError:
             self.delete_adapter(adapter_name)
             raise
+        self._follow_active_adapter()
 
     def _add_inactive_adapter(self, adapter_name: str, peft_config: MoELoraConfig, *args: Any, **kwargs: Any) -> None:
         # Each adapter needs a configuration of its own: PEFT fills in targets and flags on the object it is given.
-        super().add_adapter(adapter_name, copy.deepcopy(peft_config), *args, **kwargs)
+        config = copy.deepcopy(peft_config)
+        config.__dict__.pop("read_from", None)  # whoever it was read for, this adapter was not
+        super().add_adapter(adapter_name, config, *args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make exactly this adapter, or these, the mixture, and trainable unless inference_mode.
@@ -117,6 +137,11 @@ class MixturePeftModel(ContinuousBatching, PeftModel):
         """
         saving.save(self, save_directory, *args, **kwargs)
 
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """See PEFT; the card says what to import, too."""
+        super().create_or_update_model_card(output_dir)
+        say_what_to_import(Path(output_dir) / CARD_NAME)
+
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """See PEFT; a directory that holds a mixture restores all its adapters, whatever adapter_name says.
 
@@ -133,6 +158,13 @@ class MixturePeftModel(ContinuousBatching, PeftModel):
                 has changed then.
         """
         return loading.load(self, super().load_adapter, str(model_id), adapter_name, *args, **kwargs)
+
+    def keep_routers_on_disk(self, offload_index: dict[str, dict[str, str]]) -> None:
+        """See [`DiskOffload`]; the file is beside those that PEFT writes."""
+        routers = {name: value for name, value in self.state_dict().items() if ".moe_router." in name}
+        file = Path(next(iter(offload_index.values()))["safetensors_file"]).with_name("moe_routers.safetensors")
+        save_file(routers, file)
+        offload_index.update({name: {"safetensors_file": str(file), "weight_name": name} for name in routers})
 
 
 def _mixture_class(cls: type[PeftModel], *bases: type) -> type[PeftModel]:

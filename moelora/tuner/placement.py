@@ -90,6 +90,8 @@ def _without_owner(model: nn.Module, name: str, readings: Readings) -> Place:
     block = blocks.find_block(model, name)
     if block is None or (name in readings.alike and block not in readings.leads):  # its parts are called one by one
         return Place("", None)
+    if blocks.reads_another_width(model, name):
+        return Place("", block, "others")
     is_alike = readings.alike.get(name, _is_likely_alike(model, name, block, readings))
     return Place("", block, "others" if not is_alike else "earlier" if name in readings.cached else "same")
 

@@ -5,7 +5,8 @@ Shapes: B batch, S sequence, T = B * S tokens, H router input width, E experts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,8 @@ from ..routing.domain_classifier import over_context
 from ..routing.pooled import AddUp, PooledRouter, Scored, first_weights, routes_by_domain, score
 from ..routing.sums import RoutingSums, RoutingTotals
 from ._peft import RouterTunerLayer
+from .mixed_batch import weights_of_samples
+from .offloaded import with_routers_loaded
 
 
 class MoELoraRouter(nn.Module, RouterTunerLayer):
@@ -42,6 +45,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
 
     adapter_layer_names = ("lora_router",)
     active_adapters: list[str]  # a property of PEFT's
+    _counted: Pool = ()  # the mixture that `totals` and `pending` are of
+    _waiting: Mapping[Pool, tuple[RoutingTotals, Tensor | None]] = MappingProxyType({})  # those of others
 
     def __init__(self, name: str, hidden_size: int, state: RoutingState) -> None:
         super().__init__()
@@ -64,7 +69,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             has_bias=config.balancing.moves_bias,
         )
         if not any(p.is_meta for p in router.parameters()):
-            router.to(like.device, like.dtype if like.is_floating_point() else None)
+            device = None if like.is_meta else like.device  # a base that accelerate keeps on disk has meta tensors
+            router.to(device, like.dtype if like.is_floating_point() else None)
         self.lora_router[adapter_name] = router
 
     def move_adapter(self, adapter_name: str, device: torch.device | None) -> None:
@@ -99,6 +105,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return None
         return parts[0] if len(parts) == 1 and not copy else torch.cat(parts)
 
+    @with_routers_loaded
     def decide(self, hidden: Tensor, context: ForwardContext | None = None, without: int | None = None) -> Tensor:
         """Routing weights [..., E] for hidden [..., H] as evaluation uses them; no capacity, nothing is counted.
 
@@ -144,6 +151,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """Whether the active adapters, several, all have statistics of their domains, which then decide."""
         return routes_by_domain(self.active_routers())
 
+    @with_routers_loaded
     def forward(
         self, hidden: Tensor, context: ForwardContext, mask: Tensor | None = None, counts: bool = True
     ) -> Tensor:
@@ -158,6 +166,8 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             ValueError: hidden has another width than the router.
         """
         config = context.config
+        if context.call.adapter_names is not None:
+            return weights_of_samples(self, hidden, context.call.adapter_names, self.state.configs)
         if config.router_kind.is_constant:
             weights = context.call.once(self, self._fixed_weights) if context.call.repeats else self._fixed_weights()
             return self._finish(weights.expand(*hidden.shape[:-1], -1), config.routing_scale, context)
@@ -201,7 +211,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         bias_E = context.selection_bias(self) if config.balancing.moves_bias else None
         # Where domains decide, a batch of one goes to one adapter: a share of the whole pool would drop most of it.
         is_limited = context.training and counts and not decides_by_domain
-        limit = (self._capacity_factor(config) if is_limited else None, is_limited and context.over_ranks)
+        limit = self._capacity(context) if is_limited else (None, False)
         is_softmax = config.router_kind.has_kernel and bias_E is None and not decides_by_domain
         is_linear = is_softmax and all(router.hidden_weight is None for router in routers)
         here = hidden.to(weight_NH.device)
@@ -219,10 +229,16 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             context.record(self, sums)
         return weights, scale
 
-    def _capacity_factor(self, config: MoELoraConfig) -> float | None:
-        """With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats."""
-        factor = config.expert_capacity_factor
-        return None if factor is None else min(factor, self.out_features)
+    def _capacity(self, context: ForwardContext) -> tuple[float | None, bool]:
+        """The factor of a training forward, and whether data-parallel ranks share the capacity.
+
+        With a factor of E an expert may take every token; greater ones say no more, and may exceed all floats. A rank
+        that has given its capacity up has that factor: others may not have, and wait for its counts.
+        """
+        factor, over_ranks = context.config.expert_capacity_factor, context.over_ranks
+        if factor is None or (self.state.is_dropless and not over_ranks):
+            return None, over_ranks
+        return self.out_features if self.state.is_dropless else min(factor, self.out_features), over_ranks
 
     def _finish(self, weights: Tensor, scale: float, context: ForwardContext) -> Tensor:
         if context.training and context.config.expert_dropout > 0:
@@ -245,6 +261,7 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
     def _first_weights(self) -> Tensor:
         return first_weights(cast("list[Router]", self.active_routers()))
 
+    @with_routers_loaded
     def logits(self, hidden: Tensor, without: int | None = None) -> Tensor:
         """[T, E] for hidden [..., H], as evaluation scores them; -inf for an expert that is left out."""
         hidden_TH = self._checked(hidden).flatten(0, -2)
@@ -346,15 +363,18 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
         """E."""
         return sum(count for _, count in self.pool)
 
-    def reset_counts(self) -> None:
-        """Forget statistics and pending counts: the pool of experts they belong to has changed."""
-        self.totals.reset()
-        self.pending = None
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """See PEFT."""
+        """See PEFT; what was counted of a mixture waits until it is active again."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.reset_counts()
+        if self.pool != self._counted:
+            waiting = {**self._waiting, self._counted: (self.totals, self.pending)}
+            self.totals, self.pending = waiting.pop(self.pool, (RoutingTotals(), None))
+            self._counted, self._waiting = self.pool, waiting
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT."""
+        super().delete_adapter(adapter_name)
+        self._waiting = {pool: counts for pool, counts in self._waiting.items() if adapter_name not in dict(pool)}
 
     def __repr__(self) -> str:
         return f"MoELoraRouter({self.name!r}, hidden_size={self.hidden_size}, pool={dict(self.pool)})"

@@ -6,6 +6,7 @@ The torch form, also compiled, the Triton router in its interpreter, and ranks t
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -13,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moelora.ops.data_parallel import fits_over_ranks
@@ -128,6 +130,20 @@ def check_compiled(counts: tuple[int, ...], generator: torch.Generator) -> None:
     assert torch.equal(actual, within_capacity(probs, selected, None, 0.5, TOP_K)[mine])
 
 
+def check_a_rank_that_has_given_its_capacity_up() -> None:
+    """One whose process alone has generated in training mode: it drops nothing, and the others do not wait for it."""
+    from helpers import ARCHITECTURES, mixture_of, train_step
+
+    model = mixture_of("llama", expert_capacity_factor=0.5)
+    if dist.get_rank() == 0:
+        with warnings.catch_warnings(record=True) as caught:
+            model.base_model.give_up_capacity("a test")
+        assert "is off from here on: a test" in str(caught[0].message)
+    train_step(model, ARCHITECTURES["llama"].batch(3, 7))
+    dropped = sum(stats.dropped for stats in model.routing_stats().values())
+    assert (dropped == 0) == (dist.get_rank() == 0), f"rank {dist.get_rank()}: {dropped}"
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -140,6 +156,7 @@ def main() -> None:
     if HAS_TRITON:
         check_router(COUNTS[1], generator)
     check_compiled(COUNTS[0], generator)
+    check_a_rank_that_has_given_its_capacity_up()
     certain = torch.tensor([[1.0, 1.0, 0.0]])  # the largest and the smallest probability there are, on every rank
     for factor, kept in ((1.0, 1), (2.0, 2), (3.0, 3)):
         expected = [dist.get_rank() < kept, dist.get_rank() < kept, dist.get_rank() < kept]

@@ -28,6 +28,11 @@ class Deviation:
 
 DEVIATIONS = (
     Deviation(
+        r"test_target_parameter_result_caching_works",
+        "native experts are computed without the sum of weight and delta whose making the case watches",
+        applies=True,
+    ),
+    Deviation(
         r"`(?P<option>\w+)` \(.*\) cannot be honoured by a mixture",
         "the case sets `{option}`, which MoELoraConfig refuses: experts weighted per token cannot honour it",
     ),
@@ -39,11 +44,10 @@ DEVIATIONS = (
     Deviation(
         r"`add_weighted_adapter` cannot", "`add_weighted_adapter` would combine experts as if they were one LoRA"
     ),
-    Deviation(r"`adapter_names` cannot", "`adapter_names` gives each sample one adapter; a mixture's act together"),
     Deviation(r"`safe_serialization=False` cannot", "a mixture of several adapters is saved as safetensors only"),
     Deviation(
-        r"Hotswapping only supports LORA|PEFT types found: MOELORA|MIXED models|mixed models|`PeftMixedModel`",
-        "PEFT's hot-swapping and PeftMixedModel list the methods they accept by type",
+        r"PEFT types found: MOELORA|MIXED models|mixed models|`PeftMixedModel`",
+        "PeftMixedModel lists the methods it accepts by type",
         plain=True,
     ),
     Deviation(
@@ -64,15 +68,15 @@ DEVIATIONS = (
         plain=True,
     ),
     Deviation(
-        r"Can't find 'adapter_config.json' at|Could not determine the dtype of this adapter",
+        r"Can't find 'adapter_config.json' at|test_save_pretrained_selected_adapters .*is no folder"
+        r"|Could not determine the dtype of this adapter",
         "several adapters are saved as one mixture and loaded under their own names, not one directory each",
         applies=True,
     ),
     Deviation(
-        r"test_active_adapter |test_set_adapter_non_overlapping|test_delete_adapter_(with_)?multiple_adapters_"
-        r"|test_loading_model_requires_grad_set_correctly|test_set_requires_grad |test_scaling_multiple_adapters "
+        r"test_loading_model_requires_grad_set_correctly|test_set_requires_grad "
         r"|test_requires_grad_(lora_\w+_targets|modules_to_save_\w+|follows_inference_mode_\w+) .*to require gradients",
-        "an added adapter joins the mixture at once, active and trainable, and routers are trainable too",
+        "the case lists the parameters that are trainable, and routers are among them",
         applies=True,
     ),
     Deviation(
@@ -81,7 +85,8 @@ DEVIATIONS = (
         applies=True,
     ),
     Deviation(
-        r"Rank \d+ is not equal to|TestRankAndAlphaPattern|target rank|compiled_hotswap|test_scaling_with_rslora ",
+        r"Rank \d+ is not equal to|TestRankAndAlphaPattern|target rank|compiled_hotswap|test_scaling_with_rslora "
+        r"|test_targeting_module_and_targeting_param_equivalent",
         "a layer stores its experts as one LoRA of rank num_experts * r, which the case reads, or rounds with",
         applies=True,
     ),

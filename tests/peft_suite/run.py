@@ -30,7 +30,13 @@ RECORD = HERE.parents[1] / "docs" / "peft-tests.md"
 # PEFT's test files by the scope that can route them: custom models have no transformer blocks.
 FILES = {
     "module": ("custom_models", "initialization", "tuners_utils", "low_level_api", "other"),
-    "block": ("decoder_models", "encoder_decoder_models", "feature_extraction_models", "seq_classifier"),
+    "block": (
+        "decoder_models",
+        "encoder_decoder_models",
+        "feature_extraction_models",
+        "seq_classifier",
+        "target_parameters",
+    ),
 }
 STOCK = "LoraConfig"
 VARIANTS: dict[str, dict[str, Any]] = {

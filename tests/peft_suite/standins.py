@@ -18,6 +18,7 @@ _BART = {
 }  # fmt: skip
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 _GEMMA = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
+_MIXTURE = {**_GEMMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 _STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +44,12 @@ _STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         "LlamaForSequenceClassification",
         {**_SIZES, "num_labels": 1},
+    ),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _SIZES),
+    "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssForCausalLM", _MIXTURE),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4ForCausalLM",
+        {**_MIXTURE, "intermediate_size_mlp": 64, "num_experts_per_tok": 1},
     ),
     "bert-base-uncased": ("BertForSequenceClassification", _SIZES),
 }

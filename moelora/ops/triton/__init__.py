@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..transforms import is_transformed
+
 INTERPRET = False  # tests set it: kernels run on CPU tensors too, if TRITON_INTERPRET=1 was set before triton's import
 
 
@@ -29,6 +31,8 @@ def kernels_for(tensor: Tensor) -> bool:
     """Whether the Triton kernels serve this tensor; else the caller runs the torch form."""
     if torch.compiler.is_compiling() or tensor.dtype == torch.float64:
         return False  # inductor fuses the torch form by itself; float64 is the torch forms' business
+    if is_transformed():
+        return False
     if tensor.is_cuda:
         return _is_importable() and _has_bfloat16(tensor.device)
     return INTERPRET and os.environ.get("TRITON_INTERPRET") == "1" and _is_importable()

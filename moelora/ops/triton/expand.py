@@ -5,10 +5,11 @@ Shapes: T tokens, O out, E experts, r rank, N = E * r.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -38,8 +39,7 @@ def add_expanded(y_TO: Tensor, h_TN: Tensor, weights_TE: Tensor, B_ON: Tensor, r
     block_t = min(64, max(16, triton.next_power_of_2(T)))
     block_n = min(128, max(16, triton.next_power_of_2(N)))
     grid = (triton.cdiv(width, 32), triton.cdiv(T, block_t))
-    with torch.cuda.device_of(y_TO):  # a launch goes to the current device, which need not be the tensor's
-        _expand_kernel[grid](
-            y_TO, h_TN, weights_TE, B_ON, T, width, h_TN.stride(0), *weights_TE.stride(), B_ON.stride(0), scale,
-            N=N, R=rank, BLOCK_T=block_t, BLOCK_O=32, BLOCK_N=block_n,
-        )  # fmt: skip
+    launch(
+        _expand_kernel, grid, y_TO, y_TO, h_TN, weights_TE, B_ON, T, width, h_TN.stride(0), *weights_TE.stride(),
+        B_ON.stride(0), scale, N=N, R=rank, BLOCK_T=block_t, BLOCK_O=32, BLOCK_N=block_n,
+    )  # fmt: skip

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..expert_pairs import ExpertPairs
+from .launch import launch
 
 MAX_LINEARS = 3  # of one launch, up to MAX_SHARED_RANK; above, a program has registers for one
 MAX_SHARED_RANK = 32
@@ -170,11 +170,10 @@ def shrink(x_TW: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, out_
     (_, P, _), W, tiles = out_GPr.shape, x_TW.shape[1], pairs.tiles
     columns = min(MAX_COLUMNS, BLOCK // pairs.tile_rows)
     for served, factors, blocks in _launches(factors_ErW, pairs.tile_rows, BLOCK, columns):
-        with torch.cuda.device_of(x_TW):  # a launch goes to the current device, which need not be the tensor's
-            _shrink_kernel[(tiles.shape[0] * tiles.shape[1],)](
-                x_TW, *factors, out_GPr[served], pairs.tokens, tiles, P, W, pairs.num_experts, *x_TW.stride(),
-                *factors[0].stride(), **blocks, num_stages=4,
-            )  # fmt: skip
+        launch(
+            _shrink_kernel, (tiles.shape[0] * tiles.shape[1],), x_TW, x_TW, *factors, out_GPr[served], pairs.tokens,
+            tiles, P, W, pairs.num_experts, *x_TW.stride(), *factors[0].stride(), **blocks, num_stages=4,
+        )  # fmt: skip
 
 
 def expand(h_GPr: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, out_TW: Tensor, adds: bool) -> None:
@@ -185,19 +184,18 @@ def expand(h_GPr: Tensor, factors_ErW: Sequence[Tensor], pairs: ExpertPairs, out
         span = blocks["BW"] * EXPAND_STEPS
         for slot, tiles in enumerate(pairs.tiles):
             is_first = served.start == slot == 0
-            with torch.cuda.device_of(h_GPr):
-                _expand_kernel[(len(tiles), triton.cdiv(W, span))](
-                    out_TW, h_GPr[served], *factors, pairs.tokens, tiles, P, W, pairs.num_experts, out_TW.stride(0),
-                    *factors[0].stride(), ADDS=adds or not is_first, SPAN=span, **blocks,
-                )  # fmt: skip
+            launch(
+                _expand_kernel, (len(tiles), triton.cdiv(W, span)), h_GPr, out_TW, h_GPr[served], *factors,
+                pairs.tokens, tiles, P, W, pairs.num_experts, out_TW.stride(0), *factors[0].stride(),
+                ADDS=adds or not is_first, SPAN=span, **blocks,
+            )  # fmt: skip
 
 
 def factor_gradients(h_GPr: Tensor, x_TW: Tensor, pairs: ExpertPairs, outs_ErW: Sequence[Tensor]) -> None:
     """See ops/gathered.py; h_GPr is contiguous."""
     (_, P, _), W = h_GPr.shape, x_TW.shape[1]
     for served, outs, blocks in _launches(outs_ErW, GRADIENT_PAIRS, GRADIENT_BLOCK, MAX_COLUMNS):
-        with torch.cuda.device_of(x_TW):
-            _gradient_kernel[(pairs.num_experts, triton.cdiv(W, blocks["BW"]))](
-                *outs, h_GPr[served], x_TW, pairs.tokens, pairs.ends, P, W, *x_TW.stride(), *outs[0].stride(),
-                K=pairs.num_slots, **blocks,
-            )  # fmt: skip
+        launch(
+            _gradient_kernel, (pairs.num_experts, triton.cdiv(W, blocks["BW"])), x_TW, *outs, h_GPr[served], x_TW,
+            pairs.tokens, pairs.ends, P, W, *x_TW.stride(), *outs[0].stride(), K=pairs.num_slots, **blocks,
+        )  # fmt: skip

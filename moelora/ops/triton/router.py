@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .. import sums_layout
 from ..data_parallel import ROUNDS, count_rows, num_ranks, sum_over_ranks
 from ..norm_linear import EPS, _exact_product
 from .capacity_kernels import capacity_kernel, capacity_over_ranks_kernel, count_kernel
+from .launch import launch
 from .router_kernels import backward_kernel, forward_kernel
 
 MAX_EXPERTS = 512  # a block holds all experts
@@ -83,6 +85,22 @@ def backward_blocks(T: int, E: int, dtype: torch.dtype) -> Tiling:
     return Tiling(tokens, min(64, widest), warps, 3 if E <= 256 else 2, splits=4)
 
 
+@lru_cache(1024)
+def forward_constants(T: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
+    """What is constant in the forward kernel for such tokens, but for K."""
+    blocks = forward_blocks(T, E, dtype).options(H, E)
+    return {"H": H, "E": E, "SUMS": sums_layout.size(E), **sums_layout.starts(E), **blocks}
+
+
+@lru_cache(1024)
+def backward_constants(T: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same of the backward kernel."""
+    blocks = backward_blocks(T, E, dtype)
+    options = blocks.options(H, E)
+    span = triton.cdiv(H, blocks.splits * options["BH"]) * options["BH"]
+    return {"H": H, "E": E, "SPAN": span, **options}
+
+
 @dataclass(frozen=True)
 class Decision:
     """How one call routes."""
@@ -110,21 +128,19 @@ class Result:
 def _forward(hidden: Tensor, weight: Tensor, decision: Decision, keep: bool) -> Result:
     (*lead, H), E = hidden.shape, weight.shape[0]
     T = hidden.numel() // H
-    blocks = forward_blocks(T, E, hidden.dtype)
-    programs = triton.cdiv(T, blocks.tokens)
+    constants = forward_constants(T, H, E, hidden.dtype)
+    programs = -(-T // constants["BT"])
     weights = hidden.new_empty((*lead, E), dtype=torch.float32)
     partial = weights.new_empty((programs, sums_layout.size(E)))
     z, rstd = (torch.empty_like(weights), weights.new_empty(T)) if keep else (None, None)
     is_limited = decision.capacity_factor is not None and decision.top_k < E
     priority = weights.new_empty(E, T) if is_limited else None
-    with torch.cuda.device_of(hidden):  # a launch goes to the current device, which need not be the tensor's
-        forward_kernel[(programs,)](
-            hidden, weight, decision.maturity_E, decision.mask, weights, partial, z, rstd, priority, T,
-            hidden.stride(-2), decision.temperature, decision.scale, EPS, H=H, E=E, K=decision.top_k,
-            SUMS=sums_layout.size(E), **sums_layout.starts(E), **blocks.options(H, E),
-        )  # fmt: skip
-        sums = partial[0] if programs == 1 else partial.sum(0)
-        dropped = None if priority is None else _limit(priority, weights, sums, decision)
+    launch(
+        forward_kernel, (programs,), hidden, hidden, weight, decision.maturity_E, decision.mask, weights, partial, z,
+        rstd, priority, T, hidden.stride(-2), decision.temperature, decision.scale, EPS, K=decision.top_k, **constants,
+    )  # fmt: skip
+    sums = partial[0] if programs == 1 else partial.sum(0)
+    dropped = None if priority is None else _limit(priority, weights, sums, decision)
     return Result(weights, sums, z, rstd, dropped)
 
 
@@ -140,11 +156,11 @@ def _limit(priority: Tensor, weights: Tensor, sums: Tensor, decision: Decision) 
     options = {"E": E, "BT": block, "num_warps": min(32, max(4, block // 512))}
     if decision.over_ranks:
         of_digits = _counts_over_ranks(priority, share)
-        capacity_over_ranks_kernel[(E,)](
-            priority, *of_digits, *written, dist.get_rank(), SHARE=share, N=num_ranks(), **options
-        )
+        ranks = {"SHARE": share, "N": num_ranks()}
+        rank = dist.get_rank()
+        launch(capacity_over_ranks_kernel, (E,), weights, priority, *of_digits, *written, rank, **ranks, **options)
     else:
-        capacity_kernel[(E,)](priority, *written, share * decision.top_k, **options)
+        launch(capacity_kernel, (E,), weights, priority, *written, share * decision.top_k, **options)
     torch.sum(counts, dim=0, out=sums[at["AT_DROPPED"]])
     return dropped
 
@@ -157,10 +173,9 @@ def _counts_over_ranks(priority: Tensor, share: float) -> list[Tensor]:
     for index, (low, bits) in enumerate(ROUNDS):
         first, second = (*counts[:index], None, None)[:2]
         by_rank = counts[index].view(count_rows(low), -1)
-        count_kernel[(E, triton.cdiv(T, COUNTED_TOKENS))](
-            priority, first, second, by_rank[dist.get_rank() % len(by_rank)], T, SHARE=share, E=E, LOW=low, BITS=bits,
-            BT=COUNTED_TOKENS,
-        )  # fmt: skip
+        here = by_rank[dist.get_rank() % len(by_rank)]
+        constants = {"SHARE": share, "E": E, "LOW": low, "BITS": bits, "BT": COUNTED_TOKENS}
+        launch(count_kernel, (E, -(-T // COUNTED_TOKENS)), priority, priority, first, second, here, T, **constants)
         sum_over_ranks(counts[index])
     return list(counts)
 
@@ -192,18 +207,16 @@ class _RouteFused(torch.autograd.Function):
             return None, None, None
         H, E = weight.shape[1], weight.shape[0]
         T = hidden.numel() // H
-        blocks = backward_blocks(T, E, hidden.dtype)
-        programs = triton.cdiv(T, blocks.tokens)
-        options = blocks.options(H, E)
-        span = triton.cdiv(H, blocks.splits * options["BH"]) * options["BH"]
+        constants = backward_constants(T, H, E, hidden.dtype)
+        programs = -(-T // constants["BT"])
         dh = torch.empty_like(hidden) if wants_dh else None
         fits = programs * E * H * 4 <= MAX_PARTIAL_BYTES
         partial = rstd.new_empty(programs, E, H) if wants_dw and fits else None
         scaled = rstd.new_empty(T, E) if wants_dw and not fits else None
         gradients = [None if g is None else g.contiguous() for g in (dweights, dprobs, dlse)]
-        backward_kernel[(programs, triton.cdiv(H, span))](
-            hidden, weight, maturity, mask, z, rstd, dropped, *gradients, dh, partial, scaled, T, hidden.stride(-2),
-            temperature, scale, H=H, E=E, K=top_k, SPAN=span, **options,
+        launch(
+            backward_kernel, (programs, -(-H // constants["SPAN"])), hidden, hidden, weight, maturity, mask, z, rstd,
+            dropped, *gradients, dh, partial, scaled, T, hidden.stride(-2), temperature, scale, K=top_k, **constants,
         )  # fmt: skip
         dw = None if partial is None else partial[0] if programs == 1 else partial.sum(0)
         if scaled is not None:

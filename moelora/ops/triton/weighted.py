@@ -5,12 +5,14 @@ Shapes: T tokens, G linears, E experts, r rank, N = G * E * r.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch
 
 
 @triton.jit
@@ -41,25 +43,23 @@ def _weighted_backward_kernel(
     tl.store(dw_ptr + t * E + e, (dw * scale).to(dw_ptr.dtype.element_ty), te)
 
 
-def _launch(h_TN: Tensor, weights_TE: Tensor, r: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid, and the sizes and blocks that are constant at compile time."""
-    (T, N), E = h_TN.shape, weights_TE.shape[-1]
+@cache
+def _constants(N: int, E: int, r: int) -> dict[str, int]:
+    """The sizes and blocks that are constant at compile time."""
     block_r = triton.next_power_of_2(r)
     block_e = min(triton.next_power_of_2(E), max(1, 256 // block_r))
     block_t = max(1, 4096 // (block_e * block_r))  # 4096 elements, 32 for each of 128 threads
-    grid = (triton.cdiv(T, block_t), triton.cdiv(E, block_e))
-    sizes = {"G": N // (E * r), "E": E, "R": r}
-    return grid, sizes | {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_R": block_r}
+    return {"G": N // (E * r), "E": E, "R": r, "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_R": block_r}
 
 
 def weighted_backward(
     g_TN: Tensor, h_TN: Tensor, weights_TE: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See weighted.py. g_TN and h_TN are contiguous."""
-    grid, options = _launch(h_TN, weights_TE, rank)
+    (T, N), E = h_TN.shape, weights_TE.shape[-1]
+    constants = _constants(N, E, rank)
+    grid = (-(-T // constants["BLOCK_T"]), -(-E // constants["BLOCK_E"]))
     hw, dh, dw = torch.empty_like(h_TN), torch.empty_like(h_TN), weights_TE.new_empty(weights_TE.shape)
-    with torch.cuda.device_of(h_TN):
-        _weighted_backward_kernel[grid](
-            g_TN, h_TN, weights_TE, hw, dh, dw, h_TN.shape[0], *weights_TE.stride(), scale, **options
-        )
+    written = (hw, dh, dw, T, *weights_TE.stride(), scale)
+    launch(_weighted_backward_kernel, grid, h_TN, g_TN, h_TN, weights_TE, *written, **constants)
     return hw, dh, dw
