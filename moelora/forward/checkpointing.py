@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .block_routing import BlockRouting
 from .shared_input import SharedInput
-from .state import BlockRouting, ForwardContext, RoutingState
+from .state import ForwardContext, RoutingState
 
 CHECKPOINTS = "gradient_checkpointing"  # the attribute by which a module of diffusers tells that it does
 

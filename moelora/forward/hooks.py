@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import is_transformed
+from .block_routing import BlockRouting
 from .caches import kv_cache
 from .checkpointing import make_checkpoint_routed, make_owners_checkpoints_routed
 from .delivery import warn_once
@@ -22,7 +23,7 @@ from .interfaces import MixtureRouter, SharingLinear
 from .masks import block_mask
 from .removal import remove_routing
 from .shared_input import SharedInput
-from .state import BlockRouting, ForwardContext, ForwardEntry, RoutingState
+from .state import ForwardContext, ForwardEntry, RoutingState
 
 _NOT_BALANCED = (
     "under torch.func and torch.jit.trace a mixture in training routes as in evaluation, without capacity; there is no "

@@ -29,7 +29,7 @@ from .interfaces import SharingLinear
 
 
 class RunningBlock(Protocol):
-    """What is asked of a block's routing, [`moelora.forward.state.BlockRouting`]."""
+    """What is asked of a block's routing, [`moelora.forward.block_routing.BlockRouting`]."""
 
     context: Any
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..config import MoELoraConfig, count_experts
 from ..forward.alignment import Reads, lines_up
+from ..forward.block_routing import BlockRouting, columns
 from ..forward.hooks import BlockHook
 from ..forward.interfaces import Pool
 from ..forward.shared_input import BoundGroup, SharedInput
-from ..forward.state import BlockRouting, ForwardContext, RoutingState, columns
+from ..forward.state import ForwardContext, RoutingState
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from ..routing.decision import sole_expert
 from . import native
