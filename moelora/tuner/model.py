@@ -95,6 +95,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             )
         if not config.use_moe_routing:
             return
+        blocks.check_forwards(self.model)
         if others and others[0].router_scope != config.router_scope:
             raise ValueError(
                 f"`router_scope` ({config.router_scope!r}) differs from that of the model's other adapters "
