@@ -24,7 +24,7 @@ class LoraOption:
 
 
 def mixture_config(
-    tool: str, section: Any, lora: Mapping[str, LoraOption], *, task_type: str = "CAUSAL_LM"
+    tool: str, section: Any, lora: Mapping[str, LoraOption], *, task_type: str | None = "CAUSAL_LM"
 ) -> MoELoraConfig:
     """The configuration that a user's options stand for.
 
