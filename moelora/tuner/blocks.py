@@ -51,6 +51,25 @@ def reads_another_width(model: nn.Module, module_name: str) -> bool:
     return name in ("to_k", "to_v") and width is not None and width != getattr(attention, "query_dim", width)
 
 
+def check_forwards(model: nn.Module) -> None:
+    """Refuse a model that computes with forwards of Unsloth's, which take a LoRA's factors from its layers.
+
+    Its decoding multiplies by whatever factors a LoRA layer holds: by those of all experts, unweighted, without calling
+    the layers or the routers. Output would be wrong, and nothing would say so.
+
+    Raises:
+        ValueError: naming the first such module.
+    """
+    for name, module in model.named_modules():
+        source = getattr(module.forward, "__module__", None) or ""
+        if source.startswith("unsloth"):
+            raise ValueError(
+                f"`{name or type(module).__name__}` computes by `{source}`: Unsloth's decoding adds all experts, "
+                "unweighted. Load the model with transformers' `from_pretrained`, in a process that does not import "
+                "unsloth, and train with `use_liger_kernel=True` (docs/tools.md)"
+            )
+
+
 def stack_of(block_name: str) -> str:
     """Name of the list that a block belongs to: "model.layers" for "model.layers.3"."""
     return block_name.rpartition(".")[0]

@@ -99,6 +99,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         self._check_joins(adapter_name, config, bool(module_names))
         if not config.use_moe_routing:
             return
+        blocks.check_forwards(self.model)
         blocks.check_targets(self.model, module_names)
         places(self.model, module_names, config.router_scope, config.own_routers)
         check_parameters(self.model, adapter_name, config, module_names)
