@@ -29,6 +29,13 @@ def test_the_version_is_written_once():
     assert headings[0][0] == moelora.__version__
 
 
+def test_the_changelog_has_each_kind_of_change_once():
+    _, _, latest = read("CHANGELOG.md").partition(f"\n## {moelora.__version__} ")
+    kinds = re.findall(r"^### (.+)$", latest.partition("\n## ")[0], re.MULTILINE)
+    order = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]  # that of Keep a Changelog
+    assert kinds == [kind for kind in order if kind in kinds] and "Added" in kinds
+
+
 def test_extras_that_are_named_exist():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "moelora").rglob("*.py")]
     named = {extra for page in pages for extra in re.findall(r"moelora\[([^\]]+)\]", page.read_text(encoding="utf-8"))}
