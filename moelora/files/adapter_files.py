@@ -154,16 +154,16 @@ def parse_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def save_id_in(folder: Path) -> str | None:
-    """The id of the save that a folder holds; None where it holds no adapter, or one whose save has none.
+def checkpoint_in(folder: Path) -> dict[str, Any]:
+    """What the save that a folder holds says of itself: its id, and checksums of its files. Empty where there is none.
 
     Raises:
         ValueError: as of [`read_config`].
     """
     place = Place(str(folder))
     if place.folder is None or place.find(CONFIG_NAME) is None:
-        return None
-    return (read_config(place).get("checkpoint") or {}).get("id")
+        return {}
+    return read_config(place).get("checkpoint") or {}
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..config import count_experts
 from ..config_rules import LIBRARY
 from ..console import printable
-from ..files.adapter_files import save_id_in
+from ..files.adapter_files import checkpoint_in
 from .run_record import LEARNED_BEFORE, read_record
 
 _TAGS = (LIBRARY, "mixture-of-experts")
@@ -96,15 +96,15 @@ def is_on_hub(name: Any) -> bool:
 def _measured_run(model: PeftModel, folder: Path) -> dict[str, Any] | None:
     """The run.json of the run that measured exactly these weights; None where there is none.
 
-    It lies in the folder of the card, or in the one that the model was loaded from and has not been trained since.
+    It lies in the folder of the card, or in one that the model was loaded from: equal checksums tell that it has not
+    changed since.
     """
-    places = [(folder, save_id_in(folder))]
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        read_from = (getattr(config, "read_from", None) for config in model.peft_config.values())
-        places += [(Path(source), save_id) for source, save_id in filter(None, read_from)]
-    for place, save_id in places:
-        record = read_record(place) if save_id is not None and place.is_dir() else None
-        if record is not None and record["status"] == "finished" and record.get("save") == save_id:
+    here = checkpoint_in(folder)
+    read_from = filter(None, (getattr(config, "read_from", None) for config in model.peft_config.values()))
+    for place in (folder, *(Path(source) for source, _ in read_from)):
+        there = checkpoint_in(place)
+        record = read_record(place) if there and there["files"] == here.get("files") else None
+        if record is not None and record["status"] == "finished" and record.get("save") == there["id"]:
             return record
     return None
 

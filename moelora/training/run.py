@@ -22,7 +22,7 @@ from transformers import (
 from ..config import MoELoraConfig
 from ..console import console, is_main_process, printable
 from ..data.preparation import DomainBlocks, load_domains, mix
-from ..files.adapter_files import save_id_in
+from ..files.adapter_files import checkpoint_in
 from ..files.staging import holds_something, next_kept_place, only_process_in
 from ..recipe import Recipe
 from ..schema import Problem, UserError, refuse
@@ -201,7 +201,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 def _write_finished(folder: Path, record: dict[str, Any], trainer: Trainer) -> None:
     """Complete run.json, which names the save that it measured, and the model card, which shows its losses."""
     if is_main_process:
-        record["save"] = save_id_in(folder)
+        record["save"] = checkpoint_in(folder).get("id")
         write_json(folder / RUN_FILE, record)
         trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(str(folder))
 
