@@ -8,6 +8,8 @@
 # make newest       the fast tests with the newest releases of the ecosystem, which users get, in place of the pinned ones
 # make serve-test   the tests that need vLLM, with its CPU build in an environment of its own (4 GB)
 # make tools-test   mixtures in axolotl, ms-swift and LLaMA-Factory, each with its dependencies in a folder of its own
+# make dist-test    build the sdist and the wheel, install each in bare environments, and run README's example there
+# make next-peft    the tests of what moelora needs of PEFT, with PEFT's newest release, whatever pyproject.toml allows
 # make fuzz         tens of thousands of hostile recipes, command lines and the like; `make test` tries a few hundred
 # make lint types doctest peft-suite
 #
@@ -23,12 +25,15 @@ EXAMPLE := $(VENV)/.example
 NEWEST := $(VENV)/newest
 ENGINES := $(VENV)/engines
 TOOLS := $(VENV)/tools
+NEXT_PEFT := $(VENV)/next-peft
+DIST_TOOLS := $(VENV)/dist-tools
+DIST_PYTHONS ?= $(BIN)/python
 VLLM := .venv-vllm
 QUALITY_DATA := build/quality/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test second fuzz newest engines tools-test serve-test slow lint types doctest peft-suite bench quality clean
+.PHONY: quickstart test second fuzz newest next-peft dist-test engines tools-test serve-test slow lint types doctest peft-suite bench quality clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -72,6 +77,26 @@ newest: $(INSTALLED) $(OLD_TRL)
 	rm -rf $(NEWEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST) accelerate datasets "peft<0.22" safetensors transformers trl
 	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The day that fails, or passes with a version beyond the pin, CONTRIBUTING.md says what to do.
+next-peft: $(INSTALLED)
+	rm -rf $(NEXT_PEFT)
+	$(BIN)/python -m pip install --quiet --no-deps --pre --target $(NEXT_PEFT) peft
+	PYTHONPATH=$(NEXT_PEFT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_peft_contract.py tests/test_peft_contract_behaviour.py
+
+# For all that are supported: make dist-test DIST_PYTHONS="python3.11 python3.12 python3.13"
+# Nothing there shares files with $(VENV): an installer writes through links. uv takes wheels that lie where pip looks.
+dist-test: $(DIST_TOOLS)
+	rm -rf dist build/lib
+	$(DIST_TOOLS)/bin/python -m build
+	$(DIST_TOOLS)/bin/python -m twine check --strict dist/*
+	$(DIST_TOOLS)/bin/uvx --quiet cffconvert@2.0.0 --validate
+	PATH="$(abspath $(DIST_TOOLS))/bin:$$PATH" UV_FIND_LINKS="$(PIP_FIND_LINKS)" \
+	  $(BIN)/python tests/distribution/check.py dist $(DIST_PYTHONS)
+
+$(DIST_TOOLS): $(INSTALLED)
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet build==1.6.1 twine==7.0.0 uv==0.13.9
 
 # In a folder of their own: transformers and accelerate import whatever of these they find. --no-deps leaves torch alone;
 # what DeepSpeed, hqq and quanto need besides is listed. DeepSpeed compiles nothing here.

@@ -27,7 +27,9 @@ def run(*command):
 @pytest.fixture
 def folder(tmp_path):
     base_model().save_pretrained(tmp_path / "base")
-    trained(("expert_0", "expert_1")).save_pretrained(tmp_path / "adapter")
+    model = trained(("expert_0", "expert_1"))
+    model.get_base_model().name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
     torch.save(IDS, tmp_path / "ids.pt")
     return tmp_path
 

@@ -86,6 +86,30 @@ def token_loss(model, blocks):
     return sum(losses) / len(losses)
 
 
+def rows_of(record):
+    return [
+        f"| {name} | {domain['loss_before']:.3f} | {domain['loss_after']:.3f} |"
+        for name, domain in record["domains"].items()
+    ]
+
+
+def test_the_card_shows_the_losses_of_exactly_these_weights(record, adapter, tmp_path):
+    def card(folder):
+        return (Path(folder) / "README.md").read_text(encoding="utf-8")
+
+    def save_again(name, change=0.0):
+        base = AutoModelForCausalLM.from_pretrained(record["recipe"]["model"]["name"])
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        next(p for p in model.parameters() if p.requires_grad).data += change
+        model.save_pretrained(tmp_path / name)
+        return card(tmp_path / name)
+
+    as_it_was = save_again("as it was")
+    assert len(rows_of(record)) == 2
+    assert all(row in card(adapter) and row in as_it_was for row in rows_of(record))
+    assert "What it learned" not in save_again("changed", change=1.0)
+
+
 @torch.no_grad()
 def test_losses_are_per_token_whatever_the_batches(recipe_file, record, adapter):
     recipe = load_recipe(recipe_file, overwrite=True)

@@ -154,6 +154,18 @@ def parse_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def checkpoint_in(folder: Path) -> dict[str, Any]:
+    """What the save that a folder holds says of itself: its id, and checksums of its files. Empty where there is none.
+
+    Raises:
+        ValueError: as of [`read_config`].
+    """
+    place = Place(str(folder))
+    if place.folder is None or place.find(CONFIG_NAME) is None:
+        return {}
+    return read_config(place).get("checkpoint") or {}
+
+
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 

@@ -42,8 +42,9 @@ ID_KEY = "moelora_save"
 PENDING = ".moelora-save"
 LOCK = ".moelora-save.lock"
 
-_DATA_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ROUTER_NAME, PICKLED_ROUTER_NAME)
-_NAMES = (*_DATA_NAMES, CARD_NAME, CONFIG_NAME)
+DATA_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ROUTER_NAME, PICKLED_ROUTER_NAME)
+"""Files that belong to one save alone, which its configuration lists."""
+_NAMES = (*DATA_NAMES, CARD_NAME, CONFIG_NAME)
 """Every file that a save may write or remove, in the order in which they are put in place."""
 _READ_AGAIN = 50
 
@@ -132,7 +133,7 @@ def _finish(folder: Path) -> None:
         return
     kept = _kept(pending)
     if kept is not None:
-        for name in _DATA_NAMES:
+        for name in DATA_NAMES:
             if name not in kept:
                 (folder / name).unlink(missing_ok=True)
     for name in _NAMES:  # the configuration last: it says which others belong to it
@@ -173,7 +174,7 @@ def part(folder: Path, name: str) -> Path:
     pending = folder / PENDING
     if (pending / name).is_file():
         return pending / name
-    kept = _kept(pending) if name in _DATA_NAMES else None
+    kept = _kept(pending) if name in DATA_NAMES else None
     is_of_the_save_before = kept is not None and name not in kept
     return (pending if is_of_the_save_before else folder) / name
 
@@ -269,7 +270,7 @@ def check_record(record: Any) -> None:
     is_good = (
         isinstance(files, dict)
         and isinstance(record.get("id"), str)
-        and all(name in _DATA_NAMES and isinstance(value, str) for name, value in files.items())
+        and all(name in DATA_NAMES and isinstance(value, str) for name, value in files.items())
         and isinstance(record.get("router", {}), dict)
     )
     if not is_good:

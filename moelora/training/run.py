@@ -22,6 +22,7 @@ from transformers import (
 from ..config import MoELoraConfig
 from ..console import console, is_main_process, printable
 from ..data.preparation import DomainBlocks, load_domains, mix
+from ..files.adapter_files import checkpoint_in
 from ..files.staging import holds_something, next_kept_place, only_process_in
 from ..recipe import Recipe
 from ..schema import Problem, UserError, refuse
@@ -128,7 +129,7 @@ def _train(
         "seconds": record.get("seconds", {}) | seconds,
         "log": trainer.state.log_history,
     }
-    _write(run_file, record)
+    _write_finished(recipe.output_dir, record, trainer)
     rate = recipe.training.get("learning_rate", TrainingArguments.learning_rate)
     useless = f"the adapter in {recipe.output_dir} is of no use"
     check_converged(results, f"lower training.learning_rate ({rate:g}); {useless}")
@@ -195,6 +196,14 @@ def _put_aside(folder: Path) -> None:
 def _write(path: Path, record: dict[str, Any]) -> None:
     if is_main_process:
         write_json(path, record)
+
+
+def _write_finished(folder: Path, record: dict[str, Any], trainer: Trainer) -> None:
+    """Complete run.json, which names the save that it measured, and the model card, which shows its losses."""
+    if is_main_process:
+        record["save"] = checkpoint_in(folder).get("id")
+        write_json(folder / RUN_FILE, record)
+        trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(str(folder))
 
 
 def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]:

@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from ..config import MoELoraConfig, count_experts
 from ..files.atomic_save import CARD_NAME
-from ..storage import loading, saving
-from ..storage.model_card import say_what_to_import
+from ..storage import hub, loading, saving
+from ..storage.model_card import begin_card, complete_card
 from . import reference
 from ._peft import DiskOffload
 from .batching import ContinuousBatching
@@ -138,9 +138,26 @@ class MixturePeftModel(ContinuousBatching, DiskOffload, PeftModel):
         saving.save(self, save_directory, *args, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """See PEFT; the card says what to import, too."""
+        """See PEFT; the card says what the mixture is, what it learned, and how to load and serve it, too."""
+        path = Path(output_dir) / CARD_NAME
+        before = begin_card(path)
         super().create_or_update_model_card(output_dir)
-        say_what_to_import(Path(output_dir) / CARD_NAME)
+        complete_card(self, path, before)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """See PEFT and transformers, whose options it takes; others go to `save_pretrained`. All adapters, the attached
+        router and the model card are one commit. A card that the repository has is kept but for what moelora wrote.
+
+        The card has no `license`: that is the author's to choose, in the repository's README.md.
+
+        Returns:
+            huggingface_hub's CommitInfo.
+
+        Raises:
+            HfHubHTTPError: the hub refuses; nothing has been committed then.
+            ValueError: as of `save_pretrained`.
+        """
+        return hub.push(self, repo_id, **options)
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """See PEFT; a directory that holds a mixture restores all its adapters, whatever adapter_name says.
