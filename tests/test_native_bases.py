@@ -397,3 +397,21 @@ def test_commands_run_pairs_alone(tmp_path, capsys):
     given = ["--base", str(tmp_path / "model"), "--max-new-tokens", "2"]
     assert main(["generate", "--adapter", str(tmp_path / "adapter"), "--prompt", "hello", *given]) == 0
     assert capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_a_trainers_reference_of_pairs_alone():
+    """As TRL's DPO, KTO, GRPO and RLOO make it."""
+    model, inputs = ours(native_model("mixtral"), **ALONE), batch(labels=False)
+    before = model(**inputs).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    assert model.active_adapters == ["default"]
+    assert torch.equal(model(**inputs).logits, before)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".default." in name:
+            parameters[name.replace(".default.", ".ref.")].copy_(parameter)
+            parameter.mul_(2)
+    assert not torch.allclose(model(**inputs).logits, before, atol=1e-2)
+    model.set_adapter("ref")
+    assert torch.equal(model(**inputs).logits, before)
