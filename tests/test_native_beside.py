@@ -203,3 +203,15 @@ def test_balancing_losses_of_both_routers_are_added_once_each(kind):
     changed = [name for name in grads if (of_ours[name] - of_neither[name]).abs().max() > 1e-6]
     assert any("lora_router" in name for name in changed)
     assert any((of_base[name] - of_neither[name]).abs().max() > 1e-6 for name in grads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["beside", "pairs"])
+def test_the_other_layout_is_refused_beside_one(first):
+    layouts = {"beside": BESIDE, "pairs": {"target_modules": ["q_proj"], "target_parameters": EXPERTS}}
+    fields = {"beside": "target_parameters", "pairs": "target_modules"}
+    model, inputs = ours(native_model("mixtral"), **layouts.pop(first)), batch(labels=False)
+    before, names = model(**inputs).logits, list(model.state_dict())
+    with pytest.raises(ValueError, match=f"`{fields[first]}` of adapter 'other'.*in the same field"):
+        model.add_adapter("other", MoELoraConfig(**next(iter(layouts.values()))))
+    assert torch.equal(model(**inputs).logits, before) and list(model.state_dict()) == names
