@@ -381,3 +381,37 @@ def test_a_bare_name_is_written_with_its_module():
     model = ours(native_model("mixtral"), target_modules=[], target_parameters=["down_proj"])
     assert model.peft_config["default"].target_parameters == ["mlp.experts.down_proj"]
     assert native.is_native(model.base_model.model.model.layers[0].mlp.experts.get_base_layer())
+
+
+def test_commands_run_pairs_alone(tmp_path, capsys):
+    """They have no routing of ours that an attached router could be in the place of."""
+    from tiny import tiny_tokenizer
+
+    from moelora.cli import main
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    base = native_model("mixtral", vocab_size=len(tokenizer))
+    base.save_pretrained(tmp_path / "model")
+    ours(base, **ALONE).save_pretrained(tmp_path / "adapter")
+    given = ["--base", str(tmp_path / "model"), "--max-new-tokens", "2"]
+    assert main(["generate", "--adapter", str(tmp_path / "adapter"), "--prompt", "hello", *given]) == 0
+    assert capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_a_trainers_reference_of_pairs_alone():
+    """As TRL's DPO, KTO, GRPO and RLOO make it."""
+    model, inputs = ours(native_model("mixtral"), **ALONE), batch(labels=False)
+    before = model(**inputs).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    assert model.active_adapters == ["default"]
+    assert torch.equal(model(**inputs).logits, before)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".default." in name:
+            parameters[name.replace(".default.", ".ref.")].copy_(parameter)
+            parameter.mul_(2)
+    assert not torch.allclose(model(**inputs).logits, before, atol=1e-2)
+    model.set_adapter("ref")
+    assert torch.equal(model(**inputs).logits, before)

@@ -203,3 +203,43 @@ def test_balancing_losses_of_both_routers_are_added_once_each(kind):
     changed = [name for name in grads if (of_ours[name] - of_neither[name]).abs().max() > 1e-6]
     assert any("lora_router" in name for name in changed)
     assert any((of_base[name] - of_neither[name]).abs().max() > 1e-6 for name in grads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["beside", "pairs"])
+def test_the_other_layout_is_refused_beside_one(first):
+    layouts = {"beside": BESIDE, "pairs": {"target_modules": ["q_proj"], "target_parameters": EXPERTS}}
+    fields = {"beside": "target_parameters", "pairs": "target_modules"}
+    model, inputs = ours(native_model("mixtral"), **layouts.pop(first)), batch(labels=False)
+    before, names = model(**inputs).logits, list(model.state_dict())
+    with pytest.raises(ValueError, match=f"`{fields[first]}` of adapter 'other'.*in the same field"):
+        model.add_adapter("other", MoELoraConfig(**next(iter(layouts.values()))))
+    assert torch.equal(model(**inputs).logits, before) and list(model.state_dict()) == names
+
+
+PAIRS_TOO = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+
+
+@torch.no_grad()
+def test_a_merged_expert_of_another_rank_leaves_pairs_where_they_are():
+    from moelora.experts import MergeRecipe, merge_experts, put_together, take_apart
+
+    model, inputs = ours(native_model("mixtral"), **PAIRS_TOO), batch(labels=False)
+    weights = torch.rand(3, 7, 1, generator=torch.Generator().manual_seed(5))
+    expected = model(**inputs, routing_weights=weights.expand(-1, -1, 4)).logits
+    merged = merge_experts(take_apart(model), [0, 1], [0.5, 0.5], MergeRecipe(method="average"))
+    smaller = put_together(model, merged.adapters)
+    assert list(smaller.peft_config) == ["default", "expert_0"]
+    doubled = weights * torch.tensor([1.0, 1.0, 2.0])  # the average of two stands for both
+    torch.testing.assert_close(smaller(**inputs, routing_weights=doubled).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [[0], [2, 3]])
+def test_experts_that_pairs_would_have_no_adapter_with_are_refused_first(kept):
+    from moelora.experts import select, take_apart
+
+    model = ours(native_model("mixtral"), **PAIRS_TOO, num_experts=2)
+    model.add_adapter("expert_2", MoELoraConfig(r=2, target_modules=["q_proj"], router_type="learned"))
+    model.add_adapter("expert_3", MoELoraConfig(r=2, target_modules=["q_proj"], router_type="learned"))
+    with pytest.raises(ValueError, match=r"'default' adapts a base's native experts too.*keep more"):
+        select(take_apart(model), kept)

@@ -6,6 +6,8 @@ from helpers import VOCAB, awaken, llama
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from moelora import MoELoraConfig
+from moelora.experts import save_lora, to_lora
+from moelora.storage.mixture_files import read_mixture
 
 IDS = torch.arange(14).view(2, 7) % VOCAB
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
@@ -57,3 +59,18 @@ def test_an_adapted_output_layer_replaces_no_weights_of_another_base(tmp_path):
         PeftModel.from_pretrained(llama(), tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path, load_embedding_layers=True).eval()
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_an_adapted_output_layer_is_exported_from_a_folder_without_the_bases_weights(tmp_path):
+    model = adapted("module")
+    model.save_pretrained(tmp_path / "with")
+    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight`.*`save_embedding_layers=False`"):
+        to_lora(read_mixture(tmp_path / "with"), 0)
+    model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    again = PeftModel.from_pretrained(llama(), tmp_path / "without").eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    save_lora(to_lora(read_mixture(tmp_path / "without"), 0), tmp_path / "lora")
+    alone = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(2, 7, 4)
+    torch.testing.assert_close(alone(IDS).logits, model(IDS, routing_weights=weights).logits, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from helpers import ARCHITECTURES, LLAMA_TARGETS, SCOPES, grads_of, llama, mixture_of
+from native import EXPERTS, batch, native_model, ours
 from peft import LoraConfig, get_peft_model
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -116,3 +117,30 @@ def test_a_traced_model_computes_the_same(tmp_path, model, gradients):
     again = torch.jit.load(tmp_path / "traced.pt")
     with torch.no_grad():
         torch.testing.assert_close(again(*others.values()), model(**others).logits, rtol=1e-4, atol=1e-5)
+
+
+# ---- low-rank pairs on native experts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # grouped products, and padded ones
+def test_gradients_of_pairs_on_native_experts(dtype):
+    model = ours(native_model("mixtral", dtype), target_modules=["q_proj"], target_parameters=EXPERTS)
+    ids = batch(labels=False)["input_ids"]
+    trained, frozen = split(model)
+    together = grad(loss_of(model, frozen, ["input_ids"]))(trained, ids[0])
+    model(ids[:1]).logits.square().mean().backward()
+    alone = grads_of(model)
+    assert any("experts" in key for key in alone)
+    for key, value in alone.items():
+        torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_trace_of_pairs_on_native_experts_holds_for_other_tokens(dtype):
+    model = ours(native_model("mixtral", dtype), target_modules=["q_proj"], target_parameters=EXPERTS)
+    ids = batch(labels=False)["input_ids"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of traced shapes
+        traced = torch.jit.trace(_Logits(model, ["input_ids"]), (ids,))
+        one_sided = torch.full_like(ids, 5)  # all tokens go to the same native experts
+        torch.testing.assert_close(traced(one_sided), model(one_sided).logits, rtol=1e-4, atol=1e-5)

@@ -125,7 +125,8 @@ def check_exportable(adapters: Sequence[StoredAdapter]) -> None:
         if adapter.others:
             raise ValueError(
                 f"`{adapter.others[0]}` of adapter {adapter.name!r} is no part of its experts' factors, so no LoRA "
-                "made of them computes what the mixture computes"
+                "made of them computes what the mixture computes; if it is the base model's own, which PEFT saves with "
+                "an adapted embedding or output layer, save the mixture with `save_embedding_layers=False`"
             )
 
 

@@ -27,7 +27,15 @@ from ..routing.domain_classifier import DomainStatistics, combined, distinct
 from ..storage.lora_file import Factor
 from ..storage.mixture_files import scaling_of
 from .low_rank import truncated, truncated_product
-from .parts import FIXED, AdapterParts, Tensors, free_name, settle, with_explicit_weights
+from .parts import (
+    FIXED,
+    AdapterParts,
+    Tensors,
+    free_name,
+    settle,
+    with_explicit_weights,
+    without_native_experts,
+)
 
 METHODS = ("average", "svd", "ties", "dare")
 HIDDEN = "hidden_weight"
@@ -286,6 +294,7 @@ def _combined(
 
 def _adapter_of_its_own(home: AdapterParts, expert: Tensors, taken: set[str]) -> AdapterParts:
     """An adapter for an expert of another rank; its scaling is 1, for it lies in B."""
+    home = without_native_experts(home)
     config = deepcopy(home.config)
     config.r = config.lora_alpha = len(next(tensor for key, tensor in expert.items() if key.endswith(_A)))
     config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}

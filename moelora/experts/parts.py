@@ -106,6 +106,14 @@ def _is_native(config: MoELoraConfig, key: str) -> bool:
     return match is not None and adapts_parameter(config, match["module"])
 
 
+def without_native_experts(adapter: AdapterParts) -> AdapterParts:
+    """The adapter without pairs of native experts: those are in force beside it, in the adapter that it comes from."""
+    config = deepcopy(adapter.config)
+    shared = {key: tensor for key, tensor in adapter.shared.items() if not _is_native(config, key)}
+    config.target_parameters = None
+    return replace(adapter, config=config, shared=shared)
+
+
 def put_together(model: PeftModel, adapters: Sequence[AdapterParts]) -> PeftModel:
     """A mixture of these adapters on the base of model, which loses its own and is of no use afterwards.
 
@@ -228,6 +236,9 @@ def settle(adapters: Sequence[AdapterParts]) -> list[AdapterParts]:
     `top_k_experts` becomes at most the number of experts, as routing reads it anyway. An adapter that keeps fewer
     experts than a configuration may say (two, or `top_k_experts`) becomes single adapters `expert_<i>`; one without
     experts is left out.
+
+    Raises:
+        ValueError: an adapter adapts a base's native experts too, and would not go on under its name.
     """
     total = sum(len(adapter.experts) for adapter in adapters if adapter.is_active)
     taken = {adapter.name for adapter in adapters if adapter.experts}
@@ -235,9 +246,16 @@ def settle(adapters: Sequence[AdapterParts]) -> list[AdapterParts]:
     for adapter in adapters:
         if not adapter.is_active:
             settled.append(adapter)
-        elif adapter.experts:
-            config = deepcopy(adapter.config)
-            config.top_k_experts = min(config.top_k_experts, total)
+            continue
+        config = deepcopy(adapter.config)
+        config.top_k_experts = min(config.top_k_experts, total)
+        if config.target_parameters and len(adapter.experts) < max(2, config.top_k_experts):
+            raise ValueError(
+                f"adapter {adapter.name!r} adapts a base's native experts too (`target_parameters`), which needs "
+                f"{max(2, config.top_k_experts)} experts of ours or more in it; {len(adapter.experts)} would be left: "
+                "keep more"
+            )
+        if adapter.experts:
             if adapter.is_single or len(adapter.experts) >= max(2, config.top_k_experts):
                 config.num_experts = config.num_experts if adapter.is_single else len(adapter.experts)
                 settled.append(replace(adapter, config=config))

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .transforms import is_transformed
+
 RANKS = 8  # a rank that is no multiple is padded: rows of grouped products have to begin at multiples of 16 bytes
 _ALIGNED = 16
 
@@ -67,13 +69,13 @@ def native_experts(experts: Any, pairs: Pairs, hidden: Tensor, experts_TK: Tenso
     weights_TK = weights_TK.masked_fill(experts_TK > last, 0.0)
     rows = _Rows.of(experts_TK.clamp(max=last), experts.num_experts)
     first = first_parameter(experts)
-    x = _Spread.apply(hidden, rows)
+    x = _spread(hidden, rows)
     y = _product(experts, first, pairs.get(first, ()), x, rows)
     y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
     y = _product(experts, "down_proj", pairs.get("down_proj", ()), y, rows)
     if experts.has_post_expert_norm:
         y = experts.post_expert_norm(y)
-    y_TKO = _Collect.apply(y, rows).view(*experts_TK.shape, -1)
+    y_TKO = _collect(y, rows).view(*experts_TK.shape, -1)
     return (y_TKO * weights_TK.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
 
 
@@ -149,8 +151,18 @@ def _side_by_side(pairs: Sequence[NativePairs], num_experts: int, dtype: torch.d
     return A, B.contiguous()
 
 
+def _spread(x: Tensor, rows: _Rows) -> Tensor:
+    """x [T, D] as rows [S, D]; transformed, in a form that autograd differentiates."""
+    return x.index_select(0, rows.order // rows.top_k) if is_transformed() else _Spread.apply(x, rows)
+
+
+def _collect(y: Tensor, rows: _Rows) -> Tensor:
+    """Rows [S, O] in the order of [T, K], flattened."""
+    return y.index_select(0, rows.inverse) if is_transformed() else _Collect.apply(y, rows)
+
+
 class _Spread(torch.autograd.Function):
-    """x [T, D] as rows [S, D]. By the inverse order its gradient is a sum of K, where that of an index adds up rows one
+    """See [`_spread`]. By the inverse order its gradient is a sum of K, where that of an index adds up rows one
     by one."""
 
     @staticmethod
@@ -165,7 +177,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Rows [S, O] in the order of [T, K], flattened."""
+    """See [`_collect`]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, rows: _Rows) -> Tensor:
@@ -195,10 +207,13 @@ def _serves_grouped(x: Tensor, weight: Tensor) -> bool:
 
 
 def _padded(x: Tensor, weight: Tensor, rows: _Rows) -> Tensor:
-    """The same by one batched product, every expert given as many rows as the busiest has; the host waits for that."""
+    """The same by one batched product, every expert given as many rows as the busiest has; the host waits for that.
+
+    What is traced is to hold for other tokens too, so there every expert is given as many rows as there are.
+    """
     num_experts = len(weight)
     starts = F.pad(rows.ends, (1, 0))[:-1]
-    most = max(int((rows.ends - starts).max()), 1)
+    most = len(x) if is_transformed() else max(int((rows.ends - starts).max()), 1)
     places = rows.experts * most + torch.arange(len(x), device=x.device) - starts.index_select(0, rows.experts)
     padded = x.new_zeros(num_experts * most, x.shape[1]).index_copy(0, places, x)
     y = torch.bmm(padded.view(num_experts, most, -1), weight)

@@ -102,7 +102,7 @@ def _try_attached_router(model: PeftModel, adapter: Path) -> None:
     Raises:
         UserError: it does not, or it is the user's code, which a command does not have.
     """
-    routing = getattr(model.base_model, "routing", None)  # plain LoRA has none
+    routing = getattr(model.base_model, "routing_or_none", None)  # LoRA has neither, native experts alone no routing
     if routing is None or routing.attached is None:
         return
     try:

@@ -26,7 +26,7 @@ from ._peft import ExpertsLora, LoraLayer, TunerModel
 from .controls import RoutingControls
 from .layer import LayerLink, MoELoraLayer, make_routed
 from .names import check_adapter_name
-from .native import NO_MERGE, check_parameters, has_experts_beside, patterns_are_for_parameters
+from .native import NO_MERGE, check_layout, check_parameters, has_experts_beside, patterns_are_for_parameters
 from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .placement import Place, places
@@ -101,6 +101,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             return
         blocks.check_forwards(self.model)
         blocks.check_targets(self.model, module_names)
+        check_layout(self.model, adapter_name, config, module_names)
         places(self.model, module_names, config.router_scope, config.own_routers)
         check_parameters(self.model, adapter_name, config, module_names)
 

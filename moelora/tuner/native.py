@@ -150,6 +150,26 @@ def check_parameters(model: nn.Module, adapter_name: str, config: MoELoraConfig,
             )
 
 
+def check_layout(model: nn.Module, adapter_name: str, config: MoELoraConfig, modules: Collection[str]) -> None:
+    """Refuse a layout of native experts, or of another parameter, beside the other one: both would be one layer.
+
+    Args:
+        modules: names of the modules that `target_modules` is for.
+
+    Raises:
+        ValueError: naming the module and the fix.
+    """
+    owners = {name.rpartition(".")[0] for name in matched_parameters(model, config.target_parameters or ())}
+    layouts = (("target_modules", modules, peft_lora.ParamWrapper), ("target_parameters", owners, ExpertsLora))
+    for field, names, other in layouts:
+        if taken := next((name for name in names if isinstance(model.get_submodule(name), other)), None):
+            theirs = "target_parameters" if field == "target_modules" else "target_modules"
+            raise ValueError(
+                f"`{taken}`, which `{field}` of adapter {adapter_name!r} is for, is adapted by `{theirs}` of another "
+                "adapter already, and a layer can be adapted in one way: ask for it in the same field"
+            )
+
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -38,8 +38,11 @@ def make_equal(model: Any) -> None:
     """Let the copy and what it is of compute the same, whatever the batch.
 
     It gets what its trainer does not copy, for it is no parameter: maturity, and whatever else decides. Both lose their
-    capacity, by which a text's log-probabilities depend on the texts beside it.
+    capacity, by which a text's log-probabilities depend on the texts beside it. Pairs of native experts alone have
+    parameters and nothing else.
     """
+    if model.base_model.routing_or_none is None:
+        return
     for router in model.base_model.routing.routers.values():
         if POLICY in router.lora_router:
             router[REFERENCE].load_state_dict(router[POLICY].state_dict())
