@@ -347,7 +347,7 @@ def chosen(monkeypatch):
 
     def choose(answer):
         calls.clear()
-        monkeypatch.setattr("moelora.forward.state.chooses_sparse", lambda *_, **__: answer)
+        monkeypatch.setattr("moelora.forward.block_routing.chooses_sparse", lambda *_, **__: answer)
         return calls
 
     return choose

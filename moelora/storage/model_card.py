@@ -123,7 +123,10 @@ def _what(model: PeftModel) -> str:
         for name, config in model.peft_config.items()
     ]
     kind = model.active_peft_config.router_type
-    how = "Their weights are fixed." if kind == "fixed" else f"A router (`{kind}`) weighs them for every token."
+    if model.base_model.routing_or_none is None:
+        how = "The base model's own router weighs them."
+    else:
+        how = "Their weights are fixed." if kind == "fixed" else f"A router (`{kind}`) weighs them for every token."
     text = f"LoRA experts for {_name(_base_name(model)) or 'a model without a name'}. {how}"
     return f"## What it is\n\n{text}\n\n{_table(('adapter', 'experts', 'rank of each', 'active'), rows)}"
 
@@ -157,13 +160,19 @@ import {LIBRARY}
 from peft import PeftModel
 {_base_model(base, _base_name(model))}
 model = PeftModel.from_pretrained(base_model, "{_PLACEHOLDER}")
-```{_ROUTER if model.base_model.routing.attached is not None else ""}"""
+```{_ROUTER if _has_attached(model) else ""}"""
 
 
 _ROUTER = """
 
 The router is a module of its author's, saved as `router.safetensors`. A stack of torch.nn's own layers comes back by
 itself; any other has to be given: `PeftModel.from_pretrained(..., router=module)`."""
+
+
+def _has_attached(model: PeftModel) -> bool:
+    """Whether a router of its author's decides; where only native experts are adapted, none of ours does."""
+    routing = model.base_model.routing_or_none
+    return routing is not None and routing.attached is not None
 
 
 def _base_model(base: Any, name: str) -> str:
@@ -176,7 +185,7 @@ def _base_model(base: Any, name: str) -> str:
 
 def _serving(model: PeftModel) -> str | None:
     """How to serve it; nothing where no server takes it."""
-    if model.base_model.routing.attached is not None or model.active_peft_config.task_type != "CAUSAL_LM":
+    if _has_attached(model) or model.active_peft_config.task_type != "CAUSAL_LM":
         return None
     return f"""## Serving
 
