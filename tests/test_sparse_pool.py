@@ -353,11 +353,11 @@ def chosen(monkeypatch):
     return choose
 
 
-def both_forms(choose, name="llama", checkpointing=None, device="cpu", **options):
+def both_forms(choose, name="llama", checkpointing=None, device="cpu", dtype=torch.float32, **options):
     results = []
     for is_sparse in (True, False):
         calls = choose(is_sparse)
-        model = mixture_of(name, **({"num_experts": 12} | options)).to(device)
+        model = mixture_of(name, **({"num_experts": 12} | options)).to(device, dtype)
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         torch.manual_seed(7)
@@ -372,7 +372,7 @@ def assert_alike(result, expected_result):
     (loss, gradients, stats), (expected_loss, expected, expected_stats) = result, expected_result
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     assert any("router" in name and gradient.any() for name, gradient in expected.items())
-    assert_same_grads(gradients, expected, rtol=1e-4, atol=3e-5)
+    assert_same_grads(gradients, expected, rtol=1e-4, atol=1e-5)
     for name, expected_of_router in expected_stats.items():
         for key, value in vars(expected_of_router).items():
             assert getattr(stats[name], key) == pytest.approx(value, rel=1e-5, abs=1e-6), key
@@ -395,7 +395,8 @@ MODELS = {
 
 @pytest.mark.parametrize("options", MODELS)
 def test_a_model_trains_alike_in_both_forms(chosen, options):
-    assert_alike(*both_forms(chosen, **MODELS[options]))
+    """In float64: a choice between experts, and gradients, are then the same whatever the order of sums."""
+    assert_alike(*both_forms(chosen, dtype=torch.float64, **MODELS[options]))
 
 
 def test_a_model_trains_alike_in_both_forms_with_kernels(chosen, kernel_device):

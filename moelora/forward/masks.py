@@ -59,10 +59,11 @@ def without_nothing(mask: Tensor | None) -> Tensor | None:
         >>> without_nothing(torch.tensor([[True, True]])) is None
         True
     """
-    is_known = (
-        type(mask) is Tensor and mask.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
-    )
-    return None if is_known and bool(mask.all()) else mask  # type: ignore[union-attr]
+    if mask is None or mask.device.type != "cpu" or type(mask) is not Tensor:  # the values of fakes are not known
+        return mask
+    if torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        return mask
+    return None if bool(mask.all()) else mask
 
 
 def packed_mask(position_ids: Any) -> Tensor | None:
