@@ -5,7 +5,7 @@ import torch
 from helpers import ARCHITECTURES, every_pair, mixture_of
 
 from moelora.forward import state
-from moelora.forward.masks import decoder_mask_from_labels, token_mask
+from moelora.forward.masks import decoder_mask_from_labels, token_mask, without_nothing
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
 RIGHT = LEFT.flip(1)
@@ -76,6 +76,14 @@ def test_static_cache_is_longer_than_the_text():
 @pytest.mark.parametrize("given", [None, torch.ones(5), torch.ones(3, 5, 5), "causal"], ids=["none", "1d", "3d", "str"])
 def test_what_says_nothing(given):
     assert token_mask(given, 5) is None
+
+
+def test_a_mask_that_hides_something_stays():
+    for mask in (torch.tensor([[True, False]]), torch.tensor([[False, False]])):
+        assert without_nothing(mask) is mask
+    assert without_nothing(torch.ones(2, 3, dtype=torch.bool)) is None and without_nothing(None) is None
+    hidden = torch.ones(1, 2, dtype=torch.bool, device="meta")
+    assert without_nothing(hidden) is hidden  # whose values nobody knows
 
 
 def test_all_padding_row():

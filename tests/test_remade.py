@@ -61,6 +61,15 @@ def test_a_checkpoint_keeps_what_it_keeps(always):
     assert_same_grads(grads_of(model), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_what_somebody_keeps_elsewhere_is_not_asked_for(always):
+    """A checkpoint would compute its region again; offloading would copy back what it has just taken away."""
+    asked = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: asked.append(1) or tensor):
+        x = torch.randn(3, requires_grad=True).exp() * torch.randn(3, requires_grad=True).exp()
+        (kept,) = remade.source_of(x).tensors
+    assert kept is x and not asked
+
+
 @pytest.mark.parametrize(
     "make", [lambda x: x * 2, lambda x: x * torch.ones(4), lambda x: x + x, lambda x: x.detach() * x.detach()]
 )
