@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 
-import moelora.forward.state
+import moelora.forward.block_routing
 import moelora.tuner.layer
 from moelora import MoELoraConfig, ops
 
@@ -174,7 +174,7 @@ def as_arm(arm: str, run: Callable[[], object]) -> Callable[[], object]:
 
 def _in_form(run: Callable[[], object], is_sparse: bool) -> Callable[[], object]:
     def chosen() -> object:
-        with mock.patch.object(moelora.forward.state, "chooses_sparse", lambda *_, **__: is_sparse):
+        with mock.patch.object(moelora.forward.block_routing, "chooses_sparse", lambda *_, **__: is_sparse):
             return run()
 
     return chosen
