@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from benchmarks.continual import novelty
-from benchmarks.continual.__main__ import main
-from benchmarks.continual.learners import LEARNERS, Grown, Plan, Setting
-from benchmarks.continual.table import chosen_runs, forgetting
+from benchmarks.growing import novelty
+from benchmarks.growing.__main__ import main
+from benchmarks.growing.learners import LEARNERS, Grown, Plan, Setting
+from benchmarks.growing.table import chosen_runs, forgetting
 from benchmarks.quality.quick import quick_base
 from moelora.presets import PRESETS
 

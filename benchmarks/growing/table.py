@@ -1,4 +1,4 @@
-"""The tables of the continual-learning benchmark, from its rows alone."""
+"""The tables of the benchmark on growing, from its rows alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..quality.table import Interval
 from ..record import RESULTS
 from .learners import LEARNERS
 
-MODULE = "benchmarks.continual.table"
+MODULE = "benchmarks.growing.table"
 TABLE_FILE = "table.md"
 Row = dict[str, Any]
 Run = dict[int, Row]  # by stage
@@ -123,8 +123,8 @@ def write(folder: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write and print the tables."""
-    parser: argparse.ArgumentParser = make_parser(MODULE, __doc__, ("", "--out benchmarks/results/continual"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "continual", help="folder of rows.jsonl")
+    parser: argparse.ArgumentParser = make_parser(MODULE, __doc__, ("", "--out benchmarks/results/growing"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "growing", help="folder of rows.jsonl")
     print(write(parser.parse_args(argv).out))
 
 

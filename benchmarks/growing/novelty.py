@@ -19,7 +19,7 @@ from ..record import command_line, environment
 from .__main__ import load, parser_of
 from .learners import LEARNERS, Setting
 
-MODULE = "benchmarks.continual.novelty"
+MODULE = "benchmarks.growing.novelty"
 EXAMPLES = (
     "--device cpu --quick",
     "--device cuda --data .scratch/quality --model .scratch --domains python german bible sql",

