@@ -17,7 +17,7 @@ from .data import Examples
 
 @dataclass(frozen=True)
 class Batches:
-    """ids and labels [N, B, S]; mask [N, B, S], False on padding, or None."""
+    """ids [N, B, S]; labels [N, B, S], or [N, B, K] of the last K tokens; mask [N, B, S], False on padding, or None."""
 
     ids: Tensor
     labels: Tensor

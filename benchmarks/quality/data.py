@@ -52,8 +52,8 @@ class Examples:
     """Rows of one domain or task in one split.
 
     Args:
-        ids: [N, S] token ids, padded on the right.
-        labels: [N, S]; -100 where nothing is predicted (padding, prompts).
+        ids: [N, S] token ids, padded on the right; on the left where labels are shorter.
+        labels: [N, S], or those of the last K tokens, [N, K]; -100 where nothing is predicted (padding, prompts).
         mask: [N, S], False on padding; None where there is none.
         choices: token ids of the possible answers' first tokens, where the likeliest is chosen; else empty.
     """
@@ -65,6 +65,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def first(self, rows: int) -> Examples:
+        """So many of the rows, or all."""
+        mask = None if self.mask is None else self.mask[:rows]
+        return Examples(self.ids[:rows], self.labels[:rows], mask, self.choices)
 
     def majority(self) -> float:
         """Share of the most frequent answer among all rows' answers."""

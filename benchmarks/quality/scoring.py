@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import IGNORED, Examples
-from .trainer import autocast
+from .trainer import autocast, logits_kept
 
 ROWS = 96  # of one forward
 
@@ -41,7 +41,8 @@ def score(model: nn.Module, examples: Examples, device: str, mixed: bool = True)
         ids, labels = (torch.from_numpy(a[start : start + ROWS]).to(device) for a in (examples.ids, examples.labels))
         mask = None if examples.mask is None else torch.from_numpy(examples.mask[start : start + ROWS]).to(device)
         with autocast(device) if mixed else nullcontext():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, **logits_kept(ids, labels))
+        logits = output.logits[:, :-1]
         targets = labels[:, 1:]
         for rows, answers in zip(logits.split(16), targets.split(16), strict=True):  # float32 logits are large
             total += F.cross_entropy(rows.float().flatten(0, 1), answers.flatten(), reduction="sum")

@@ -55,6 +55,11 @@ def rate_at(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
+def logits_kept(ids: Tensor, labels: Tensor) -> dict[str, int]:
+    """An argument of the forward: where labels [B, K] are those of the last K tokens alone, so are the logits."""
+    return {"logits_to_keep": labels.shape[1]} if labels.shape != ids.shape else {}
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run cost."""
@@ -73,6 +78,8 @@ class Training:
         device: "cuda" or "cpu".
         groups: parameters with a factor on their learning rate; default: all trainable ones with factor 1.
         capture: whether the step can be captured (it must not synchronise with the host).
+        penalty: a further term of the loss, anew for each step.
+        after_backward: called between the gradients and the optimizer's step, to change gradients.
 
     Raises:
         ValueError: nothing is trainable.
@@ -85,8 +92,11 @@ class Training:
         device: str,
         groups: Sequence[Group] | None = None,
         capture: bool = True,
+        penalty: Callable[[], Tensor] | None = None,
+        after_backward: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.device = model.train(), device
+        self.penalty, self.after_backward = penalty, after_backward
         groups = groups or [([p for p in model.parameters() if p.requires_grad], 1.0)]
         self.parameters = [parameter for members, _ in groups for parameter in members]
         if not self.parameters:
@@ -97,6 +107,7 @@ class Training:
         self.factors = [factor for _, factor in groups]
         self.optimizer = torch.optim.AdamW(options, weight_decay=0.0, fused=is_cuda, capturable=is_cuda)
         self.ids, self.labels, self.mask = (None if t is None else t.clone() for t in like.batch(0))
+        self.kept = logits_kept(self.ids, self.labels)
         self.initial = [(tensor, tensor.detach().clone()) for tensor in (*self.parameters, *model.buffers())]
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -106,11 +117,16 @@ class Training:
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=False)
         with autocast(self.device):
-            output = self.model(input_ids=self.ids, labels=self.labels, attention_mask=self.mask, use_cache=False)
-        output.loss.backward()
+            output = self.model(
+                input_ids=self.ids, labels=self.labels, attention_mask=self.mask, use_cache=False, **self.kept
+            )
+        loss = output.loss if self.penalty is None else output.loss + self.penalty()
+        loss.backward()
+        if self.after_backward is not None:
+            self.after_backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
         self.optimizer.step()
-        return output.loss
+        return loss
 
     def _capture(self) -> Callable[[], object]:
         stream = _capture_stream()

@@ -1,0 +1,39 @@
+"""All methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from .learner import Learner, Setting
+from .mixture import Grown
+from .plain import Joint, Lora, PerTask
+
+RATES = (5e-4, 1e-3, 2e-3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is shown and made.
+
+    Args:
+        about: what it does, in a line; "re-implementation" where it is ours from a paper's formulas.
+        is_told: whether it is told the task when it answers.
+        rates: learning rates to choose from.
+    """
+
+    about: str
+    make: Callable[[Setting], Learner]
+    is_told: bool = False
+    rates: tuple[float, ...] = RATES
+
+
+METHODS = {
+    "lora": Method("one LoRA, trained on one task after the other", Lora),
+    "replay-2": Method("the same; 2% of each earlier task's rows are kept and replayed", partial(Lora, replayed=0.02)),
+    "replay-10": Method("the same with 10%", partial(Lora, replayed=0.1)),
+    "joint": Method("one LoRA, trained on all tasks at once, for as many steps", Joint),
+    "oracle": Method("a LoRA for each task; told the task", PerTask, is_told=True),
+    "moelora": Method("a mixture that grows by experts for each task; never told the task", Grown),
+}
