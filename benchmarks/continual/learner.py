@@ -106,6 +106,11 @@ class Setting:
         )
 
     @property
+    def lora_size(self) -> int:
+        """Parameters of the plan's LoRA."""
+        return num_trainable(self.lora())
+
+    @property
     def pad(self) -> int:
         """The id that fills rows up."""
         pad = self.tokenizer.pad_token_id

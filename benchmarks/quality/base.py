@@ -49,13 +49,20 @@ def load_base(source: Path | None, cache: Path, device: str) -> nn.Module:
         folder = packaged_folder() if source is None else source
         if not (folder / GGUF).exists():
             folder = join_parts(folder, cache.with_name(f"{cache.name}-gguf.{os.getpid()}"))
-        print(f"unpacking {folder / GGUF}", flush=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=dtype)
-        del model.config.quantization_config  # unpacked, yet still marked as quantised, which refuses to save
-        model.hf_quantizer, model.is_quantized = None, False
-        _publish(model, cache)
+        unpack(folder, GGUF, cache, dtype)
     model = AutoModelForCausalLM.from_pretrained(cache, dtype=dtype)
     return model.to(device).requires_grad_(False)
+
+
+def unpack(folder: Path, file: str, out: Path, dtype: torch.dtype) -> None:
+    """Save the model of a GGUF file as transformers does, its weights no longer quantised."""
+    from transformers import AutoModelForCausalLM
+
+    print(f"unpacking {folder / file}", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+    del model.config.quantization_config  # unpacked, yet still marked as quantised, which refuses to save
+    model.hf_quantizer, model.is_quantized = None, False
+    _publish(model, out)
 
 
 def _publish(model: Any, folder: Path) -> None:
