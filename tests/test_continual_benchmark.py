@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from benchmarks.continual.__main__ import jobs_of, main, parse
 from benchmarks.continual.encoding import encode, encode_prompt, widened
 from benchmarks.continual.learner import EncodedTask, Plan, Setting

