@@ -85,6 +85,19 @@ def test_learning_rates_are_chosen_on_another_order():
         assert order.tuned_on != order.tasks[:3], name
 
 
+def test_a_shifted_task_asks_the_same_for_other_labels(tmp_path):
+    write_task(tmp_path, "cb", 4)
+    content = json.loads((tmp_path / "cb" / "train.json").read_text())
+    for row, label in zip(content["Instances"], ["a", "b", "c", "a"], strict=True):
+        row["output"] = label
+    for split in ("train", "test"):
+        (tmp_path / "cb" / f"{split}.json").write_text(json.dumps(content))
+    plain, shifted = load_tasks(tmp_path, ["cb", "cb+1"])
+    assert shifted.name == "cb+1" and "code 1" in shifted.rows["test"][0].definition
+    pairs = zip(plain.rows["test"], shifted.rows["test"], strict=True)
+    assert [(old.answers[0], new.answers[0]) for old, new in pairs] == [("a", "b"), ("b", "c"), ("c", "a"), ("a", "b")]
+
+
 # ---- tokens and scores -----------------------------------------------------------------------------------------------
 
 

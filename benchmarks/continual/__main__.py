@@ -16,7 +16,7 @@ from .learner import Plan
 from .methods import METHODS
 from .results import ROWS_FILE, Results
 from .run import Job, Source
-from .tasks import SEQUENCES
+from .tasks import PUBLISHED, SEQUENCES
 from .workers import Workers
 
 MODULE = "benchmarks.continual"
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=list(METHODS),
         help=f"{legend} (default: all)",
     )
-    add("--sequences", nargs="+", choices=list(SEQUENCES), default=list(SEQUENCES))
+    add("--sequences", nargs="+", choices=list(SEQUENCES), default=list(PUBLISHED))
     bases = [name for name in BASES if name != "quick"]
     add("--bases", nargs="+", choices=bases, default=bases)
     add("--steps", type=int, default=120, help="optimizer steps of a task (default: 120)")

@@ -51,13 +51,14 @@ class EncodedTask:
     length: int
     examples: dict[str, Examples]
     questions: dict[str, tuple[Question, ...]]
+    is_generated: bool
 
     @classmethod
     def of(cls, task: Task, tokenizer: Any) -> EncodedTask:
         """S is chosen by the training rows."""
         length = length_for(task.rows["train"], tokenizer)
         examples = {split: encode(task.rows[split], tokenizer, length) for split in SPLITS}
-        return cls(task.name, length, examples, task.rows)
+        return cls(task.name, length, examples, task.rows, task.is_generated)
 
 
 @dataclass

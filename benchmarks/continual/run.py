@@ -69,7 +69,7 @@ def perform(job: Job, source: Source, plan: Plan) -> Row:
     torch.manual_seed(job.seed)
     setting = Setting(base, tokenizer, tasks, plan, job.seed, job.rate)
     learner = METHODS[job.method].make(setting)
-    scores = Scores(setting, job.split, SEQUENCES[job.sequence].is_generated)
+    scores = Scores(setting, job.split)
     row: Row = {**asdict(job), "steps": plan.steps, "rows": plan.rows, "rank": plan.rank}
     row |= {"tasks": [task.name for task in tasks], "matrix": [], "seconds": []}
     last = len(tasks) - 1
@@ -88,13 +88,12 @@ class Scores:
 
     setting: Setting
     split: str
-    is_generated: bool
 
     def of(self, learner: Learner, number: int, told: AbstractContextManager[object]) -> float:
         """A task's score, in percent."""
         task, device = self.setting.tasks[number], self.setting.plan.device
         with told:
-            if self.is_generated:
+            if task.is_generated:
                 questions = task.questions[self.split]
                 score = rouge_l(learner.model, questions, self.setting.tokenizer, task.length, device)
             else:

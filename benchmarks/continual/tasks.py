@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of a task's training rows, for choosing learning rates
+SHIFTED = "+"  # "cb+1" is the task cb with every label replaced by the next one, and told so
 
 _ORDER_4 = "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo"
 _ORDER_6 = "yelp amazon mnli cb copa qqp rte imdb sst2 dbpedia agnews yahoo multirc boolq wic"
@@ -25,33 +26,37 @@ _SUPERNI_1 = (
     "task1572 task363 task1290 task181 task002 task1510 task639 task1729 task073 task1590 task748 task511 task591 "
     "task1687 task875"
 )
+_SHIFTED = " ".join(
+    [*(f"{name}{SHIFTED}1" for name in _ORDER_4.split()), *(f"{name}{SHIFTED}2" for name in _ORDER_6.split()[:7])]
+)
 
 
 @dataclass(frozen=True)
 class Order:
-    """A published order of tasks.
+    """A sequence of tasks.
 
     Args:
         tasks: names of folders, or what they begin with ("task1572").
-        is_generated: whether answers are texts, scored by ROUGE-L; else labels, scored by exact match.
         tuned_on: the three tasks of another order on which learning rates are chosen.
     """
 
     tasks: tuple[str, ...]
-    is_generated: bool
     tuned_on: tuple[str, ...]
 
 
-def _sequence(order: str, is_generated: bool, other: str) -> Order:
-    return Order(tuple(order.split()), is_generated, tuple(other.split()[:3]))
+def _order(tasks: str, other: str) -> Order:
+    return Order(tuple(tasks.split()), tuple(other.split()[:3]))
 
 
 SEQUENCES = {
-    "order4": _sequence(_ORDER_4, False, _ORDER_6),
-    "order6": _sequence(_ORDER_6, False, _ORDER_4),
+    "order4": _order(_ORDER_4, _ORDER_6),
+    "order6": _order(_ORDER_6, _ORDER_4),
     # The other order here is the same one backwards.
-    "superni1": _sequence(_SUPERNI_1, True, " ".join(reversed(_SUPERNI_1.split()))),
+    "superni1": _order(_SUPERNI_1, " ".join(reversed(_SUPERNI_1.split()))),
+    # Of our own: all of the above, and label tasks again with other labels.
+    "fifty": _order(f"{_ORDER_4} {_SUPERNI_1} {_SHIFTED}", _ORDER_6),
 }
+PUBLISHED = ("order4", "order6", "superni1")
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """A task's rows by split."""
+    """A task's rows by split.
+
+    Args:
+        is_generated: whether answers are texts, scored by ROUGE-L; else labels, scored by exact match.
+    """
 
     name: str
     rows: dict[str, tuple[Question, ...]]
+    is_generated: bool = False
 
 
 def load_sequence(folder: Path, name: str, seed: int = 0) -> list[Task]:
@@ -87,9 +97,11 @@ def load_tasks(folder: Path, names: Sequence[str], seed: int = 0) -> list[Task]:
     found = {path.parent.name: path.parent for path in sorted(folder.rglob("train.json*"))}
     tasks, missing = [], []
     for name in names:
-        match = [key for key in found if key == name or key.startswith(f"{name}_")]
+        plain, _, shift = name.partition(SHIFTED)
+        match = [key for key in found if key == plain or key.startswith(f"{plain}_")]
         if match:
-            tasks.append(_load(found[match[0]], seed))
+            task = _load(found[match[0]], seed)
+            tasks.append(_shifted(task, int(shift)) if shift else task)
         else:
             missing.append(name)
     if not tasks:
@@ -111,7 +123,21 @@ def _load(folder: Path, seed: int) -> Task:
         "validation": tuple(train[i] for i in order[:held_out]),
         "test": tuple(_questions(_read(folder, "test", "dev"))),
     }
-    return Task(folder.name, rows)
+    return Task(folder.name, rows, is_generated=folder.name.startswith("task"))
+
+
+def _shifted(task: Task, places: int) -> Task:
+    """Every label replaced by one that comes so many places after it in the alphabet; the prompt says that it is."""
+    learned = (*task.rows["train"], *task.rows["validation"])
+    labels = sorted({question.answers[0] for question in learned})
+    becomes = {label: labels[(number + places) % len(labels)] for number, label in enumerate(labels)}
+
+    def changed(question: Question) -> Question:
+        told = f"{question.definition} Answer by code {places}.".strip()
+        return replace(question, definition=told, answers=(becomes[question.answers[0]],))
+
+    rows = {split: tuple(map(changed, questions)) for split, questions in task.rows.items()}
+    return replace(task, name=f"{task.name}{SHIFTED}{places}", rows=rows)
 
 
 def _read(folder: Path, *names: str) -> dict[str, Any]:
