@@ -134,7 +134,8 @@ def _shifted(task: Task, places: int) -> Task:
 
     def changed(question: Question) -> Question:
         told = f"{question.definition} Answer by code {places}.".strip()
-        return replace(question, definition=told, answers=(becomes[question.answers[0]],))
+        answer = question.answers[0]  # one that is never learned stays
+        return replace(question, definition=told, answers=(becomes.get(answer, answer),))
 
     rows = {split: tuple(map(changed, questions)) for split, questions in task.rows.items()}
     return replace(task, name=f"{task.name}{SHIFTED}{places}", rows=rows)
