@@ -6,6 +6,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,13 @@ def draw(group: Group, methods: dict[str, list[Row]], out: Path) -> None:
 
 
 def write(folder: Path) -> str:
-    """Write the tables and pictures beside the rows, and return the tables."""
+    """Write the tables beside the rows, and pictures where matplotlib is there; the tables are returned."""
     rows = list(read_rows([folder / ROWS_FILE])) if (folder / ROWS_FILE).exists() else []
     text = render(rows)
     (folder / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
+    if find_spec("matplotlib") is None:
+        print('no pictures are drawn: pip install -e ".[bench]" brings matplotlib', flush=True)
+        return text
     for group, methods in groups(rows).items():
         if any(name in methods for name in SHOWN):
             draw(group, methods, folder / f"{group[0]}-{group[1]}.png")
