@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the copy beside these pages is described, not one that is installed
 
@@ -26,7 +28,7 @@ exclude_patterns = ["requirements.txt"]
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 highlight_language = "none"
-smartquotes = False  # they make one dash of the two of an option
+smartquotes_action = "qe"  # no dashes, which it would make of the two before an option
 
 # Docstrings are in Google's style, with Markdown's `code`.
 default_role = "literal"
@@ -41,6 +43,7 @@ nitpicky = True
 nitpick_ignore_regex = [(r"py:(?!obj).*", ".*"), ("py:obj", r"(?!moelora\.).*")]
 
 html_theme = "furo"
+pygments_dark_style = "a11y-dark"
 html_title = "moelora"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
@@ -82,7 +85,14 @@ def on_docstring(app, what, name, obj, options, lines):
         lines[i] = re.sub(r"\bdocs/([\w-]+)\.md", r":doc:`/\1`", line)
 
 
+def on_doctree(app, doctree):
+    """Put a colon, as docstrings do, where Sphinx puts two dashes: between the name and the meaning of a parameter."""
+    for text in [text for text in doctree.findall(nodes.Text) if text == " -- "]:
+        text.parent.replace(text, nodes.Text(": "))
+
+
 def setup(app):
     app.connect("source-read", on_page)
     app.connect("include-read", on_included_file)
     app.connect("autodoc-process-docstring", on_docstring, priority=400)  # before napoleon
+    app.connect("doctree-read", on_doctree)
