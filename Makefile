@@ -12,6 +12,7 @@
 # make dist-test    build the sdist and the wheel, install each in bare environments, and run README's example there
 # make next-peft    the tests of what moelora needs of PEFT, with PEFT's newest release, whatever pyproject.toml allows
 # make fuzz         tens of thousands of hostile recipes, command lines and the like; `make test` tries a few hundred
+# make docs         the documentation site, in build/site; a warning is an error
 # make lint types doctest peft-suite
 #
 # Each target works from a bare clone: it makes .venv and installs the pinned versions first.
@@ -26,6 +27,7 @@ EXAMPLE := $(VENV)/.example
 NEWEST := $(VENV)/newest
 ENGINES := $(VENV)/engines
 TOOLS := $(VENV)/tools
+DOCS := $(VENV)/docs
 NEXT_PEFT := $(VENV)/next-peft
 DIST_TOOLS := $(VENV)/dist-tools
 DIST_PYTHONS ?= $(BIN)/python
@@ -36,7 +38,7 @@ CONTINUAL_MODELS := build/models
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test second fuzz newest next-peft dist-test engines tools-test serve-test slow lint types doctest peft-suite bench quality continual clean
+.PHONY: quickstart test second fuzz newest next-peft dist-test engines tools-test serve-test slow lint types doctest docs peft-suite bench quality continual clean
 
 # torch by itself and first: any other spelling lets pip choose the newest build, with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -184,6 +186,17 @@ types: $(INSTALLED)
 # Import errors are vLLM's, which this environment lacks; all else is imported by the tests.
 doctest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors moelora
+
+# In a folder of their own, because they are no part of what the tests run with; each is listed, so --no-deps.
+$(DOCS): docs/requirements.txt $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ --requirement $<
+
+# From nothing each time: a page that was read before is not warned about again.
+docs: $(DOCS)
+	rm -rf build/site
+	PYTHONPATH=$(DOCS) $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/site
+	@echo "The site is in build/site/index.html"
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info

@@ -182,7 +182,8 @@ def test_places_and_numbers_that_the_system_has_not_are_told(adapter_folder, cap
 @pytest.mark.parametrize(
     ("name", "tables"),
     [
-        ("training.md", 7),
+        ("configuration.md", 3),
+        ("training.md", 5),
         ("report.md", 2),
         ("experts-import.md", 2),
         ("experts-export.md", 1),

@@ -67,6 +67,11 @@ def test_every_cell_of_the_pages_tables_is_that_of_its_row(suite):
         assert said == {name: expected[name] for name in said}, row
 
 
+def test_the_page_that_compares_quotes_the_page_on_quality():
+    quoted = re.findall(r"\d\.\d+ ± \d\.\d+", (ROOT / "docs" / "compare.md").read_text(encoding="utf-8"))
+    assert len(quoted) >= 4 and [number for number in quoted if number not in PAGE] == []
+
+
 def test_every_loss_of_a_setting_was_measured():
     quoted = re.findall(r"\d\.\d{4}(?: ± \d\.\d{4})?", section("### Settings"))
     measured = quality_tables("test") + quality_tables("validation")

@@ -61,7 +61,7 @@ def test_only_a_tag_publishes_and_only_after_the_tests():
     ]
 
 
-@pytest.mark.parametrize("name", ["release.yml", "nightly.yml"])
+@pytest.mark.parametrize("name", ["release.yml", "nightly.yml", "site.yml"])
 def test_workflows_run_targets_that_make_has(name):
     makefile = read("Makefile")
     jobs = workflow(name)["jobs"].values()

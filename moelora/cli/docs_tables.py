@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ..config import MoELoraConfig
+from ..config_rules import REFUSED_OPTIONS
 from ..presets import PRESETS
 from ..recipe import MIXTURE_DEFAULTS, TRAINING_DEFAULTS, DomainOptions, ModelOptions, Recipe
 from ..routing import BALANCING_LOSSES, ROUTER_KINDS
@@ -35,6 +36,10 @@ def tables() -> dict[str, str]:
         "mixture": options_table(MoELoraConfig, own),
         "defaults": defaults_table(),
         "presets": presets_table(),
+        "refused": _table(
+            ("field of LoraConfig", "why a mixture refuses it"),
+            [(f"`{name}`", reason) for name, reason in REFUSED_OPTIONS.items()],
+        ),
         "router_types": _table(
             ("router_type", "weights"), [(f"`{kind.name}`", kind.weights) for kind in ROUTER_KINDS.values()]
         ),

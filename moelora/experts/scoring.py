@@ -29,12 +29,13 @@ EXAMPLE_TOKENS = 8192  # read of each expert's texts: means over tokens settle l
 def score_by_arrow(model: PeftModel, names: Sequence[str]) -> None:
     """Score experts by how well what enters a linear lies along the direction that they stretch most.
 
-    Arrow (Ostapenko et al., 2024, arXiv:2405.11157): score_e = |v_e . h|, v_e being the first right singular vector of
-    B_e A_e. Here h is divided by its root mean square, as every router of ours does: which experts are chosen is not
+    Arrow (Ostapenko et al., 2024, arXiv:2405.11157): `score_e = |v_e . h|`, v_e being the first right singular vector
+    of B_e A_e. Here h is divided by its root mean square, as every router of ours does: which experts are chosen is not
     affected, but the softmax over them is, as if the temperature went with the length of h.
 
-    The absolute value needs no router of its own: with two hidden units z = c (v . h) and -z, silu(z) + silu(-z) =
-    z tanh(z / 2), which is |z| but for |z| < 20, and grows with |z| everywhere; so the chosen experts are Arrow's.
+    The absolute value needs no router of its own: with two hidden units `z = c (v . h)` and `-z`, `silu(z) + silu(-z) =
+    z tanh(z / 2)`, which is `|z|` but for `|z| < 20`, and grows with `|z|` everywhere; so the chosen experts are
+    Arrow's.
 
     Args:
         model: a mixture with router_scope="module".
@@ -70,8 +71,8 @@ def score_by_prototype(
     """Score experts by how much a hidden state looks like those of each expert's example texts.
 
     m_e is the mean of the normalised hidden states that reach a router while expert e, alone, reads its texts. With
-    u_e = m_e / |m_e|, score_e = s (u_e - mean u) . h: the cosine with each mean, less what all have in common (which a
-    softmax does not see), stretched by one factor s so that the scoring vectors have length 1 on average.
+    `u_e = m_e / |m_e|`, `score_e = s (u_e - mean u) . h`: the cosine with each mean, less what all have in common
+    (which a softmax does not see), stretched by one factor s so that the scoring vectors have length 1 on average.
 
     Args:
         model: a mixture with linear routers, all of whose active adapters hold one expert.
