@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from .ewc import Ewc
+from .inflora import InfLora
 from .learner import Learner, Setting
 from .mixture import Grown
+from .o_lora import OLora
 from .plain import Joint, Lora, PerTask
+from .slao import Slao
 
 RATES = (5e-4, 1e-3, 2e-3)
 
@@ -36,4 +40,8 @@ METHODS = {
     "joint": Method("one LoRA, trained on all tasks at once, for as many steps", Joint),
     "oracle": Method("a LoRA for each task; told the task", PerTask, is_told=True),
     "moelora": Method("a mixture that grows by experts for each task; never told the task", Grown),
+    "o-lora": Method("O-LoRA: a LoRA for each task, its A orthogonal to those before; re-implementation", OLora),
+    "inflora": Method("InfLoRA: a LoRA for each task, blind to the inputs of those before; re-implementation", InfLora),
+    "ewc": Method("one LoRA in sequence, anchored by its Fisher information (EWC); re-implementation", Ewc),
+    "slao": Method("SLAO: one LoRA in sequence, orthogonal at its start, its B averaged; re-implementation", Slao),
 }

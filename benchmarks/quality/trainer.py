@@ -42,6 +42,13 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+def now(device: str) -> float:
+    """Seconds on a clock, when all that the device was told to do is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def rate_at(step: int, steps: int) -> float:
     """Factor on the learning rate: linear warm-up, then a cosine to 0.
 
@@ -153,7 +160,7 @@ class Training:
     def run(self, batches: Batches, learning_rate: float) -> Run:
         """Train on all batches."""
         self.model.train()
-        started = self._now()
+        started = now(self.device)
         for step in range(len(batches)):
             rate = learning_rate * rate_at(step, len(batches))
             for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
@@ -162,10 +169,5 @@ class Training:
                 if static is not None and fresh is not None:
                     static.copy_(fresh)
             self.call()
-        seconds = self._now() - started
+        seconds = now(self.device) - started
         return Run(seconds, torch.cuda.max_memory_allocated() if self.device == "cuda" else 0, self.captured)
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
