@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from .gainlora import GainLora
 from .learner import Learner, Setting
 from .mixture import Grown
+from .osf import Osf
 from .plain import Joint, Lora, PerTask
+from .prog_prompt import ProgressivePrompts
 
 RATES = (5e-4, 1e-3, 2e-3)
 
@@ -36,4 +39,9 @@ METHODS = {
     "joint": Method("one LoRA, trained on all tasks at once, for as many steps", Joint),
     "oracle": Method("a LoRA for each task; told the task", PerTask, is_told=True),
     "moelora": Method("a mixture that grows by experts for each task; never told the task", Grown),
+    "gainlora": Method("GainLoRA on InfLoRA, re-implementation: a gated branch for each task", GainLora),
+    "osf": Method("PEFT's own OSF: the r smallest singular directions of each weight, split anew for each task", Osf),
+    "prog-prompt": Method(
+        "Progressive Prompts, re-implementation: 20 virtual tokens more for each task", ProgressivePrompts, is_told=True
+    ),
 }
