@@ -12,11 +12,12 @@ frozen.
 
 Letters: B rows, S tokens, D model width, H width of a gate, T tasks so far, r rank of a branch, k directions in memory.
 
-As in the authors' code f(b) = \\|2 sigmoid(4 b) - 1\\| of the cosine b of G_3 and p_2, so that the size of embeddings
-does not matter; rows of A_t have the length of PEFT's initial ones; and the share of energy in memory rises to 1 from
-task to task. It differs where it must: rank r is such that the trained numbers (B_t and the gate) are those of the
-plan's LoRA, all seven linears are adapted in place of two, and a change is projected as a parameter, ``G_l = start + C
-(I - M M^T)``, which is orthogonal after any optimizer's step, where the authors project each step.
+As in the authors' code f(b) = |2 sigmoid(4 b) - 1| of the cosine b of G_3 and p_2, so that the size of embeddings does
+not matter; rows of A_t have the length of PEFT's initial ones; and the share of energy in memory rises to 1 from task
+to task. It differs where it must: rank r is such that the trained numbers (B_t and the gate) are those of the plan's
+LoRA, all seven linears are adapted in place of two, memories are not cut into parts of the width, and a change is
+projected as a parameter, ``G_l = start + C (I - M M^T)``, which is orthogonal after any optimizer's step, where the
+authors project each step.
 """
 
 from __future__ import annotations
@@ -227,13 +228,12 @@ class GainLora(Learner):
     @torch.no_grad()
     def _design(self, batches: Batches) -> None:
         """A of the new branch, and G_3 of the new gate."""
-        moments = self._input_moments(batches)
+        directions = {}
+        for name, moment in self._input_moments(batches).items():
+            memory = self.memory.setdefault(name, moment.new_empty(len(moment), 0))
+            directions[name] = ROW * free_directions(moment, memory, self.rank)
         for name, (A, _) in lora_factors(self.model, NEW).items():
-            source = _reader(name)
-            memory = self.memory.setdefault(source, A.new_empty(A.shape[1], 0))
-            if source == name:
-                directions = ROW * free_directions(moments[name], memory, self.rank)
-            A.copy_(directions)
+            A.copy_(directions[_reader(name)])
         self.gates.aim(self._gate_moments(batches)[2])
 
     @torch.no_grad()
