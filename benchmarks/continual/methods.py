@@ -40,8 +40,15 @@ METHODS = {
     "oracle": Method("a LoRA for each task; told the task", PerTask, is_told=True),
     "moelora": Method("a mixture that grows by experts for each task; never told the task", Grown),
     "gainlora": Method("GainLoRA on InfLoRA, re-implementation: a gated branch for each task", GainLora),
-    "osf": Method("PEFT's own OSF: the r smallest singular directions of each weight, split anew for each task", Osf),
+    "osf": Method(
+        "PEFT's own OSF: the r smallest singular directions of each weight, split anew for each task",
+        Osf,
+        rates=(1e-4, 5e-4, 2e-3),
+    ),
     "prog-prompt": Method(
-        "Progressive Prompts, re-implementation: 20 virtual tokens more for each task", ProgressivePrompts, is_told=True
+        "Progressive Prompts, re-implementation: 20 virtual tokens more for each task; told the task",
+        ProgressivePrompts,
+        is_told=True,
+        rates=(1e-3, 4e-3, 1.6e-2),
     ),
 }

@@ -35,7 +35,7 @@ class Osf(Learner):
         self._stored, preserved = 0, {}
         for name in self.linears:
             linear = base.get_submodule(name)
-            linear.weight = nn.Parameter(linear.weight.detach().float().clone(), requires_grad=False)
+            linear.weight = nn.Parameter(linear.weight.detach().to(torch.float32, copy=True), requires_grad=False)
             self._stored += numbers([linear.weight])
             preserved[f"^{re.escape(name)}$"] = min(linear.weight.shape) - setting.plan.rank
         self.config = OSFConfig(target_modules=self.linears, rank_pattern=preserved, task_type="CAUSAL_LM")

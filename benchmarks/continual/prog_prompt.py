@@ -51,7 +51,10 @@ class Reparameterised(nn.Module):
 
 
 class Prompted(nn.Module):
-    """A causal language model that reads virtual tokens before each row, padding or not."""
+    """A causal language model that reads virtual tokens before each row, whose padding is on the left.
+
+    They stand between the padding and the row: else a sliding window would see padding in their place.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -61,25 +64,27 @@ class Prompted(nn.Module):
         self.used = 0  # of those kept
 
     def _inputs(self, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Embeddings [B, n + S, D] and their mask."""
         words = self.base.get_input_embeddings()(ids)
         prompts = ([] if self.new is None else [self.new()]) + [*self.kept[: self.used]][::-1]
-        virtual = torch.cat([*prompts, words.new_empty(0, words.shape[-1])]).to(words.dtype)
-        virtual = virtual.expand(len(ids), *virtual.shape)
-        mask = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
+        virtual = [each.to(words.dtype).expand(len(ids), *each.shape) for each in prompts]
+        both = torch.cat([*virtual, words], dim=1)
+        count = both.shape[1] - ids.shape[1]
+        place = torch.arange(both.shape[1], device=ids.device)
+        padding = 0 if mask is None else (mask == 0).sum(dim=1, keepdim=True)
+        text = torch.where(place < padding + count, place - padding, place)
+        source = torch.where(place < padding, place + count, text).expand(both.shape[:2])
         return {
-            "inputs_embeds": torch.cat([virtual, words], dim=1),
-            "attention_mask": torch.cat([mask.new_ones(virtual.shape[:2]), mask], dim=1),
+            "inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both)),
+            "attention_mask": (place >= padding).expand(both.shape[:2]).to(ids.dtype),
         }
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0, **options: Any
     ) -> Any:
-        """Logits of the last K of the rows' own tokens, of all by default; positions do not count padding, as in
-        `generate`."""
-        inputs = self._inputs(input_ids, attention_mask)
-        positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        """Logits of the last K of the rows' own tokens, of all by default."""
         kept = logits_to_keep or input_ids.shape[1]
-        return self.base(**inputs, position_ids=positions, logits_to_keep=kept, **options)
+        return self.base(**self._inputs(input_ids, attention_mask), logits_to_keep=kept, **options)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """As transformers' models do: rows with what is written after them."""
