@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.continual.ewc import Ewc, fisher
-from benchmarks.continual.inflora import InfLora, extended, leading
+from benchmarks.continual.inflora import InfLora
 from benchmarks.continual.learner import EncodedTask, Plan, Setting, lora_factors, numbers
 from benchmarks.continual.methods import METHODS
 from benchmarks.continual.o_lora import OLora
@@ -14,6 +14,7 @@ from benchmarks.continual.once import each_row, input_covariances, reader
 from benchmarks.continual.quick import quick_base, quick_tasks, quick_tokenizer
 from benchmarks.continual.scoring import write_answers
 from benchmarks.continual.slao import Slao
+from benchmarks.continual.subspace import extended, leading
 from benchmarks.continual.summed import NEW, OLD
 from benchmarks.quality.methods import num_trainable
 from benchmarks.quality.scoring import score
@@ -158,8 +159,8 @@ def test_inflora_trains_b_alone_and_remembers_what_it_read(tokenizer, tasks):
     designed = leading(input_covariances(learner.model, each_row(learner.setting, 0), "cpu"), {})
     learner.learn(0)
     for name, (A, B) in factors_of(learner, OLD).items():
-        expected = designed[reader(name)][1][:, :8].T.float() / 3**0.5
-        torch.testing.assert_close(A, expected)
+        expected = designed[reader(name)].directions[:, :8].T.float() / 3**0.5
+        torch.testing.assert_close(A.T @ A, expected.T @ expected)  # up to signs
         assert B.abs().max() > 0
     covariances = input_covariances(learner.model, each_row(learner.setting, 0), "cpu")
     for name, C in covariances.items():
@@ -178,12 +179,13 @@ def test_inflora_memory_is_a_singular_value_decomposition():
     torch.manual_seed(0)
     x = torch.randn(40, 6, dtype=torch.float64) * torch.tensor([9.0, 5.0, 3.0, 1.0, 0.5, 0.1])
     C, memory = x.T @ x, torch.eye(6, dtype=torch.float64)[:, :2]
-    shares, directions = leading({"q_proj": C}, {"q_proj": memory})["q_proj"]
+    found = leading({"q_proj": C}, {"q_proj": memory})["q_proj"]
     U, S, _ = torch.linalg.svd(C - memory @ memory.T @ C)
-    torch.testing.assert_close(shares, S.square() / C.square().sum())
-    torch.testing.assert_close((U[:, 0] @ directions[:, 0]).abs(), torch.ones((), dtype=torch.float64))
-    assert extended(memory, shares, directions, 0.5).shape == (6, 2)
-    assert extended(memory, shares, directions, 1.0).shape == (6, 6)  # not more than there are
+    torch.testing.assert_close(found.shares, S.square() / C.square().sum())
+    torch.testing.assert_close(found.total, found.shares.sum())
+    torch.testing.assert_close((U[:, 0] @ found.directions[:, 0]).abs(), torch.ones((), dtype=torch.float64))
+    assert extended(memory, found, 0.5).shape == (6, 2)
+    assert extended(memory, found, 1.0).shape == (6, 6)  # not more than there are
 
 
 def test_inputs_are_those_of_tokens_alone(tokenizer, tasks):

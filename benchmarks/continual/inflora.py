@@ -5,8 +5,6 @@ Letters: D in, O out, r rank of a task's LoRA, m directions in the memory, s LoR
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from ..quality.methods import LINEARS
 from ..quality.trainer import now
 from .learner import Setting, lora_factors
 from .once import each_row, input_covariances, reader
+from .subspace import extended, leading, outside
 from .summed import NEW, Summed
 
 ROW_NORM = 3**-0.5  # of a row of A as PEFT draws it, which the authors keep
@@ -64,48 +63,19 @@ class InfLora(Summed):
         rank = self.model.peft_config[NEW].r
         found = leading(covariances, self.memory)
         for name, (A, _) in lora_factors(self.model, NEW).items():
-            directions = found[reader(name)][1][:, :rank]
+            directions = found[reader(name)].directions[:, :rank]
             # Once more, as the memory may leave fewer than r: rows are then shorter, and none reaches into it.
-            A.copy_(ROW_NORM * _outside(directions, self.memory.get(reader(name))).T)
+            A.copy_(ROW_NORM * outside(directions, self.memory.get(reader(name))).T)
             A.requires_grad_(False)
 
     def _remember(self, covariances: dict[str, Tensor], epsilon: float) -> None:
-        for name, (shares, directions) in leading(covariances, self.memory).items():
-            self.memory[name] = extended(self.memory.get(name), shares, directions, epsilon)
+        for name, found in leading(covariances, self.memory).items():
+            self.memory[name] = extended(self.memory.get(name), found, epsilon)
 
     def stored(self) -> int:
         """See Learner; of a memory, its directions or those outside of it, whichever are fewer."""
         bases = sum(len(each) * min(each.shape[1], len(each) - each.shape[1]) for each in self.memory.values())
         return super().stored() + bases
-
-
-def leading(covariances: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each linear, left singular vectors of (1 - P) C as columns [D, D], the leading first, and their shares of
-    |C|_F^2 [D]. All of one width are decomposed together."""
-    by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for name, C in covariances.items():
-        rest = _outside(C, memory.get(name)) / torch.linalg.matrix_norm(C)
-        by_width[len(C)][name] = rest @ rest.T
-    found = {}
-    for squares in by_width.values():
-        values, vectors = torch.linalg.eigh(torch.stack(list(squares.values())))
-        for name, shares, directions in zip(squares, values, vectors, strict=True):
-            found[name] = shares.flip(0).clamp(min=0), directions.flip(1)
-    return found
-
-
-def extended(memory: Tensor | None, shares: Tensor, directions: Tensor, epsilon: float) -> Tensor:
-    """[D, m + k] with the smallest k that leaves shares of at most 1 - epsilon together outside."""
-    left = shares.sum() - torch.cat([shares.new_zeros(1), shares.cumsum(0)])
-    count = int((left > 1 - epsilon).sum())
-    if memory is None:
-        return directions[:, :count].clone()  # a view would keep those of all linears
-    new = _outside(directions[:, : min(count, len(memory) - memory.shape[1])], memory)
-    return torch.linalg.qr(torch.cat([memory, new], dim=1))[0]
-
-
-def _outside(columns: Tensor, memory: Tensor | None) -> Tensor:
-    return columns if memory is None else columns - memory @ (memory.T @ columns)
 
 
 def _rank(setting: Setting) -> int:

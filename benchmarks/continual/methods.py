@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from .ewc import Ewc
+from .gainlora import GainLora
 from .inflora import InfLora
 from .learner import Learner, Setting
 from .mixture import Grown
 from .o_lora import OLora
+from .osf import Osf
 from .plain import Joint, Lora, PerTask
+from .prog_prompt import ProgressivePrompts
 from .slao import Slao
 
 RATES = (5e-4, 1e-3, 2e-3)
@@ -44,4 +47,16 @@ METHODS = {
     "inflora": Method("InfLoRA: a LoRA for each task, blind to the inputs of those before; re-implementation", InfLora),
     "ewc": Method("one LoRA in sequence, anchored by its Fisher information (EWC); re-implementation", Ewc),
     "slao": Method("SLAO: one LoRA in sequence, orthogonal at its start, its B averaged; re-implementation", Slao),
+    "gainlora": Method("GainLoRA on InfLoRA, re-implementation: a gated branch for each task", GainLora),
+    "osf": Method(
+        "PEFT's own OSF: the r smallest singular directions of each weight, split anew for each task",
+        Osf,
+        rates=(1e-4, 5e-4, 2e-3),
+    ),
+    "prog-prompt": Method(
+        "Progressive Prompts, re-implementation: 20 virtual tokens more for each task; told the task",
+        ProgressivePrompts,
+        is_told=True,
+        rates=(1e-3, 4e-3, 1.6e-2),
+    ),
 }

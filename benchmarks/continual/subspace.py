@@ -1,0 +1,59 @@
+"""Subspaces that a layer's inputs span: the memory of gradient projection (Saha et al. 2021, arXiv:2103.09762).
+
+Letters: D width of the inputs, m directions in a memory: [D, m], orthonormal columns, P the projector on them. C [D, D]
+is the sum of x x^T over inputs x.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FOUND = 256  # directions that are looked for at a time; a task's inputs have next to nothing in the others
+
+
+class Leading(NamedTuple):
+    """What lies outside of a memory.
+
+    Args:
+        directions: left singular vectors of (1 - P) C as columns [D, k], the leading first, k at most FOUND.
+        shares: [k] of |C|_F^2.
+        total: the share of all of (1 - P) C, what is not among the directions included.
+    """
+
+    directions: Tensor
+    shares: Tensor
+    total: Tensor
+
+
+def leading(covariances: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Leading]:
+    """By the name of each input. All of one width are decomposed together."""
+    by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, C in covariances.items():
+        by_width[len(C)][name] = outside(C, memory.get(name)) / torch.linalg.matrix_norm(C)
+    found = {}
+    for width, rests in by_width.items():
+        vectors, values, _ = torch.svd_lowrank(torch.stack(list(rests.values())), q=min(FOUND, width))
+        for name, rest, shares, directions in zip(rests, rests.values(), values.square(), vectors, strict=True):
+            found[name] = Leading(directions, shares, rest.square().sum())
+    return found
+
+
+def extended(memory: Tensor | None, found: Leading, epsilon: float) -> Tensor:
+    """[D, m + k] with the smallest k that leaves shares of at most 1 - epsilon together outside, or all directions."""
+    directions, shares, total = found
+    left = total - torch.cat([shares.new_zeros(1), shares.cumsum(0)])
+    count = int((left > 1 - epsilon).sum())
+    if memory is None:
+        return directions[:, :count].clone()  # a view would keep those of all linears
+    new = outside(directions[:, : min(count, len(memory) - memory.shape[1])], memory)
+    return torch.linalg.qr(torch.cat([memory, new], dim=1))[0]
+
+
+def outside(columns: Tensor, memory: Tensor | None) -> Tensor:
+    """(1 - P) times columns [D, n]."""
+    return columns if memory is None else columns - memory @ (memory.T @ columns)
