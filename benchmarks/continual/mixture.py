@@ -17,22 +17,40 @@ from ..arms import shared_copy
 from ..peers import SCALING
 from ..quality.batches import Batches
 from ..quality.methods import LINEARS
-from ..quality.trainer import autocast
+from ..quality.trainer import autocast, now
 from .learner import Learner, Setting, numbers
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is tried; the defaults are what `preset("continual")` says.
+    """What is tried.
 
     Args:
         experts: of a task; they share the plan's rank.
         top_k: experts that a token uses.
-        start: where a new task's experts begin, see `moelora.experts.grow`.
+        loudness: lora_alpha / r, times routing_scale / experts.
+        scope: see `MoELoraConfig.router_scope`.
     """
 
     experts: int = 1
     top_k: int = 1
+    loudness: float = SCALING
+    scope: str = "model"
+
+    def config(self, rank: int) -> MoELoraConfig:
+        """Of one task's experts, which have this rank together."""
+        each = max(1, rank // self.experts)
+        return MoELoraConfig(
+            r=each,
+            lora_alpha=self.loudness * each,
+            num_experts=max(2, self.experts),
+            single_expert=self.experts == 1,
+            top_k_experts=self.top_k,
+            routing_scale=float(self.experts),
+            router_scope=self.scope,
+            target_modules=list(LINEARS),
+            task_type="CAUSAL_LM",
+        )
 
 
 class Grown(Learner):
@@ -43,32 +61,23 @@ class Grown(Learner):
         self.recipe = recipe
         self.names: list[str] = []
         self._trainable = 0
-        rank = setting.plan.rank // recipe.experts
-        config = MoELoraConfig(
-            r=rank,
-            lora_alpha=SCALING * rank,
-            num_experts=max(2, recipe.experts),
-            single_expert=recipe.experts == 1,
-            top_k_experts=recipe.top_k,
-            routing_scale=float(recipe.experts),
-            target_modules=list(LINEARS),
-            task_type="CAUSAL_LM",
-        )
         with torch.device(setting.plan.device):
-            self.model = get_peft_model(shared_copy(setting.base), config)
+            self.model = get_peft_model(shared_copy(setting.base), recipe.config(setting.plan.rank))
 
     def learn(self, stage: int) -> float:
-        """See Learner."""
+        """See Learner; the pass that tells the domain is counted in the seconds."""
         name = grow(self.model, num_experts=self.recipe.experts) if stage else "default"
         self.names.append(name)
         self.model.set_adapter([name])
         self._trainable = super().trainable
         batches = self.setting.batches([stage])
         seconds = self.setting.train(self.model, batches)
-        with autocast(self.setting.plan.device):
+        device = self.setting.plan.device
+        started = now(device)
+        with autocast(device):
             learn_domain(self.model, name, _prompts(batches))
         self.model.set_adapter(self.names)
-        return seconds
+        return seconds + now(device) - started
 
     @contextmanager
     def told(self, stage: int) -> Iterator[None]:
