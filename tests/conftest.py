@@ -1,5 +1,6 @@
 """Determinism for every test: one seed, one thread, no network."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
+
+
+def pytest_collection_finish():
+    """Trainers and servers collect garbage, and would go through half a million objects of packages each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

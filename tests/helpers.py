@@ -231,24 +231,28 @@ def config_for(architecture: Architecture, **overrides: Any) -> MoELoraConfig:
     return MoELoraConfig(**(options | overrides))
 
 
-def mixture_of(name: str, *, fresh: bool = False, experts: bool = False, **overrides: Any) -> Any:
+def mixture_of(
+    name: str, *, base: nn.Module | None = None, fresh: bool = False, experts: bool = False, **overrides: Any
+) -> Any:
     """A PeftModel of an architecture by name, in eval mode.
 
     Args:
+        base: a model of that architecture in place of the usual one.
         fresh: leave B at zero; otherwise experts and routers are random and far apart.
         experts: build expert by expert.
     """
     architecture = ARCHITECTURES[name]
     config = config_for(architecture, **overrides)
     torch.manual_seed(1)
+    base = architecture.build() if base is None else base
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         if experts:
-            model = get_peft_model(architecture.build(), config, adapter_name="expert_0")
+            model = get_peft_model(base, config, adapter_name="expert_0")
             for i in range(1, config.num_experts):
                 model.add_adapter(f"expert_{i}", config)
         else:
-            model = get_peft_model(architecture.build(), config)
+            model = get_peft_model(base, config)
     if not fresh:
         awaken(model)
     return model.eval()

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_persistence import EXPERTS, base_model, logits, trained
+from test_persistence import EXPERTS, assert_same_state, base_model, logits, trained
 
 from moelora import MoELoraConfig
 from moelora.files import atomic_save
@@ -127,10 +127,13 @@ def test_a_save_killed_at_any_step_leaves_one_of_the_two(tmp_path, monkeypatch, 
     old, new = variant(0, names), variant(1, names)
     old.attach_router(torch.nn.Sequential(torch.nn.Linear(16, len(names) if len(names) > 1 else 3)))
     before, after = logits(old), logits(new)
+    old.save_pretrained(tmp_path / "old")
+    new.save_pretrained(tmp_path / "new")
+    news = load_file(tmp_path / "new" / "adapter_model.safetensors")
     outcomes = []
     for at in range(1, 100):
         folder = tmp_path / str(at)
-        old.save_pretrained(folder)
+        shutil.copytree(tmp_path / "old", folder)
         # What is left behind after a kill -9 is what an exception leaves when nothing is tidied up.
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
@@ -142,11 +145,13 @@ def test_a_save_killed_at_any_step_leaves_one_of_the_two(tmp_path, monkeypatch, 
         outcomes.append(torch.equal(found, after))
         read_mixture(folder)
         new.save_pretrained(folder)  # and whoever saves next is not hindered
-        assert torch.equal(loaded_logits(folder), after)
+        read_mixture(folder)
+        assert_same_state(load_file(folder / "adapter_model.safetensors"), news)
         assert not (folder / PENDING).exists() and not (folder / "router.safetensors").exists()
         if calls[0] < at:
             break
     assert calls[0] < at, "more steps than were tried"
+    assert torch.equal(loaded_logits(folder), after)
     assert outcomes == sorted(outcomes) and outcomes[0] is False and outcomes[-1] is True
     assert outcomes.count(True) > 3, "no kill came after the moment of the switch"
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import VOCAB, assert_same_grads, mixture_of, train_step
+from helpers import VOCAB, assert_same_grads, llama, mixture_of, train_step
 from test_domain_classifier import mixture_of_domains
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -79,7 +79,7 @@ def test_training_is_one_graph(device, backend, compiled, router_type):
 @pytest.mark.parametrize("compiled", [compile_blocks, pytest.param(compile_model, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_a_forward_that_is_not_finite_is_left_out_in_the_same_graph(device, backend, compiled):
-    model = mixture_of("llama", router_type="learned_with_maturity").to(device).train()
+    model = mixture_of("llama", base=llama(num_hidden_layers=1), router_type="learned_with_maturity").to(device).train()
     with torch.no_grad():
         model.get_input_embeddings().weight[-1] = float("nan")
     fast = compiled(model, backend)
@@ -111,7 +111,7 @@ def test_evaluation_is_one_graph(device, backend, scope):
 @pytest.mark.parametrize(
     ("build", "num_beams"),
     [
-        pytest.param(lambda: mixture_of("llama"), 1, id="mixture"),
+        pytest.param(lambda: mixture_of("llama", base=llama(num_hidden_layers=1)), 1, id="mixture"),
         pytest.param(lambda: mixture_of("llama"), 3, id="beams", marks=pytest.mark.slow),
         pytest.param(mixture_of_domains, 3, id="beams by domain", marks=pytest.mark.slow),
     ],

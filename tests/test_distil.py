@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import VOCAB, assert_clean, mixture_of
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from test_experts_merging import products
 from tiny import DATA, save_tiny_adapter, write_jsonl
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -212,6 +212,7 @@ def test_the_factors_are_a_mixtures_own_where_there_is_one_expert():
 
 # The command
 
+PROMPT = torch.tensor([[5, 9, 30, 77]])
 LOAD_WITHOUT_US = """
 import sys, torch
 from peft import PeftModel
@@ -223,8 +224,27 @@ print(type(model.peft_config["default"]).__name__, sum("lora_A" in name for name
 """
 
 
-@pytest.mark.parametrize("router_type", [pytest.param("fixed", marks=pytest.mark.slow), "learned"])
-def test_a_mixture_becomes_a_plain_lora_that_stock_peft_loads(adapter_folder, capsys, router_type):
+def in_another_process(folder):
+    command = [sys.executable, "-c", LOAD_WITHOUT_US, folder / "model", folder / "lora", folder / "logits.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LoraConfig", "14"]
+    return torch.load(folder / "logits.pt")
+
+
+def in_this_process(folder):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "lora").eval()
+    assert type(model.peft_config["default"]) is LoraConfig
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
+    assert not [module for module in model.modules() if type(module).__module__.startswith("moelora")]
+    return model(PROMPT).logits.detach()
+
+
+@pytest.mark.parametrize(
+    ("router_type", "stock_logits"),
+    [pytest.param("fixed", in_another_process, marks=pytest.mark.slow), ("learned", in_this_process)],
+)
+def test_a_mixture_becomes_a_plain_lora_that_stock_peft_loads(adapter_folder, capsys, router_type, stock_logits):
     folder = adapter_folder(router_type=router_type)
     assert main(["distil", "adapter", "--r", "8", *DATA, "--out", "lora", "--max-tokens", "300"]) == 0
     printed = capsys.readouterr().out
@@ -233,16 +253,12 @@ def test_a_mixture_becomes_a_plain_lora_that_stock_peft_loads(adapter_folder, ca
     assert list(losses) == ["base model", "mixture", "LoRA, closed form"]
     for row in losses.values():
         assert all(f"{loss:.4f}" in printed for loss in row)
-    command = [sys.executable, "-c", LOAD_WITHOUT_US, folder / "model", folder / "lora", folder / "logits.pt"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["LoraConfig", "14"]
+    found = stock_logits(folder)
     mixture = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "adapter"
     ).eval()
     with torch.no_grad():
-        expected = mixture(torch.tensor([[5, 9, 30, 77]])).logits
-    found = torch.load(folder / "logits.pt")
+        expected = mixture(PROMPT).logits
     if router_type == "fixed":  # four experts of rank 2: nothing is lost
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
         assert losses["LoRA, closed form"] == pytest.approx(losses["mixture"], abs=1e-4)

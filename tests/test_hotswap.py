@@ -9,11 +9,15 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 IDS = torch.arange(14).view(2, 7) % VOCAB
 
 
-def adapted(kind, seed, **options):
+ONE_BLOCK = {"base": lambda: llama(num_hidden_layers=1), "target_modules": ["q_proj", "v_proj", "down_proj"]}
+"""Enough to trace: what is traced takes seconds a block, and eagerly all linears of both blocks are swapped."""
+
+
+def adapted(kind, seed, base=llama, target_modules=LLAMA_TARGETS, **options):
     if kind == "lora":
-        model = get_peft_model(llama(), LoraConfig(r=2, target_modules=LLAMA_TARGETS))
+        model = get_peft_model(base(), LoraConfig(r=2, target_modules=target_modules))
     else:
-        model = mixture_of("llama", router_scope=kind, **options)
+        model = mixture_of("llama", base=base(), router_scope=kind, target_modules=target_modules, **options)
     awaken(model, seed)
     return model.eval()
 
@@ -29,34 +33,48 @@ def another(kind, folder, **options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["lora", *SCOPES])
-@pytest.mark.parametrize("way", ["eager", "generating", "compiled", "prepared"])
-def test_a_mixture_is_swapped(tmp_path, kind, way):
-    if kind == "lora" and way == "generating":
-        pytest.skip("nothing is kept between its tokens")
-    expected = another(kind, tmp_path)
-    model = adapted(kind, 2)
-    if way == "prepared":
-        prepare_model_for_compiled_hotswap(model)
-    run, compilations = model, []
-    if way in ("compiled", "prepared"):
-
-        def backend(graph, inputs):
-            compilations.append(graph)
-            return graph.forward
-
-        run = torch.compile(model, backend=backend, dynamic=False)
+def assert_swapped(run, model, folder, expected, between=lambda: None):
+    """The outputs, and what is learned besides weights, become another's; `run` is the model, or it compiled."""
     before = [run(IDS).logits for _ in range(2)][-1]  # the first one makes the counters
-    compiled = len(compilations)
-    if way == "generating":
-        model.generate(input_ids=IDS, max_new_tokens=2)
-    hotswap_adapter(run, str(tmp_path), adapter_name="default", torch_device="cpu")
+    between()
+    hotswap_adapter(run, str(folder), adapter_name="default", torch_device="cpu")
     after = run(IDS).logits
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, after, atol=1e-2)
-    assert len(compilations) == compiled, "it was compiled anew"
-    if kind != "lora":
+    if hasattr(model, "expert_maturity"):
         assert model.expert_maturity.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("kind", ["lora", *SCOPES])
+def test_a_mixture_is_swapped(tmp_path, kind):
+    expected, model = another(kind, tmp_path), adapted(kind, 2)
+    assert_swapped(model, model, tmp_path, expected)
+
+
+@pytest.mark.parametrize("kind", SCOPES)
+def test_nothing_of_the_answers_before_is_kept(tmp_path, kind):
+    expected, model = another(kind, tmp_path), adapted(kind, 2)
+    assert_swapped(model, model, tmp_path, expected, between=lambda: model.generate(input_ids=IDS, max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_prepared"),
+    [*((kind, False) for kind in ("lora", *SCOPES)), ("lora", True), ("block", True)],  # routers are not prepared
+)
+def test_a_compiled_mixture_is_swapped_in_the_same_graphs(tmp_path, kind, is_prepared):
+    torch.compiler.reset()  # or torch runs what it has compiled too often eagerly
+    expected, model = another(kind, tmp_path, **ONE_BLOCK), adapted(kind, 2, **ONE_BLOCK)
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model)
+    graphs, before = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(model, backend=backend, dynamic=False)
+    assert_swapped(run, model, tmp_path, expected, between=lambda: before.extend(graphs))
+    assert graphs == before != [], "it was compiled anew, or not at all"
 
 
 @pytest.mark.parametrize(

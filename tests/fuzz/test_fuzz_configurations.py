@@ -90,7 +90,7 @@ names = st.text(min_size=0, max_size=8) | st.sampled_from(
 
 
 @given(st.lists(names, min_size=1, max_size=2, unique=True))
-@examples(0.4)
+@examples(0.4, in_make_test=0.15)
 def test_a_name_comes_back_or_is_refused_when_the_adapter_is_made(tmp_path_factory, given_names):
     with at_most(SECONDS), warnings.catch_warnings():
         warnings.simplefilter("ignore")
