@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +49,10 @@ class _Attributes:
     def __init__(self, owner: Any) -> None:
         self._now = vars(owner)
         self._before = dict(self._now)
-        self._contents = [(value, copy.copy(value)) for value in self._now.values() if type(value) in _CONTAINERS]
+        # Most are empty, of a module's hooks, and a model has a hundred thousand of them.
+        self._contents: list[tuple[Any, Any]] = [
+            (value, value.copy() if value else ()) for value in self._now.values() if type(value) in _CONTAINERS
+        ]
 
     def restore(self) -> None:
         """In place: handles of hooks, and others, refer to the very containers."""
