@@ -74,6 +74,10 @@ class Case:
 
 
 ROLL_OUT = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+TOGETHER = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 256},
+}
 CASES = {
     "Trainer": Case(transformers.Trainer, TrainingArguments, Texts(4)),
     "SFT": Case(trl.SFTTrainer, trl.SFTConfig, TEXTS),
@@ -85,10 +89,19 @@ CASES = {
     "ORPO": Case(ORPOTrainer, ORPOConfig, PAIRS),
     "CPO": Case(CPOTrainer, CPOConfig, PAIRS),
     "GRPO": Case(trl.GRPOTrainer, trl.GRPOConfig, PROMPTS, ROLL_OUT, {"reward_funcs": sum_of_letters}),
+    "GRPO, continuous batching": Case(
+        trl.GRPOTrainer, trl.GRPOConfig, PROMPTS, ROLL_OUT | TOGETHER, {"reward_funcs": sum_of_letters}
+    ),
     "RLOO": Case(trl.RLOOTrainer, trl.RLOOConfig, PROMPTS, ROLL_OUT, {"reward_funcs": sum_of_letters}),
     "Reward": Case(trl.RewardTrainer, trl.RewardConfig, WITHOUT_PROMPTS, base=LlamaForSequenceClassification),
 }
-WITH_REFERENCE = ("DPO", "KTO", "GRPO", "RLOO")
+ROLLING_OUT = ("GRPO", "GRPO, continuous batching", "RLOO")
+WITH_REFERENCE = ("DPO", "KTO", *ROLLING_OUT)
+
+
+def in_stages(names):
+    """The trainers by name; continuous batching is for the second stage but for one test of its own."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if "batching" in name else []) for name in names]
 
 
 def base_of(cls):
@@ -113,7 +126,7 @@ def loaded(case, folder, method="mixture", coef=COEF):
     return PeftModel.from_pretrained(base_of(case.base), folder, is_trainable=True)
 
 
-def trainer_of(name, folder, start="loaded", method="mixture", coef=COEF, model=None, **options):
+def trainer_of(name, folder, start="loaded", method="mixture", coef=COEF, model=None, callbacks=None, **options):
     case = CASES[name]
     defaults = {
         "output_dir": str(folder / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01,
@@ -138,7 +151,7 @@ def trainer_of(name, folder, start="loaded", method="mixture", coef=COEF, model=
         given |= {"processing_class": tokenizer}
     arguments = case.arguments(**(defaults | case.options | options))
     rows = Dataset.from_list(case.rows) if case.is_trls else case.rows
-    return case.trainer(args=arguments, train_dataset=rows, **given, **case.extra)
+    return case.trainer(args=arguments, train_dataset=rows, callbacks=callbacks, **given, **case.extra)
 
 
 def losses(trainer):
@@ -184,7 +197,7 @@ def balancing_gradient(model, batches):
 
 
 @pytest.mark.filterwarnings("ignore:`expert_capacity_factor`")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_stages(CASES))
 def test_routers_learn_and_the_balancing_loss_comes_once(tmp_path, name):
     gradients = {}
     for coef in (COEF, 0.0):
@@ -247,7 +260,7 @@ def test_the_first_loss_is_that_of_a_policy_that_equals_its_reference(tmp_path, 
 @pytest.mark.filterwarnings("ignore:`expert_capacity_factor`")
 @pytest.mark.parametrize("method", ["mixture", "LoRA"])
 @pytest.mark.parametrize("start", ["fresh", "loaded"])
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("name", in_stages(ROLLING_OUT))
 def test_what_was_rolled_out_is_trained_with_the_ratio_one(tmp_path, name, start, method):
     """The policy has the same log-probabilities before its first step and in it, and so has the reference."""
     trainer = trainer_of(name, tmp_path, start, method, num_iterations=2, max_steps=3)
@@ -262,7 +275,7 @@ def test_what_was_rolled_out_is_trained_with_the_ratio_one(tmp_path, name, start
 
 
 @pytest.mark.filterwarnings("ignore:`expert_capacity_factor`")
-@pytest.mark.parametrize("name", WITH_REFERENCE)
+@pytest.mark.parametrize("name", in_stages(WITH_REFERENCE))
 def test_the_reference_stands_still_with_the_maturity_that_it_had(tmp_path, name):
     """TRL copies parameters; maturity is a buffer."""
     trainer = trainer_of(name, tmp_path)
@@ -340,7 +353,7 @@ def support_table():
     no_reference = "not tested because its loss has none"
     references = {
         **dict.fromkeys(("DPO", "KTO"), test_the_first_loss_is_that_of_a_policy_that_equals_its_reference.__name__),
-        **dict.fromkeys(("GRPO", "RLOO"), test_what_was_rolled_out_is_trained_with_the_ratio_one.__name__),
+        **dict.fromkeys(ROLLING_OUT, test_what_was_rolled_out_is_trained_with_the_ratio_one.__name__),
     }
     columns = {
         "what": lambda name: name,

@@ -69,6 +69,18 @@ class MoELoraCallback(TrainerCallback):
         self.guard = RoutingGuard(dead_after, collapsed_after, collapse_share)
         self.last_step = 0
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """See TrainerCallback. TRL makes its engine of vLLM only after this.
+
+        Raises:
+            ValueError: TRL is to hand a mixture to vLLM by merging it, which this one cannot be.
+        """
+        check_merge = getattr(model, "check_merge", None)  # no plain model has it
+        if check_merge is not None and getattr(args, "use_vllm", False):
+            check_merge()
+
     def on_train_begin(
         self,
         args: TrainingArguments,

@@ -33,6 +33,11 @@ from .placement import Place, places
 from .router import MoELoraRouter
 from .undo import undone_if_refused
 
+_ROLL_OUT = (
+    ". TRL's `use_vllm=True` merges before every roll-out: "
+    "take `use_transformers_continuous_batching=True` in its place"
+)
+
 
 class MoELoraModel(RoutingControls, TunerModel):
     """Injects a mixture of LoRA experts into a model; made by [`peft.get_peft_model`].
@@ -399,11 +404,13 @@ class MoELoraModel(RoutingControls, TunerModel):
         if has_experts_beside(self.model):
             raise ValueError(NO_MERGE)
         if state.attached is not None:
-            raise ValueError("cannot merge: the attached router decides per token; call `detach_router()` first")
+            raise ValueError(
+                "cannot merge: the attached router decides per token; call `detach_router()` first" + _ROLL_OUT
+            )
         if not state.config.router_kind.is_constant:
             raise ValueError(
                 f"cannot merge: router_type={state.config.router_type!r} weighs experts differently for each token, "
-                'so no single weight equals the mixture; only router_type="fixed" merges exactly'
+                'so no single weight equals the mixture; only router_type="fixed" merges exactly' + _ROLL_OUT
             )
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -152,7 +153,13 @@ def recipe(engine: str, out: Path, arguments: list[str]) -> None:
         assert cli(["train", str(out / "recipe.yaml"), *words.split(",")]) == 0
 
 
-TASKS = {"equality": equality, "quantised": quantised, "recipe": recipe}
+def script(engine: str, path: Path, arguments: list[str]) -> None:
+    """A script, as `accelerate launch` would run it."""
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+TASKS = {"equality": equality, "quantised": quantised, "recipe": recipe, "script": script}
 
 
 def main() -> None:
