@@ -380,7 +380,8 @@ def test_ratios_are_taken_repeat_by_repeat():
             "table",
             "plot",
         ),
-        *("continual.__main__", "continual.novelty", "quality.__main__"),
+        *("continual.__main__", "continual.bases", "continual.decoding", "continual.table"),
+        *("growing.__main__", "growing.novelty", "quality.__main__"),
     ],
 )
 def test_help_shows_real_calls(name, capsys):
