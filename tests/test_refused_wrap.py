@@ -56,7 +56,7 @@ def test_a_base_is_as_it_was_after_routers_that_fail():
     base = llama().eval()
     before, expected = traces(base), base(IDS).logits
     with (
-        mock.patch("moelora.tuner.model.MoELoraModel._link_readers", side_effect=KeyboardInterrupt),
+        mock.patch("moelora.tuner.wiring.Wiring._link_readers", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         get_peft_model(base, config())
@@ -73,7 +73,7 @@ def test_a_mixture_is_as_it_was_after_an_adapter_that_fails(where):
     failing = (
         fail_at(2)
         if where == "layer"
-        else mock.patch("moelora.tuner.model.MoELoraModel._link_readers", side_effect=RuntimeError("no more"))
+        else mock.patch("moelora.tuner.wiring.Wiring._link_readers", side_effect=RuntimeError("no more"))
     )
     more = config(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     with failing, pytest.raises(RuntimeError, match="no more"):
