@@ -27,6 +27,7 @@ from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .placement import places
 from .router import MoELoraRouter
+from .saved_modules import check_saved_modules
 from .undo import undone_if_refused
 from .wiring import Wiring
 
@@ -99,6 +100,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         blocks.check_forwards(self.model)
         blocks.check_targets(self.model, module_names)
         check_layout(self.model, adapter_name, config, module_names)
+        check_saved_modules(self.model, adapter_name, config, module_names)
         places(self.model, module_names, config.router_scope, config.own_routers)
         check_parameters(self.model, adapter_name, config, module_names)
 
