@@ -60,6 +60,10 @@ def _listed(choices: Iterable[RouterKind | BalancingLoss]) -> str:
     return "; ".join(f"'{choice.name}': {choice.help}" for choice in choices)
 
 
+class NotedNames(list[str]):
+    """Names that were noted when an adapter was made: of its model, so that for another adapter they are found anew."""
+
+
 @dataclass
 class MoELoraConfig(LoraConfig):
     """Configuration of a mixture of LoRA experts.

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
+from ..config import SHARED_FIELDS, MoELoraConfig, NotedNames, count_experts, storage_config
 from ..forward.removal import remove_routing
 from ..ops.native import is_native
 from ..storage.patterns import check_patterns_end
@@ -149,7 +149,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         """Create the adapter's experts and routers, or none of them; see PEFT for the arguments."""
         frozen = self._frozen_by_disabling
         with undone_if_refused(self.model):
-            config = self.peft_config[adapter_name]
+            config = self._own_config(adapter_name)
             reach_native_experts(self.model, adapter_name, config, self.is_target)
             with _no_warning_of_patterns() if patterns_are_for_parameters(self.model, config) else nullcontext():
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
@@ -160,9 +160,18 @@ class MoELoraModel(RoutingControls, TunerModel):
         if self._is_disabled:
             self._disable_new_layers()
 
+    def _own_config(self, adapter_name: str) -> MoELoraConfig:
+        """The very object that the caller passed, for PEFT's wrappers go on to write to it, unless another adapter is
+        made from it already: that one keeps it, with the names that were noted there."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config.own_routers, NotedNames):
+            self.peft_config[adapter_name] = config = copy.copy(config)
+            config.own_routers = None
+        return config
+
     def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
         own = Wiring.of(self.model, self.peft_config).add(adapter_name, config)
-        self._note_own_routers(adapter_name, own)
+        config.own_routers = NotedNames([] if config.router_scope == "module" else own)
         routers = self.routing.routers.values()
         is_trainable = adapter_name in self.active_adapters and not config.inference_mode
         with self.keep_trainability():
@@ -171,11 +180,6 @@ class MoELoraModel(RoutingControls, TunerModel):
         for each in routers:
             if adapter_name in each.lora_router:
                 each[adapter_name].requires_grad_(is_trainable)
-
-    def _note_own_routers(self, adapter_name: str, names: list[str]) -> None:
-        """In a copy of the configuration: the caller's may serve for other models, whose linears have other names."""
-        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
-        config.own_routers = [] if config.router_scope == "module" else names
 
     def _disable_new_layers(self) -> None:
         for module in self.model.modules():
