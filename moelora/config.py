@@ -53,8 +53,15 @@ SWAPPED_ALIKE = (
 )
 
 
+_NOT_PEFTS = "an option of LoraConfig is not what PEFT takes"
+
+
 def _listed(choices: Iterable[RouterKind | BalancingLoss]) -> str:
     return "; ".join(f"'{choice.name}': {choice.help}" for choice in choices)
+
+
+class NotedNames(list[str]):
+    """Names that were noted when an adapter was made: of its model, so that for another adapter they are found anew."""
 
 
 @dataclass
@@ -68,6 +75,7 @@ class MoELoraConfig(LoraConfig):
     Raises:
         ValueError: a field is out of range, or a LoraConfig option cannot be honoured by a mixture. The message names
             the field, the value and the fix.
+        TypeError: a LoraConfig option is of another type than PEFT takes.
 
     Example:
         >>> config = MoELoraConfig(r=8, lora_alpha=16, target_modules="all-linear", num_experts=8)
@@ -170,8 +178,10 @@ class MoELoraConfig(LoraConfig):
         check_fields(self, LORA_RULES)
         try:
             super().__post_init__()
-        except (TypeError, AttributeError, KeyError) as error:  # options of options, which PEFT takes as they are
-            raise ValueError(f"an option of LoraConfig is not what PEFT takes: {error}") from error
+        except TypeError as error:
+            raise TypeError(f"{_NOT_PEFTS}: {error}") from error
+        except (AttributeError, KeyError) as error:  # options of options, which PEFT takes as they are
+            raise ValueError(f"{_NOT_PEFTS}: {error}") from error
         self.peft_type = MOELORA
         if self.adapters:
             check_entries(self.adapters)
@@ -184,8 +194,15 @@ class MoELoraConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
-        """See PEFT; files from before linears could have routers of their own do not mention any."""
-        return super().from_peft_type(**({"own_routers": []} | kwargs))
+        """See PEFT; files from before linears could have routers of their own do not mention any.
+
+        Raises:
+            ValueError: a field is out of range, or of a type that PEFT cannot take.
+        """
+        try:
+            return super().from_peft_type(**({"own_routers": []} | kwargs))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

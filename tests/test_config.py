@@ -146,6 +146,23 @@ def test_lora_options_a_mixture_cannot_honour(field, value):
     assert getattr(plain, field) == getattr(LoraConfig(**options), field)
 
 
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("target_parameters", "experts.down_proj", "must be a list of strings"),
+        ("kasa_config", 7, "must be a `KasaConf"),
+    ],
+)
+def test_an_option_of_another_type_than_pefts_is_pefts_own_type_of_error(field, value, says, routed):
+    """Whoever catches what LoraConfig raises catches it here; a file of such content is bad content, a ValueError."""
+    for kind, own in ((LoraConfig, {}), (MoELoraConfig, {"use_moe_routing": routed})):
+        with pytest.raises(TypeError, match=says):
+            kind(**own, **{field: value})
+    with pytest.raises(ValueError, match=says):
+        MoELoraConfig.from_peft_type(peft_type="MOELORA", use_moe_routing=routed, **{field: value})
+
+
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_initialisations_that_keep_the_base(init):
     assert MoELoraConfig(init_lora_weights=init).init_lora_weights == init

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import LLAMA_TARGETS, SCOPES, VOCAB, llama, mixture_of
+from helpers import LLAMA_TARGETS, SCOPES, VOCAB, llama, mixture_of, routers_of
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer as lorafa_of_peft
 
@@ -58,3 +58,9 @@ def test_pefts_own_is_refused_for_routers():
         lorafa_of_peft(model, r=2, lora_alpha=4, lr=1e-3)
     with pytest.raises(ValueError, match="holds no mixture"):
         create_lorafa_optimizer(llama(), lr=1e-3)
+
+
+def test_a_router_lists_no_scalings_of_adapters():
+    """Whoever goes through what each adapter has in a layer asks whatever has keys."""
+    for router in routers_of(mixture_of("llama")).values():
+        assert not hasattr(router.scaling, "keys") and "default" in router.lora_router

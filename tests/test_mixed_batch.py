@@ -133,8 +133,10 @@ def test_gradients_come_to_the_adapters_of_the_samples(two_mixtures):
 def test_what_cannot_be_is_refused(two_mixtures):
     model = two_mixtures("llama")
     inputs = ARCHITECTURES["llama"].batch(batch=4, labels=False)
-    with pytest.raises(ValueError, match=r"names 3 adapters, but the batch has 4 rows"):
+    with pytest.raises(ValueError, match=r"Length of `adapter_names` .* got 3 and 4 resp"):
         model(**inputs, adapter_names=["mail", "code", "mail"])
+    with pytest.raises(ValueError, match=r"Length of `adapter_names` .* got 3 and 4 resp"):  # which no router sees
+        model(**inputs, adapter_names=["__base__"] * 3)
     with pytest.raises(ValueError, match=r"non-existing adapter.*: lost"):
         model(**inputs, adapter_names=["mail", "code", "mail", "lost"])
     with pytest.raises(ValueError, match=r"`adapter_names`.*`routing_weights` would"):

@@ -175,10 +175,12 @@ def test_plain_lora_loads_without_a_word_of_routers(tmp_path, recwarn):
 
 
 def test_a_configuration_serves_for_another_model():
-    """Names of one model's linears do not stick to the caller's configuration."""
-    config = MoELoraConfig(target_modules="all-linear", **TIGHT)
-    get_peft_model(CASE["Bert"].build(), config)
-    assert config.own_routers is None
+    """Names of one model's linears do not stick: the other's are found anew, and the first model keeps its own."""
+    config = MoELoraConfig(target_modules=["query", "dense", "k_proj", "linear_1"], **TIGHT)
+    first, second, again = (get_peft_model(CASE[name].build(), config) for name in ("Bert", "Llava", "Bert"))
+    assert first.peft_config["default"] is config
+    assert own_linears(first) == own_linears(again) == {"pooler.dense"}
+    assert own_linears(second) == {"multi_modal_projector.linear_1"}
 
 
 def test_adapters_that_disagree_are_refused(tmp_path):

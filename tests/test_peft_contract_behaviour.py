@@ -19,7 +19,7 @@ from helpers import (
     routers_of,
     train_step,
 )
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from moelora import MoELoraConfig
 
@@ -278,6 +278,24 @@ def test_patterns_describe_one_expert(use_rslora, num_experts):
         assert one.scaling["default"] == pytest.approx(plain.scaling["default"]), target
     assert model.peft_config["default"].r == 4 and model.peft_config["default"].lora_alpha == 6
     assert model.peft_config["default"].rank_pattern == {"q_proj": 3}
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+@pytest.mark.parametrize("routed", [True, False])
+def test_heads_of_tasks_are_noted_as_by_lora(task, routed, tmp_path):
+    """PEFT's wrappers write the heads into the configuration that they were given, two of them when it is in use."""
+    given = MoELoraConfig(r=2, target_modules=["query"], task_type=task, use_moe_routing=routed)
+    model = get_peft_model(bert_classifier(), given)
+    lora = get_peft_model(bert_classifier(), LoraConfig(r=2, target_modules=["query"], task_type=task))
+    assert model.peft_config["default"] is given
+    assert given.modules_to_save == lora.peft_config["default"].modules_to_save != []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.5
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert_classifier(), tmp_path).eval()
+    torch.testing.assert_close(loaded(**NO_LABELS).logits, model(**NO_LABELS).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["whole", "expert-by-expert"])

@@ -56,12 +56,29 @@ def test_a_base_is_as_it_was_after_routers_that_fail():
     base = llama().eval()
     before, expected = traces(base), base(IDS).logits
     with (
-        mock.patch("moelora.tuner.model.MoELoraModel._link_readers", side_effect=KeyboardInterrupt),
+        mock.patch("moelora.tuner.wiring.Wiring._link_readers", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         get_peft_model(base, config())
     assert traces(base) == before
     assert torch.equal(base(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["lm_heat", "model.layers.7.mlp", "lm_head"])
+@pytest.mark.parametrize("scope", ["block", "module"])
+def test_routers_of_linears_that_are_not_adapted_are_refused(name, scope):
+    """What does not exist, and what no target is, gets no router: neither does a base get anything else then."""
+    base = llama().eval()
+    before = traces(base)
+    refused = config(own_routers=["model.layers.0.mlp.up_proj", name], router_scope=scope)
+    with pytest.raises(ValueError, match=rf"`own_routers` \('{name}'\) names no linear of the base model that the ad"):
+        get_peft_model(base, refused)
+    assert traces(base) == before
+    model = get_peft_model(base, config(router_scope=scope))
+    before = traces(model)
+    with pytest.raises(ValueError, match=f"`own_routers` .'{name}'. names no linear"):
+        model.add_adapter("more", refused)
+    assert (traces(model), list(model.peft_config)) == (before, ["default"])
 
 
 @pytest.mark.parametrize("where", ["layer", "routers"])
@@ -73,7 +90,7 @@ def test_a_mixture_is_as_it_was_after_an_adapter_that_fails(where):
     failing = (
         fail_at(2)
         if where == "layer"
-        else mock.patch("moelora.tuner.model.MoELoraModel._link_readers", side_effect=RuntimeError("no more"))
+        else mock.patch("moelora.tuner.wiring.Wiring._link_readers", side_effect=RuntimeError("no more"))
     )
     more = config(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     with failing, pytest.raises(RuntimeError, match="no more"):

@@ -48,8 +48,17 @@ def register(config_cls: type, model_cls: type) -> None:
             setattr(module, cls.__name__, cls)
 
 
-class _NoScaling(dict):
-    """What a router has in the place of scalings."""
+class _NoScaling:
+    """What a router has in the place of scalings: hot-swapping reads and writes them, and nothing keeps what it writes.
+
+    It is no dict and has no keys: whoever goes through what an adapter has in each layer finds nothing here.
+    """
+
+    def __getitem__(self, adapter_name: str) -> float:
+        return 1.0
+
+    def __setitem__(self, adapter_name: str, scaling: float) -> None:
+        pass
 
     def __contains__(self, adapter_name: object) -> bool:
         raise ValueError(
@@ -63,9 +72,9 @@ class RouterTunerLayer(BaseTunerLayer):
     cast_input_dtype_enabled = True  # PEFT sets it on every layer; routers read whatever comes, in float32
 
     @property
-    def scaling(self) -> dict[str, float]:
-        """Into which hot-swapping writes each layer's; routers have none, and nothing keeps what is written."""
-        return _NoScaling.fromkeys(self._get_available_adapters(), 1.0)
+    def scaling(self) -> _NoScaling:
+        """Of no adapter: routers have none."""
+        return _NoScaling()
 
     def get_base_layer(self) -> nn.Module:
         raise AttributeError("a router wraps no base layer")

@@ -24,6 +24,7 @@ from ..forward.state import ForwardContext, RoutingState
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
 from ..routing.decision import sole_expert
 from . import native
+from .mixed_batch import rows_of_sample
 from .offloaded import loaded
 from .router import MoELoraRouter
 
@@ -91,6 +92,9 @@ class MoELoraLayer(_LayerBase):
             return ready
         names = self.routed_adapters()
         if not names:
+            of_samples = self.link.state.in_force.call.adapter_names
+            if of_samples is not None and not self.link.state.active_adapters:
+                rows_of_sample(x, of_samples)  # all are the base's: no router sees how many there are
             return super().forward(x, *args, **kwargs)
         if self._may_be_plain_lora(routing):
             weights, pool = self._weights_of_pool(x, routing)

@@ -36,7 +36,9 @@ def check_adapter_names(tuner: Any, adapter_names: Sequence[str], routing_weight
         other = "`routing_weights`" if routing_weights is not None else "an attached router"
         raise ValueError(f"`adapter_names` lets each sample's own adapter route it, which {other} would, too: give one")
     if any(getattr(module, "merged", False) for module in tuner.model.modules()):
-        raise ValueError("`adapter_names` cannot act on merged experts; call `unmerge_adapter()` first")
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
 
 
 @contextmanager
@@ -62,6 +64,21 @@ def _set_adapters(tuner: Any, layers: Sequence[Any], names: list[str]) -> None:
             layer.set_adapter(names)
 
 
+def rows_of_sample(x: Tensor, adapter_names: Sequence[str]) -> int:
+    """How many rows of x [rows, ...] are one sample's.
+
+    Raises:
+        ValueError: the rows are no multiple of B; in PEFT's words.
+    """
+    rows, rest = divmod(x.shape[0], len(adapter_names))
+    if rest or not rows:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {x.shape[0]} respectively."
+        )
+    return rows
+
+
 def weights_of_samples(
     router: MixtureRouter, hidden: Tensor, adapter_names: Sequence[str], configs: dict[str, MoELoraConfig]
 ) -> Tensor:
@@ -74,12 +91,7 @@ def weights_of_samples(
     Raises:
         ValueError: the rows are no multiple of B.
     """
-    copies, rest = divmod(hidden.shape[0], len(adapter_names))
-    if rest or not copies:
-        raise ValueError(
-            f"`adapter_names` names {len(adapter_names)} adapters, but the batch has {hidden.shape[0]} rows; name one "
-            "for each sample"
-        )
+    copies = rows_of_sample(hidden, adapter_names)
     owners = [name for name in adapter_names for _ in range(copies)]
     parts = []
     for name, count in router.pool:

@@ -13,25 +13,23 @@ from peft import PeftConfig
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..config import SHARED_FIELDS, MoELoraConfig, count_experts, storage_config
-from ..forward.hooks import BlockHook, ForwardHook, encoder_argument_position, refuse_fused_loss
-from ..forward.joint_blocks import text_comes_first
-from ..forward.removal import STATE_ATTRIBUTE, remove_routing
-from ..forward.shared_input import readers_of
-from ..forward.state import RoutingState
+from ..config import SHARED_FIELDS, MoELoraConfig, NotedNames, count_experts, storage_config
+from ..forward.removal import remove_routing
 from ..ops.native import is_native
 from ..storage.patterns import check_patterns_end
 from . import blocks
 from ._peft import ExpertsLora, LoraLayer, TunerModel
 from .controls import RoutingControls
-from .layer import LayerLink, MoELoraLayer, make_routed
+from .layer import MoELoraLayer, make_routed
 from .names import check_adapter_name
 from .native import NO_MERGE, check_layout, check_parameters, has_experts_beside, patterns_are_for_parameters
 from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
-from .placement import Place, places
+from .placement import places
 from .router import MoELoraRouter
+from .saved_modules import check_saved_modules
 from .undo import undone_if_refused
+from .wiring import Wiring
 
 _ROLL_OUT = (
     ". TRL's `use_vllm=True` merges before every roll-out: "
@@ -107,6 +105,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         blocks.check_forwards(self.model)
         blocks.check_targets(self.model, module_names)
         check_layout(self.model, adapter_name, config, module_names)
+        check_saved_modules(self.model, adapter_name, config, module_names)
         places(self.model, module_names, config.router_scope, config.own_routers)
         check_parameters(self.model, adapter_name, config, module_names)
 
@@ -155,7 +154,7 @@ class MoELoraModel(RoutingControls, TunerModel):
         """Create the adapter's experts and routers, or none of them; see PEFT for the arguments."""
         frozen = self._frozen_by_disabling
         with undone_if_refused(self.model):
-            config = self.peft_config[adapter_name]
+            config = self._own_config(adapter_name)
             reach_native_experts(self.model, adapter_name, config, self.is_target)
             with _no_warning_of_patterns() if patterns_are_for_parameters(self.model, config) else nullcontext():
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
@@ -166,121 +165,31 @@ class MoELoraModel(RoutingControls, TunerModel):
         if self._is_disabled:
             self._disable_new_layers()
 
+    def _own_config(self, adapter_name: str) -> MoELoraConfig:
+        """The very object that the caller passed, for PEFT's wrappers go on to write to it, unless another adapter is
+        made from it already: that one keeps it, with the names that were noted there."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config.own_routers, NotedNames):
+            self.peft_config[adapter_name] = config = copy.copy(config)
+            config.own_routers = None
+        return config
+
     def _add_routers(self, adapter_name: str, config: MoELoraConfig) -> None:
-        state = self._open_state()
-        layers = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, MoELoraLayer) and adapter_name in layer.lora_A
-        }
-        found = places(self.model, layers, config.router_scope, config.own_routers)
-        for name, layer in layers.items():
-            place = found[name]
-            router = self._router_for(layer, place)
-            if adapter_name not in router.lora_router:
-                router.add_adapter(adapter_name, config, like=layer.lora_A[adapter_name].weight)
-            if not hasattr(layer, "link"):
-                hook = self._hook_block(place.block, config.router_scope) if place.block else None
-                layer.link = LayerLink(name, state, hook, place.reads)
-                if layer is self._output_layer():
-                    state.handles.append(self.model.register_forward_pre_hook(refuse_fused_loss, with_kwargs=True))
-            if place.owner != name and layer.link.hook is not None:
-                self._let_decide(router, layer.link.hook)
-        self._note_own_routers(adapter_name, [name for name, place in found.items() if place.owner == name])
-        self._link_readers()
-        state.routers = {m.name: m for m in self.model.modules() if isinstance(m, MoELoraRouter)}
+        own = Wiring.of(self.model, self.peft_config).add(adapter_name, config)
+        config.own_routers = NotedNames([] if config.router_scope == "module" else own)
+        routers = self.routing.routers.values()
         is_trainable = adapter_name in self.active_adapters and not config.inference_mode
         with self.keep_trainability():
-            for each in state.routers.values():
+            for each in routers:
                 each.set_adapter(self.active_adapters)
-        for each in state.routers.values():
+        for each in routers:
             if adapter_name in each.lora_router:
                 each[adapter_name].requires_grad_(is_trainable)
-
-    def _output_layer(self) -> nn.Module | None:
-        find = getattr(self.model, "get_output_embeddings", None)
-        return find() if find is not None else None
 
     def _disable_new_layers(self) -> None:
         for module in self.model.modules():
             if isinstance(module, (*self.tuner_layer_cls, AuxiliaryTrainingWrapper)) and not module.disable_adapters:
                 cast(Any, module).enable_adapters(False)
-
-    def _link_readers(self) -> None:
-        """Tell every routed layer which others read the same tensor after it."""
-        parents = (m for m in self.model.modules() if any(isinstance(child, MoELoraLayer) for child in m.children()))
-        for parent in parents:
-            for names in readers_of(type(parent).forward):
-                children = [child for name in names if isinstance(child := getattr(parent, name, None), MoELoraLayer)]
-                for i, child in enumerate(children):
-                    child.link.fused_with = tuple(other for other in children[i + 1 :] if other.is_routed_like(child))
-
-    def _open_state(self) -> RoutingState:
-        state = self.routing_or_none
-        if state is None:
-            state = RoutingState(self.peft_config)
-            setattr(self.model, STATE_ATTRIBUTE, state)
-            self._hook_forward(state, "", [], is_root=True)
-        state.configs = self.peft_config
-        return state
-
-    def _hook_forward(self, state: RoutingState, owner: str, stacks: list[str], is_root: bool = False) -> None:
-        module = self.model.get_submodule(owner)
-        hook = ForwardHook(module, state, stacks, is_root)
-        state.handles += [
-            module.register_forward_pre_hook(hook.before, with_kwargs=True),
-            module.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
-        ]
-
-    def _router_for(self, layer: MoELoraLayer, place: Place) -> MoELoraRouter:
-        owner: Any = self.model.get_submodule(place.owner)
-        if "moe_router" not in owner._modules:
-            owner.moe_router = MoELoraRouter(place.owner, place.width or layer.in_features, self.routing)
-        return owner.moe_router
-
-    def _note_own_routers(self, adapter_name: str, names: list[str]) -> None:
-        """In a copy of the configuration: the caller's may serve for other models, whose linears have other names."""
-        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
-        config.own_routers = [] if config.router_scope == "module" else names
-
-    def _hook_block(self, block: str, scope: str) -> BlockHook:
-        """The hook of a block; its stack's first block gets one too: "model" scope and attached routers read there."""
-        stack = blocks.stack_of(block)
-        first = blocks.first_block(self.model, stack)
-        owner = stack.rpartition(".")[0]
-        if owner and first not in self.routing.hooks:
-            self._hook_forward(self.routing, owner, [stack])
-        for name in dict.fromkeys((first, block)):
-            if name not in self.routing.hooks:
-                self.routing.hooks[name] = self._new_hook(name, scope)
-        return self.routing.hooks[block]
-
-    def _let_decide(self, router: MoELoraRouter, hook: BlockHook) -> None:
-        """Make the block ask the router, and in "model" scope the first of its stack, where it is asked."""
-        hook.router = router
-        if hook.scope == "model":
-            self.routing.hooks[blocks.first_block(self.model, hook.stack)].router = router
-
-    def _new_hook(self, name: str, scope: str) -> BlockHook:
-        module = self.model.get_submodule(name)
-        decoder = blocks.decoder_blocks_of(self.model)
-        hook = BlockHook(
-            state=self.routing,
-            name=name,
-            stack=blocks.stack_of(name),
-            router=None,
-            scope=scope,
-            reads_images=blocks.reads_images(self.model, name),
-            is_decoder=module in decoder,
-            is_encoder_decoder=bool(decoder),
-            encoder_position=encoder_argument_position(module),
-        )
-        hook.text_first = text_comes_first(type(module).forward)
-        self.routing.handles += [
-            module.register_forward_pre_hook(hook.before, with_kwargs=True),
-            module.register_forward_hook(hook.after, always_call=True),
-        ]
-        return hook
 
     # ---- the mixture -------------------------------------------------------------------------------------------------
 

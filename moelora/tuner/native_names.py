@@ -16,6 +16,7 @@ from torch import nn
 from ..config import MoELoraConfig, count_experts
 from ._peft import names_before_fusion
 from .native import bare, fused_parameters, matched_parameters, short_name
+from .saved_modules import around, saved_whole, wrapped_already
 
 ALL_LINEAR = "all-linear"
 
@@ -25,7 +26,7 @@ IsTarget = Callable[[MoELoraConfig, str], bool]
 
 def reach_native_experts(model: nn.Module, adapter_name: str, config: MoELoraConfig, is_target: IsTarget) -> None:
     """Add to config's `target_parameters` those that its `target_modules` mean by names of transformers 4, or by
-    "all-linear"; say which native experts were meant and stay frozen.
+    "all-linear", and that are not in modules to save; say which native experts were meant and stay frozen.
 
     As with PEFT's LoRA, a parameter of several fused linears gets the rank of them all. An adapter that is one expert
     of a mixture has no part in parameters: no router of ours would weigh it.
@@ -35,7 +36,8 @@ def reach_native_experts(model: nn.Module, adapter_name: str, config: MoELoraCon
     """
     if config.target_parameters:
         config.target_parameters = _qualified(model, config.target_parameters)
-    fused = fused_parameters(model)
+    whole = [*saved_whole(model, config), *wrapped_already(model)]  # in which PEFT adapts no linears either
+    fused = [name for name in fused_parameters(model) if around(name.rpartition(".")[0], whole) is None]
     if not fused:
         return
     is_one = config.use_moe_routing and count_experts(adapter_name, config) == 1

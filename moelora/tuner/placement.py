@@ -51,8 +51,11 @@ def places(model: nn.Module, names: Iterable[str], scope: str, own: Sequence[str
         own: those with routers of their own beside the scope's, where an adapter that was saved says so.
 
     Raises:
-        ValueError: own disagrees with the mixture that is there, or the width of hidden states cannot be told.
+        ValueError: own names others, or disagrees with the mixture that is there, or the width of hidden states cannot
+            be told.
     """
+    names = list(names)
+    _check_known(names, own or ())
     readings = readings_of(model)
     found = {name: _without_owner(model, name, readings) for name in names}
     width = _common_width(model, found.values(), readings) if scope == "model" else None
@@ -70,6 +73,14 @@ def places(model: nn.Module, names: Iterable[str], scope: str, own: Sequence[str
         else:
             found[name] = replace(place, width=width)
     return found
+
+
+def _check_known(names: Sequence[str], own: Sequence[str]) -> None:
+    if unknown := sorted(set(own) - set(names)):
+        raise ValueError(
+            f"`own_routers` ({unknown[0]!r}) names no linear of the base model that the adapter adapts; leave it to "
+            "get_peft_model (None), or load the adapter into the base that it was saved with"
+        )
 
 
 def _is_decided(module: nn.Module, name: str, own: Sequence[str] | None) -> bool | None:

@@ -28,6 +28,42 @@ class Deviation:
 
 DEVIATIONS = (
     Deviation(
+        r"Configs are incompatible: for (r|lora_alpha|rank_pattern|alpha_pattern),",
+        "PEFT lists by type what hot-swapping compares, and a mixture's ranks and alphas have to be equal",
+        plain=True,
+    ),
+    Deviation(
+        r"an adapter cannot be named .* by which tensors are told apart",
+        "an adapter is not called as a module is: PEFT loses tensors of such an adapter, or of others beside it",
+        plain=True,
+    ),
+    Deviation(
+        r"`bias` \('invalid'\) is not valid",
+        "`bias` is checked when the configuration is made, a ValueError, and not when a model has been changed",
+        applies=True,
+        plain=True,
+    ),
+    Deviation(
+        r"`target_parameters` \(.*\) names no parameter|holds `linear\.weight` of `target_parameters`",
+        "`target_parameters` that the model does not have, or that `target_modules` reaches too, are refused by name",
+        applies=True,
+    ),
+    Deviation(
+        r"test_from_pretrained_config_construction",
+        "a configuration that another adapter is made from is copied: own routers noted in it are of that one's model",
+        applies=True,
+    ),
+    Deviation(
+        r"test_training_gradient_checkpointing .*moe_router",
+        "experts that begin at zero leave a router no gradient but rounding, which the case takes for one",
+        applies=True,
+    ),
+    Deviation(
+        r"test_non_existing_model_card",
+        "the model card is a mixture's, shorter than the blank form whose length the case compares",
+        applies=True,
+    ),
+    Deviation(
         r"test_target_parameter_result_caching_works",
         "native experts are computed without the sum of weight and delta whose making the case watches",
         applies=True,
@@ -40,13 +76,13 @@ DEVIATIONS = (
         r"which a mixture cannot route",
         "the case adapts an embedding, a convolution or another layer that is not linear",
     ),
-    Deviation(r"cannot merge: router_type=|has no single delta", 'merging needs `router_type="fixed"`'),
+    Deviation(r"cannot merge: router_type=", 'merging needs `router_type="fixed"`'),
     Deviation(
         r"`add_weighted_adapter` cannot", "`add_weighted_adapter` would combine experts as if they were one LoRA"
     ),
     Deviation(r"`safe_serialization=False` cannot", "a mixture of several adapters is saved as safetensors only"),
     Deviation(
-        r"PEFT types found: MOELORA|MIXED models|mixed models|`PeftMixedModel`",
+        r"PEFT types found: MOELORA|mixed models|`PeftMixedModel`",
         "PeftMixedModel lists the methods it accepts by type",
         plain=True,
     ),
@@ -68,14 +104,13 @@ DEVIATIONS = (
         plain=True,
     ),
     Deviation(
-        r"Can't find 'adapter_config.json' at|test_save_pretrained_selected_adapters .*is no folder"
+        r"Can't find 'adapter_config.json' at|(selected_adapters|test_adapter_dtype_autocast) .*is no folder"
         r"|Could not determine the dtype of this adapter",
         "several adapters are saved as one mixture and loaded under their own names, not one directory each",
         applies=True,
     ),
     Deviation(
-        r"test_loading_model_requires_grad_set_correctly|test_set_requires_grad "
-        r"|test_requires_grad_(lora_\w+_targets|modules_to_save_\w+|follows_inference_mode_\w+) .*to require gradients",
+        r"test_requires_grad_(lora_\w+_targets|modules_to_save_\w+|follows_inference_mode_\w+) .*to require gradients",
         "the case lists the parameters that are trainable, and routers are among them",
         applies=True,
     ),
@@ -118,8 +153,9 @@ DEVIATIONS = (
         applies=True,
     ),
     Deviation(
-        r"test_from_pretrained_missing_keys_warning|does not fit the model",
-        "a checkpoint with missing or extra weights is refused, where PEFT warns",
+        r"test_from_pretrained_missing_keys_warning|does not fit the model"
+        r"|tensors of experts and routers, and \d+ were gathered",
+        "a checkpoint with missing or extra weights is refused, where PEFT warns or is silent",
         applies=True,
     ),
 )
