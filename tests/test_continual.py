@@ -12,7 +12,7 @@ from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora import MoELoraConfig
 from moelora.cli.commands import main
-from moelora.cli.grow import inherited
+from moelora.cli.grow_from import inherited
 from moelora.storage.run_record import learned_domains
 
 

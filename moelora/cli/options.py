@@ -22,6 +22,7 @@ from .option_fields import (
     is_folder,
     is_port,
     many,
+    may_be_on_hub,
     optional,
     required,
     rest,
@@ -66,9 +67,10 @@ class TrainOptions:
     resume: bool = flag("continue from the last checkpoint in the recipe's output folder")
     overwrite: bool = flag(f"replace the recipe's output folder; {KEPT_HELP}")
     grow: str | None = optional(
-        "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
-        "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts",
-        check=lambda value: None if value == "auto" else is_folder(value),
+        "folder of a trained mixture, or a plain LoRA (a folder or hub id), to which new experts for the recipe's data "
+        "are added; it is only read. `auto`: add them only if the data are new to the mixture that --adapter names, "
+        "else train its own experts",
+        check=lambda value: None if value == "auto" or may_be_on_hub(value) else is_folder(value),
     )
     adapter: str | None = optional("with --grow auto: folder of the trained mixture", check=is_folder)
     dry_run: bool = flag("with --grow: print what would be done and write nothing")

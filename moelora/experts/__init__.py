@@ -10,7 +10,7 @@ from .domains import forget_domain, knows_domain, learn_domain, refresh_domain_c
 from .evaluation import Texts
 from .exporting import merge, save_lora, to_lora, to_lora_mixture
 from .growth import GrowthCallback, grow
-from .importing import build, from_lora
+from .importing import build, from_lora, mixture_from_lora
 from .merging import MergeRecipe, merge_experts
 from .migration import Migration, experts_of
 from .native import native_from_lora, native_to_lora
@@ -40,6 +40,7 @@ __all__ = [
     "lora_of",
     "merge",
     "merge_experts",
+    "mixture_from_lora",
     "native_from_lora",
     "native_to_lora",
     "novelty",
