@@ -83,6 +83,13 @@ class Recipe:
         "and after",
         default_factory=tuple,
     )
+    start_from: str = option(
+        "with --grow, where new experts begin: new (they contribute nothing yet), nearest (as copies of the experts of "
+        "the adapter that alone has the least loss on the first new texts, new where the base model has less), or the "
+        "name of an adapter",
+        default="new",
+        check=not_empty,
+    )
     block_size: int = option(
         "longest piece of a document, in tokens, that is learned at once", default=512, check=at_least(2)
     )

@@ -8,6 +8,7 @@ then the new adapter keeps statistics of what its routers read, and the classifi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,10 @@ from ..console import console, printable
 from ..data.preparation import DomainBlocks, load_domains, mix
 from ..experts.domains import knows_domain, learn_domain
 from ..experts.growth import free_name, grow
+from ..experts.warm_start import NEAREST, NEW, Nearest, nearest_adapter
 from ..files.opening import real_path
 from ..recipe import Recipe
-from ..schema import UserError
+from ..schema import Problem, UserError, did_you_mean, telling_user
 from ..storage.run_record import LEARNED_BEFORE
 from ..training.load import load_recipe
 from ..training.run import Start
@@ -58,9 +60,17 @@ def load_growing(
         what = "is the adapter that grows" if out == folder else f"holds {folder}, which is only read"
         raise UserError(f"training.output_dir = {str(out)!r}\n    {what}; give another folder")
     old.check(recipe)
+    _check_start(recipe.start_from, [row.name for row in old.rows])
     growth = (kind or Growth)(old, free_name(old.taken))
     growth.check()
     return growth, recipe
+
+
+def _check_start(start_from: str, names: Sequence[str]) -> None:
+    known = (NEW, NEAREST, *names)
+    if start_from not in known:
+        fix = f"must be one of {', '.join(known)}{did_you_mean(start_from, known)}"
+        raise UserError(str(Problem("start_from", start_from, fix)))
 
 
 @dataclass
@@ -75,6 +85,7 @@ class Growth(Start):
     old: Old
     name: str
     tokens: dict[str, int] = field(default_factory=dict)  # that domain statistics were just computed from, by adapter
+    start: Nearest | None = None  # where the new experts began, once they are there
     _texts: DataLoader | None = None
     _kept: KeptSkill | None = None
 
@@ -129,9 +140,25 @@ class Growth(Start):
         """Add the new adapter and let it learn alone."""
         apart = {"task_type", "num_experts", *SHARED_FIELDS}
         changes = {name: value for name, value in recipe.mixture.items() if name not in apart}
-        grow(model, count_experts(self.name, MoELoraConfig(**recipe.mixture)), name=self.name, **changes)
+        self.start = self._start(model, recipe, tokenizer, domains)
+        number = count_experts(self.name, MoELoraConfig(**recipe.mixture))
+        with telling_user():
+            grow(model, number, name=self.name, start_from=self.start.start_from, **changes)
         model.set_adapter([self.name])
         self._texts = texts(domains, recipe.seed, tokenizer)
+
+    def _start(
+        self, model: PeftModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
+    ) -> Nearest:
+        """Where the new experts begin, with the losses that say so where the recipe leaves it to them."""
+        if recipe.start_from != NEAREST:
+            return Nearest(recipe.start_from, math.nan, {})
+        found = nearest_adapter(model, texts(domains, recipe.seed, tokenizer))
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in found.losses.items())
+        begin = "begin as new ones" if found.start_from == NEW else f"begin as copies of those of {found.start_from}"
+        told = f"Loss on the first new texts: base model {found.base_loss:.3f}, {losses}; the new experts {begin}"
+        console.print(printable(told), soft_wrap=True)
+        return found
 
     def finish(self, model: PeftModel) -> None:
         """Give the new adapter the statistics of its domain; all adapters together form the mixture."""
@@ -151,6 +178,7 @@ class Growth(Start):
         return {
             "grown_from": self.old.source,
             "grown_adapter": self.name,
+            "start": None if self.start is None else dataclasses.asdict(self.start),
             LEARNED_BEFORE: self.old.learned() or named,
         }
 
@@ -170,9 +198,21 @@ class Growth(Start):
         return Plan(
             f"Grow {source} by an adapter for {domains}",
             ("adapter", "experts", "training", "domain statistics"),
-            [*rows, (self.name, str(count_experts(self.name, new)), f"learns alone, r={new.r}", "after training")],
-            [*self.old.notes(recipe), f"The result goes to {shown(recipe.output_dir)}; {source} is only read."],
+            [
+                *rows,
+                (self.name, str(count_experts(self.name, new)), f"learns alone, r={new.r}", "after training"),
+            ],
+            [
+                *self.old.notes(recipe),
+                *_start_notes(recipe.start_from),
+                f"The result goes to {shown(recipe.output_dir)}; {source} is only read.",
+            ],
         )
+
+
+def _start_notes(start_from: str) -> list[str]:
+    whose = "the adapter with the least loss on the new texts" if start_from == NEAREST else start_from
+    return [] if start_from == NEW else [f"The new experts begin as copies of the experts of {whose}."]
 
 
 def texts(domains: Sequence[DomainBlocks], seed: int, tokenizer: PreTrainedTokenizerBase) -> DataLoader:

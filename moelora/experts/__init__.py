@@ -18,6 +18,7 @@ from .novelty_score import Novelty, novelty
 from .parts import put_together, select, take_apart
 from .prune import drop, prune
 from .scoring import score_by_arrow, score_by_prototype
+from .warm_start import Nearest, copy_experts, nearest_adapter
 
 __all__ = [
     "GrowthCallback",
@@ -25,11 +26,13 @@ __all__ = [
     "LoraFile",
     "MergeRecipe",
     "Migration",
+    "Nearest",
     "Novelty",
     "RouterTraining",
     "Texts",
     "build",
     "closed_form",
+    "copy_experts",
     "drop",
     "experts_of",
     "forget_domain",
@@ -43,6 +46,7 @@ __all__ = [
     "mixture_from_lora",
     "native_from_lora",
     "native_to_lora",
+    "nearest_adapter",
     "novelty",
     "prune",
     "put_together",

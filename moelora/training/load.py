@@ -91,6 +91,11 @@ NOT_IN_MIXTURE = {
 }
 
 
+_PLAIN = ("start_from", "block_size", "max_eval_blocks", "seed", "references")
+"""Fields of a recipe that are what the file says."""
+_GROWS = "goes with `moelora train --grow`; drop it"
+
+
 def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -211,7 +216,9 @@ def _build(
     old_data = _build_old_data(given.get("old_data", ()), given.get("data", ()), folder, problems, inherited)
     mixture = _build_mixture(given.get("mixture", {}), problems, inherited)
     training = _build_training(given["training"], folder, raw, problems) if "training" in given else None
-    others = {name: given[name] for name in ("block_size", "max_eval_blocks", "seed", "references") if name in given}
+    others = {name: given[name] for name in _PLAIN if name in given}
+    if inherited is None and given.get("start_from", _default("start_from")) != _default("start_from"):
+        problems.append(Problem("start_from", given["start_from"], _GROWS))
     if model is not None:
         block_size = given.get("block_size", _default("block_size"))
         problems += check_model(model, None if "block_size" in bad else block_size, mixture)
@@ -251,7 +258,7 @@ def _build_old_data(
     if not raw:
         return ()
     if inherited is None:
-        problems.append(Problem("old_data", raw, "goes with `moelora train --grow`; drop it"))
+        problems.append(Problem("old_data", raw, _GROWS))
     for name in set(_names(raw)) & set(_names(data)):
         problems.append(Problem(f"old_data.{name}", name, "`data` has a domain of this name too; rename one"))
     return _build_domains(list(raw), folder, problems, "old_data")
