@@ -176,6 +176,10 @@ class ExportOptions(OperationOptions):
     weights: str | None = optional(
         "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is fixed"
     )
+    each: bool = flag(
+        "export every adapter of a mixture that grew, one per task, each to a folder of its own in --out; exact for an "
+        "adapter of one expert, else with the experts at their mean routing weights"
+    )
     merge: bool = flag("merge it into the base model and write that model")
     base: str | None = base_model()
 

@@ -16,6 +16,7 @@ from .migration import Migration, experts_of
 from .native import native_from_lora, native_to_lora
 from .novelty_score import Novelty, novelty
 from .parts import put_together, select, take_apart
+from .per_task import TaskLora, to_loras
 from .prune import drop, prune
 from .scoring import score_by_arrow, score_by_prototype
 from .warm_start import Nearest, copy_experts, nearest_adapter
@@ -29,6 +30,7 @@ __all__ = [
     "Nearest",
     "Novelty",
     "RouterTraining",
+    "TaskLora",
     "Texts",
     "build",
     "closed_form",
@@ -59,6 +61,7 @@ __all__ = [
     "take_apart",
     "to_lora",
     "to_lora_mixture",
+    "to_loras",
     "train_router",
 ]
 
