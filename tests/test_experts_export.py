@@ -188,7 +188,7 @@ def test_export_tells_every_mistake(tmp_path, trained, capsys):
     out = ["--out", str(tmp_path / "out")]
     for arguments, message in (
         ([], "give --expert with a number or a name, or --mixture"),
-        (["--expert", "0", "--mixture"], "and not both"),
+        (["--expert", "0", "--mixture"], "--mixture, and --each"),
         (["--expert", "9"], "from 0 to 2"),
         (["--expert", "0", "--weights", "1,0,0"], "goes with --mixture"),
         (["--mixture", "--weights", "1,a"], "must be numbers"),
