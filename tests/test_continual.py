@@ -90,6 +90,32 @@ def test_new_experts_start_from_the_nearest(folder, capsys):
     assert main([*arguments, *(f"--set={setting}" for setting in more), "--resume", "--set", "start_from=new"]) == 2
 
 
+def test_old_experts_are_merged_to_a_budget(folder, grown, capsys):
+    """Three and two old experts beside two new ones: of seven, five may stay."""
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(grown), "--max-experts", "5"]
+    arguments += ["--set", "training.output_dir=budget", "--set", "training.max_steps=1"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "The 5 old experts are merged into 3 first" in capsys.readouterr().out
+    old_data = ["--set", "old_data=[{name: counting, path: counting.jsonl}]"]
+    before = (grown / "adapter_model.safetensors").read_bytes()
+    assert main([*arguments, *old_data]) == 0
+    assert (grown / "adapter_model.safetensors").read_bytes() == before
+    record = json.loads((folder / "budget" / "run.json").read_text())
+    assert len(record["maturity"]) == 5 and len(record["merged"]) >= 1
+    assert "become one: changes" in capsys.readouterr().err
+    assert record["old_domains"]["counting"].keys() >= {"loss_before", "loss_merged", "loss_after"}
+    config = json.loads((folder / "budget" / "adapter_config.json").read_text())
+    assert [entry["name"] for entry in config["adapters"]] == ["default", "grown_1", "grown_2"]
+    assert main([*arguments, "--overwrite"]) == 0 and main(["undo", str(folder / "budget")]) == 0
+    assert json.loads((folder / "budget" / "run.json").read_text())["old_domains"]
+    capsys.readouterr()
+    elsewhere = ["--set", "training.output_dir=none", "--max-experts", "2"]
+    assert main([*arguments, *elsewhere]) == 2
+    assert "the new adapter alone has 2 experts" in capsys.readouterr().err
+    assert main([*arguments[:2], "--max-experts", "5"]) == 2
+    assert "--max-experts needs --grow" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_stays_and_writes_nothing(folder, capsys):
     arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--dry-run"]
     assert main([*arguments, "--set", "training.output_dir=nowhere"]) == 0

@@ -22,6 +22,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..console import console, printable
 from ..data.preparation import DomainBlocks, load_domains, mix
+from ..experts.consolidate import Merge, consolidate
 from ..experts.domains import knows_domain, learn_domain
 from ..experts.growth import free_name, grow
 from ..experts.warm_start import NEAREST, NEW, Nearest, nearest_adapter
@@ -47,11 +48,13 @@ def load_growing(
     resume: bool = False,
     overwrite: bool = False,
     kind: type[Growth] | None = None,
+    max_experts: int | None = None,
 ) -> tuple[Growth, Recipe]:
     """Read and check a recipe for experts that join a mixture in a folder, or a plain LoRA.
 
     Args:
         kind: the class of job; [`Growth`] by default.
+        max_experts: of the grown mixture; old ones are merged where it would have more.
     """
     old = read_old(source)
     recipe = load_recipe(recipe_path, overrides, resume=resume, overwrite=overwrite, inherited=old.inherited())
@@ -61,9 +64,19 @@ def load_growing(
         raise UserError(f"training.output_dir = {str(out)!r}\n    {what}; give another folder")
     old.check(recipe)
     _check_start(recipe.start_from, [row.name for row in old.rows])
-    growth = (kind or Growth)(old, free_name(old.taken))
+    budget = None if max_experts is None else _left_for_old(max_experts, recipe)
+    growth = (kind or Growth)(old, free_name(old.taken), budget)
     growth.check()
     return growth, recipe
+
+
+def _left_for_old(max_experts: int, recipe: Recipe) -> int:
+    """How many experts the old adapters may have beside the new one."""
+    new = count_experts("", MoELoraConfig(**recipe.mixture))
+    if max_experts <= new:
+        fix = f"the new adapter alone has {new} experts (mixture.num_experts); give {new + 1} or more"
+        raise UserError(str(Problem("--max-experts", max_experts, fix)))
+    return max_experts - new
 
 
 def _check_start(start_from: str, names: Sequence[str]) -> None:
@@ -80,11 +93,14 @@ class Growth(Start):
     Args:
         old: what was learned before; it is only read.
         name: of the new adapter.
+        budget: most experts that the old adapters may have; None: as many as there are.
     """
 
     old: Old
     name: str
+    budget: int | None = None
     tokens: dict[str, int] = field(default_factory=dict)  # that domain statistics were just computed from, by adapter
+    merges: list[Merge] = field(default_factory=list)  # of old experts, in order
     start: Nearest | None = None  # where the new experts began, once they are there
     _texts: DataLoader | None = None
     _kept: KeptSkill | None = None
@@ -92,10 +108,13 @@ class Growth(Start):
     def check(self) -> None:
         """Refuse what cannot work, as far as files tell; nothing more than [`load_growing`] does by itself."""
 
+    def __post_init__(self) -> None:
+        self.old_names = [row.name for row in self.old.rows]  # of the adapters that go on
+
     @property
-    def old_names(self) -> list[str]:
-        """Names of the adapters that are there."""
-        return [row.name for row in self.old.rows]
+    def is_over_budget(self) -> bool:
+        """Whether old experts are to be merged."""
+        return self.budget is not None and sum(row.num_experts for row in self.old.rows) > self.budget
 
     def build(
         self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
@@ -117,7 +136,20 @@ class Growth(Start):
             self._kept.measure(model, "before")
         for name in without:
             self.tokens[name] = learn_domain(model, name, texts(blocks, recipe.seed, tokenizer))
-        return model
+        return self._consolidated(model) if self.is_over_budget else model
+
+    def _consolidated(self, model: PeftModel) -> PeftModel:
+        """The mixture with as many experts as may be, and what was merged told."""
+        assert self.budget is not None
+        with telling_user("--max-experts: "):
+            found = consolidate(model, self.budget)
+        self.merges = found.merges
+        self.old_names = list(found.model.active_adapters)
+        for merge in found.merges:
+            console.print(printable(f"Merged: {merge}"), soft_wrap=True)
+        if self._kept is not None:
+            self._kept.measure(found.model, "merged")
+        return found.model
 
     def _read_old_texts(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[DomainBlocks]:
         read = old_recipe(self.old, recipe)
@@ -178,6 +210,7 @@ class Growth(Start):
         return {
             "grown_from": self.old.source,
             "grown_adapter": self.name,
+            "merged": [dataclasses.asdict(merge) for merge in self.merges],
             "start": None if self.start is None else dataclasses.asdict(self.start),
             LEARNED_BEFORE: self.old.learned() or named,
         }
@@ -188,8 +221,9 @@ class Growth(Start):
 
     def plan(self, recipe: Recipe) -> Plan:
         """What will be trained and what stays."""
+        fate = "may be merged" if self.is_over_budget else "unchanged"
         rows = [
-            (row.name, str(row.num_experts), "unchanged", "yes" if row.knows_domain else "will be computed")
+            (row.name, str(row.num_experts), fate, "yes" if row.knows_domain else "will be computed")
             for row in self.old.rows
         ]
         new = MoELoraConfig(**recipe.mixture)
@@ -205,9 +239,18 @@ class Growth(Start):
             [
                 *self.old.notes(recipe),
                 *_start_notes(recipe.start_from),
+                *self._budget_notes(),
                 f"The result goes to {shown(recipe.output_dir)}; {source} is only read.",
             ],
         )
+
+    def _budget_notes(self) -> list[str]:
+        if not self.is_over_budget:
+            return []
+        count = sum(row.num_experts for row in self.old.rows)
+        return [
+            f"The {count} old experts are merged into {self.budget} first, where domain statistics tell least loss."
+        ]
 
 
 def _start_notes(start_from: str) -> list[str]:

@@ -73,6 +73,10 @@ class TrainOptions:
         check=lambda value: None if value == "auto" or may_be_on_hub(value) else is_folder(value),
     )
     adapter: str | None = optional("with --grow auto: folder of the trained mixture", check=is_folder)
+    max_experts: int | None = optional(
+        "with --grow: most experts that the mixture may have; old ones are merged, least loss first, to make room",
+        check=at_least(2),
+    )
     dry_run: bool = flag("with --grow: print what would be done and write nothing")
 
 

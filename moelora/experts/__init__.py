@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from ..storage.lora_file import LoraError, LoraFile, read_lora
+from .consolidate import Consolidated, Merge, consolidate
 from .distil import closed_form, lora_of
 from .domains import forget_domain, knows_domain, learn_domain, refresh_domain_classifier
 from .evaluation import Texts
@@ -22,9 +23,11 @@ from .scoring import score_by_arrow, score_by_prototype
 from .warm_start import Nearest, copy_experts, nearest_adapter
 
 __all__ = [
+    "Consolidated",
     "GrowthCallback",
     "LoraError",
     "LoraFile",
+    "Merge",
     "MergeRecipe",
     "Migration",
     "Nearest",
@@ -34,6 +37,7 @@ __all__ = [
     "Texts",
     "build",
     "closed_form",
+    "consolidate",
     "copy_experts",
     "drop",
     "experts_of",

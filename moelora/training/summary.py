@@ -65,7 +65,7 @@ def losses_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
 def old_losses_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
     """What growing has done to the domains that were learned before."""
     rows = [(name, f"{domain['held_out_tokens']:,}", _change(domain, "loss", 3)) for name, domain in domains.items()]
-    title = "What was learned before: loss without the new experts, and with them"
+    title = "What was learned before: held-out loss per token (nats), before and after"
     return make_table(title, ("domain",), ("held-out tokens", "loss"), rows)
 
 
