@@ -148,6 +148,8 @@ def test_a_mixture_from_a_lora_grows_again(folder, grown):
     assert main(command(folder, *third, "--set", "training.max_steps=1", out="third", lora="grown")) == 0
     config = json.loads((folder / "third" / "adapter_config.json").read_text())
     assert [entry["name"] for entry in config["adapters"]] == ["default", "grown_1", "grown_2"]
+    own = config["adapters"][2]["config"]  # like grown_1, not like the LoRA, whose alpha is divided by the scale
+    assert (own["r"], own["lora_alpha"]) == (2, 6)
     # an adapter that `build` made of a LoRA says one expert, and the recipe two
     assert config["adapters"][2]["config"]["num_experts"] == 2 and not config["adapters"][2]["config"]["single_expert"]
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..config import SHARED_FIELDS, MoELoraConfig
+from ..experts.growth import template
 from ..experts.importing import check_fits, check_names, expert_config, mixture_from_lora
 from ..files.opening import expand_user, real_path
 from ..recipe import DomainOptions, ModelOptions, Recipe
@@ -123,7 +124,7 @@ class OldMixture:
 
     def inherited(self) -> dict[str, Any]:
         """See [`Old`]."""
-        return inherited(self.stored[0].config)
+        return inherited(template({adapter.name: adapter.config for adapter in self.stored}))
 
     def check(self, recipe: Recipe) -> None:
         """See [`Old`]: its base model, and whether texts of an adapter without domain statistics are known."""

@@ -49,7 +49,8 @@ def grow(
         batches: for "nearest": texts of the new domain, as arguments of the model's forward.
         optimizer: the one that training has begun with, bare or from accelerate. New parameters join the groups of
             their counterparts, so learning rates and schedules stay; nothing of its state for others is reset.
-        changes: further fields of `MoELoraConfig` in which the new adapter differs from the first, such as `r`.
+        changes: further fields of `MoELoraConfig` in which the new adapter differs from the first of several experts
+            (else the first), such as `r`.
 
     Returns:
         The new adapter's name.
@@ -73,7 +74,7 @@ def grow(
     source = _source(model, start_from, batches)
     if num_experts is None:
         num_experts = min(count_experts(each, first) for each in (old[0], name))
-    config = _grown_config(first, name, num_experts, changes)
+    config = _grown_config(template({each: model.peft_config[each] for each in old}), name, num_experts, changes)
     if config.target_parameters and "target_parameters" not in changes:
         _leave_native_experts(config, model, old[0])
     model.add_to_mixture(name, config)
@@ -107,11 +108,18 @@ def _copy_or_take_back(model: PeftModel, source: str, name: str) -> None:
         raise
 
 
-def _grown_config(first: MoELoraConfig, name: str, num_experts: int, changes: Mapping[str, Any]) -> MoELoraConfig:
-    """The first adapter's configuration for an adapter of so many new experts."""
-    config = deepcopy(first)
+def template(configs: Mapping[str, MoELoraConfig]) -> MoELoraConfig:
+    """Of the adapters of a mixture, the one whose settings new experts start from: the first that holds several, for
+    what an imported LoRA is says little of them, nor does its alpha beside a `routing_scale`; else the first."""
+    several = [config for name, config in configs.items() if count_experts(name, config) > 1]
+    return next(iter([*several, *configs.values()]))
+
+
+def _grown_config(like: MoELoraConfig, name: str, num_experts: int, changes: Mapping[str, Any]) -> MoELoraConfig:
+    """An adapter's configuration for another of so many new experts."""
+    config = deepcopy(like)
     config.inference_mode, config.adapters, config.router_memory, config.own_routers = False, None, 0, None
-    # What the first adapter is, an imported LoRA, says nothing of the new one; and `num_experts` starts at 2.
+    # What the other adapter is, an imported LoRA, says nothing of the new one; and `num_experts` starts at 2.
     size = {"single_expert": True} if num_experts == 1 else {"single_expert": False, "num_experts": num_experts}
     for field, value in {**size, **changes}.items():
         setattr(config, field, value)

@@ -98,7 +98,8 @@ def mixture_from_lora(
     """A mixture of one plain LoRA, which new experts may join ([`moelora.experts.grow`]); in evaluation mode, frozen.
 
     Alone it makes what PEFT makes of the LoRA, bit for bit. Its alpha is divided by `routing_scale`, which multiplies
-    the weight of 1 that it has then; a scale that is no power of two therefore leaves a rounding.
+    the weight of 1 that it has then; a scale that is no power of two therefore leaves a rounding. New experts need a
+    `lora_alpha` of their own then.
 
     Args:
         base_model: the model that the LoRA was trained on.
