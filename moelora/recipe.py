@@ -77,6 +77,19 @@ class Recipe:
 
     model: ModelOptions = option("the pretrained model (section below)")
     data: tuple[DomainOptions, ...] = option("the domains to learn, a list (fields of one domain below)")
+    old_data: tuple[DomainOptions, ...] = option(
+        "with --grow: texts of what was learned before, a list like `data`. None of them is learned: an old adapter "
+        "without domain statistics gets them from these texts, and the loss on the held-out ones is measured before "
+        "and after",
+        default_factory=tuple,
+    )
+    start_from: str = option(
+        "with --grow, where new experts begin: new (they contribute nothing yet), nearest (as copies of the experts of "
+        "the adapter that alone has the least loss on the first new texts, new where the base model has less), or the "
+        "name of an adapter",
+        default="new",
+        check=not_empty,
+    )
     block_size: int = option(
         "longest piece of a document, in tokens, that is learned at once", default=512, check=at_least(2)
     )

@@ -12,7 +12,7 @@ from tiny import counting, shouting, tiny_recipe, write_jsonl, write_recipe
 
 from moelora import MoELoraConfig
 from moelora.cli.commands import main
-from moelora.cli.grow import inherited
+from moelora.cli.grow_from import inherited
 from moelora.storage.run_record import learned_domains
 
 
@@ -72,6 +72,50 @@ def test_a_grown_run_resumes(folder, grown, monkeypatch):
     assert straight.keys() == resumed.keys()
 
 
+def test_new_experts_start_from_the_nearest(folder, capsys):
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--set", "start_from=nearest"]
+    assert main([*arguments, "--dry-run", "--set", "training.output_dir=near"]) == 0
+    assert "copies of the experts of the adapter with the least loss on the new texts" in capsys.readouterr().out
+    # one step with no learning rate: the new experts are still what they began as
+    more = ["training.output_dir=near", "training.max_steps=1", "training.learning_rate=1e-30", "mixture={}"]
+    assert main([*arguments, *(f"--set={setting}" for setting in more)]) == 0
+    start = json.loads((folder / "near" / "run.json").read_text())["start"]
+    saved = load_file(folder / "near" / "adapter_model.safetensors")
+    is_copy = start["losses"]["default"] < start["base_loss"]
+    assert start["start_from"] == ("default" if is_copy else "new")
+    assert f"base model {start['base_loss']:.3f}" in capsys.readouterr().err
+    for key, value in saved.items():
+        if key.startswith("grown_1/") and "lora_B" in key:
+            assert torch.equal(value, saved[key.replace("grown_1/", "default/")]) == is_copy
+    assert main([*arguments, *(f"--set={setting}" for setting in more), "--resume", "--set", "start_from=new"]) == 2
+
+
+def test_old_experts_are_merged_to_a_budget(folder, grown, capsys):
+    """Three and two old experts beside two new ones: of seven, five may stay."""
+    arguments = ["train", str(folder / "second.yaml"), "--grow", str(grown), "--max-experts", "5"]
+    arguments += ["--set", "training.output_dir=budget", "--set", "training.max_steps=1"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "The 5 old experts are merged into 3 first" in capsys.readouterr().out
+    old_data = ["--set", "old_data=[{name: counting, path: counting.jsonl}]"]
+    before = (grown / "adapter_model.safetensors").read_bytes()
+    assert main([*arguments, *old_data]) == 0
+    assert (grown / "adapter_model.safetensors").read_bytes() == before
+    record = json.loads((folder / "budget" / "run.json").read_text())
+    assert len(record["maturity"]) == 5 and len(record["merged"]) >= 1
+    assert "become one: changes" in capsys.readouterr().err
+    assert record["old_domains"]["counting"].keys() >= {"loss_before", "loss_merged", "loss_after"}
+    config = json.loads((folder / "budget" / "adapter_config.json").read_text())
+    assert [entry["name"] for entry in config["adapters"]] == ["default", "grown_1", "grown_2"]
+    assert main([*arguments, "--overwrite"]) == 0 and main(["undo", str(folder / "budget")]) == 0
+    assert json.loads((folder / "budget" / "run.json").read_text())["old_domains"]
+    capsys.readouterr()
+    elsewhere = ["--set", "training.output_dir=none", "--max-experts", "2"]
+    assert main([*arguments, *elsewhere]) == 2
+    assert "the new adapter alone has 2 experts" in capsys.readouterr().err
+    assert main([*arguments[:2], "--max-experts", "5"]) == 2
+    assert "--max-experts needs --grow" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_stays_and_writes_nothing(folder, capsys):
     arguments = ["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--dry-run"]
     assert main([*arguments, "--set", "training.output_dir=nowhere"]) == 0
@@ -99,10 +143,12 @@ def test_overwriting_a_grown_mixture_keeps_it(folder, grown, capsys):
         ("mixture.router_temperature=3.0", "is 2.0 in the mixture that grows"),
         ("training.output_dir=out", "holds a finished run"),
         ("mixture.num_experts=1", "num_experts"),
+        ("start_from=defualt", "must be one of new, nearest, default; did you mean `default`?"),
     ],
 )
 def test_what_cannot_grow_is_refused_before_work(folder, capsys, setting, expected):
-    assert main(["train", str(folder / "second.yaml"), "--grow", str(folder / "out"), "--set", setting]) == 2
+    arguments = ["--grow", str(folder / "out"), "--set", "training.output_dir=refused", "--set", setting]
+    assert main(["train", str(folder / "second.yaml"), *arguments]) == 2
     assert expected in capsys.readouterr().err
 
 

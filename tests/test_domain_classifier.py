@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VOCAB, awaken, llama, mixture_of, routers_of
+from helpers import HIDDEN, VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
 
 from moelora.experts import forget_domain, grow, knows_domain, learn_domain, put_together, select, take_apart
@@ -71,9 +71,32 @@ def test_a_narrow_sketch_finds_the_largest_directions_and_keeps_the_variance_of_
     torch.testing.assert_close(statistics.covariance()[:2, :2], exact[:2, :2], rtol=1e-3, atol=0.05)  # the tail's 0.3
 
 
-def test_too_few_tokens_are_refused():
-    with pytest.raises(ValueError, match="two tokens"):
+def test_no_tokens_are_refused_and_one_has_no_variance():
+    with pytest.raises(ValueError, match="need tokens, got none"):
         InputSketch(4, rank=2).finish()
+    one = sketched(torch.tensor([[1.0, 2.0, 3.0]]), 2)
+    assert one.mean.tolist() == [1.0, 2.0, 3.0] and not one.covariance().any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_first_tokens_count_as_one_in_16_however_long_the_texts_are(side):
+    """Of many texts of three tokens as of one of 24: the first token alone would else tell the two apart."""
+    model = mixture_of("llama", router_scope="model")
+    router = routers_of(model)[""]["default"]
+    inputs = []
+    for rows, length in ((64, 3), (8, 24)):
+        batch = texts(LOW, rows=rows, length=length)
+        batch["input_ids"][:, 0] = 60
+        padding = torch.zeros(rows, 2, dtype=torch.long)
+        parts = {key: [padding, value] if side == "left" else [value, padding] for key, value in batch.items()}
+        learn_domain(model, "default", [{key: torch.cat(value, dim=1) for key, value in parts.items()}], rank=HIDDEN)
+        embedded = rms_norm(model.get_input_embeddings()(batch["input_ids"]))
+        first, others = embedded[:, 0].mean(0), embedded[:, 1:].flatten(0, 1).mean(0)
+        torch.testing.assert_close(router.domain.mean, first / 16 + others * 15 / 16, rtol=1e-4, atol=1e-5)
+        inputs.append(router.domain)
+    weights, biases = discriminants(inputs)
+    densities = weights @ rms_norm(model.get_input_embeddings()(torch.tensor(60))) + biases
+    assert abs(float(densities[0] - densities[1])) < 0.3  # by their shares it would be log 8
 
 
 def test_discriminants_are_log_densities_up_to_a_term_they_share():

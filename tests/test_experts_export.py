@@ -187,8 +187,8 @@ def test_export_tells_every_mistake(tmp_path, trained, capsys):
     base, adapter, _ = trained
     out = ["--out", str(tmp_path / "out")]
     for arguments, message in (
-        ([], "give --expert with a number or a name, or --mixture"),
-        (["--expert", "0", "--mixture"], "and not both"),
+        ([], "give one of --expert with a number or a name, --mixture, and --each"),
+        (["--expert", "0", "--mixture"], "--mixture, and --each"),
         (["--expert", "9"], "from 0 to 2"),
         (["--expert", "0", "--weights", "1,0,0"], "goes with --mixture"),
         (["--mixture", "--weights", "1,a"], "must be numbers"),

@@ -21,6 +21,7 @@ from ..recipe import DomainOptions, Recipe
 from ..schema import UserError, telling_user
 from ..storage.run_record import learned_domains
 from .grow import Growth
+from .grow_from import OldMixture
 from .novelty import sample
 from .operation import Plan
 
@@ -44,24 +45,27 @@ class AutoGrowth(Growth):
         Raises:
             UserError: they cannot be read, or are too few to tell what is new.
         """
-        domains = known_domains(self.folder)
+        if not isinstance(self.old, OldMixture):
+            raise UserError(f"--grow auto: {self.old.source} is a plain LoRA, whose texts nobody knows; {_IN_ANY_CASE}")
+        domains = known_domains(self.old.folder)
         if problems := [problem for domain in domains for problem in check_domain(domain, domain.name)]:
-            cannot = f"--grow auto: the texts that {self.folder} was trained on cannot be read; {_IN_ANY_CASE}"
+            cannot = f"--grow auto: the texts that {self.old.folder} was trained on cannot be read; {_IN_ANY_CASE}"
             raise UserError("\n  ".join([cannot, *map(str, problems)]))
-        count = sum(min(len(documents), TEXTS) for documents in held_out(self.folder))
+        count = sum(min(len(documents), TEXTS) for documents in held_out(self.old.folder))
         if count < FEWEST:
             raise UserError(
-                f"--grow auto: of the texts that {self.folder} was trained on {count} were held out, and fewer than "
-                f"{FEWEST} do not tell what is new; {_IN_ANY_CASE}"
+                f"--grow auto: of the texts that {self.old.folder} was trained on {count} were held out, and fewer "
+                f"than {FEWEST} do not tell what is new; {_IN_ANY_CASE}"
             )
 
     def build(
         self, base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Sequence[DomainBlocks]
     ) -> PeftModel:
         """The mixture with the adapter that learns alone active: a new one, or the one that knows these texts best."""
+        assert self.old.folder is not None  # a mixture lies in one
         model = self.load(base, recipe, tokenizer)
         new = [text for d in recipe.data for text in _texts(split_documents(d)[0], recipe, tokenizer)]
-        known = [text for documents in held_out(self.folder) for text in _texts(documents, recipe, tokenizer)]
+        known = [text for documents in held_out(self.old.folder) for text in _texts(documents, recipe, tokenizer)]
         pad = int(tokenizer.pad_token_id or 0)
         with telling_user("--grow auto: "):
             found = novelty(model, known, new, pad=pad)
@@ -72,7 +76,7 @@ class AutoGrowth(Growth):
             experts = count_experts(self.name, model.peft_config[self.name])
             outcome = f"{self.name} is added for them, with {experts} experts"
         else:
-            self.learns = min(self.old, key=lambda name: _loss_under(model, name, new, pad))
+            self.learns = min(self.old_names, key=lambda name: _loss_under(model, name, new, pad))
             model.set_adapter([self.learns])
             outcome = f"nothing is added; the experts of {self.learns}, which knows them best, learn on"
         new_texts = f"{int(found.is_new.sum())} of {len(new)} texts are new to the mixture"
@@ -84,7 +88,8 @@ class AutoGrowth(Growth):
         if self.learns == self.name:
             super().finish(model)
         else:
-            model.set_adapter(self.old)
+            model.set_adapter(self.old_names)
+            self.measure_kept(model)
 
     def describe(self) -> dict[str, Any]:
         """For run.json."""

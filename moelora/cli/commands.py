@@ -40,6 +40,8 @@ def train_command(options: TrainOptions) -> None:
         raise UserError("--grow auto and --adapter FOLDER belong together; to add experts in any case: --grow FOLDER")
     if options.dry_run and options.grow is None:
         raise UserError("--dry-run needs --grow; without it nothing is there that a run could change")
+    if options.max_experts is not None and options.grow is None:
+        raise UserError("--max-experts needs --grow; a new mixture has as many experts as the recipe's mixture says")
     from ..training import load_recipe, train
     from ..training.summary import summary
     from .auto_grow import AutoGrowth
@@ -52,7 +54,15 @@ def train_command(options: TrainOptions) -> None:
         start, recipe = None, load_recipe(options.recipe, options.set, resume=resume, overwrite=overwrite)
     else:
         kind, folder = (AutoGrowth, options.adapter) if options.adapter else (Growth, options.grow)
-        start, recipe = load_growing(options.recipe, folder, options.set, resume=resume, overwrite=overwrite, kind=kind)
+        start, recipe = load_growing(
+            options.recipe,
+            folder,
+            options.set,
+            resume=resume,
+            overwrite=overwrite,
+            kind=kind,
+            max_experts=options.max_experts,
+        )
         stdout.print(start.plan(recipe), soft_wrap=True)
     if options.dry_run:
         stdout.print(nothing_written(recipe.output_dir), soft_wrap=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..files.opening import expand_user
+from ..files.opening import expand_user, real_path_or_hub_id
 from ..schema import Problem, check_values, option, settable_fields
 
 ADAPTER_HELP = "folder that holds the adapter; it is only read"
@@ -95,6 +95,11 @@ def whole_path(folder: str | Path) -> Path:
 
 def is_folder(value: str) -> str | None:
     return None if expand_user(value).is_dir() else "no such folder; give the `output_dir` of a finished run"
+
+
+def may_be_on_hub(value: str) -> bool:
+    """Whether a text has the form of a hub id, and nothing of that name lies here."""
+    return value.count("/") == 1 and real_path_or_hub_id(value, Path.cwd()) == value
 
 
 def is_file(value: str) -> str | None:

@@ -22,6 +22,7 @@ from .option_fields import (
     is_folder,
     is_port,
     many,
+    may_be_on_hub,
     optional,
     required,
     rest,
@@ -66,11 +67,16 @@ class TrainOptions:
     resume: bool = flag("continue from the last checkpoint in the recipe's output folder")
     overwrite: bool = flag(f"replace the recipe's output folder; {KEPT_HELP}")
     grow: str | None = optional(
-        "folder of a trained mixture, to which new experts for the recipe's data are added; it is only read. "
-        "`auto`: add them only if the data are new to the mixture that --adapter names, else train its own experts",
-        check=lambda value: None if value == "auto" else is_folder(value),
+        "folder of a trained mixture, or a plain LoRA (a folder or hub id), to which new experts for the recipe's data "
+        "are added; it is only read. `auto`: add them only if the data are new to the mixture that --adapter names, "
+        "else train its own experts",
+        check=lambda value: None if value == "auto" or may_be_on_hub(value) else is_folder(value),
     )
     adapter: str | None = optional("with --grow auto: folder of the trained mixture", check=is_folder)
+    max_experts: int | None = optional(
+        "with --grow: most experts that the mixture may have; old ones are merged, least loss first, to make room",
+        check=at_least(2),
+    )
     dry_run: bool = flag("with --grow: print what would be done and write nothing")
 
 
@@ -173,6 +179,10 @@ class ExportOptions(OperationOptions):
     mixture: bool = flag("export all experts as one LoRA of concatenated rank: exact")
     weights: str | None = optional(
         "for --mixture: a weight for every expert, such as 0.5,0.5; by default those of a mixture whose router is fixed"
+    )
+    each: bool = flag(
+        "export every adapter of a mixture that grew, one per task, each to a folder of its own in --out; exact for an "
+        "adapter of one expert, else with the experts at their mean routing weights"
     )
     merge: bool = flag("merge it into the base model and write that model")
     base: str | None = base_model()

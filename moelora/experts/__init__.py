@@ -5,31 +5,40 @@ from importlib import import_module
 from typing import Any
 
 from ..storage.lora_file import LoraError, LoraFile, read_lora
+from .consolidate import Consolidated, Merge, consolidate
 from .distil import closed_form, lora_of
 from .domains import forget_domain, knows_domain, learn_domain, refresh_domain_classifier
 from .evaluation import Texts
 from .exporting import merge, save_lora, to_lora, to_lora_mixture
 from .growth import GrowthCallback, grow
-from .importing import build, from_lora
+from .importing import build, from_lora, mixture_from_lora
 from .merging import MergeRecipe, merge_experts
 from .migration import Migration, experts_of
 from .native import native_from_lora, native_to_lora
 from .novelty_score import Novelty, novelty
 from .parts import put_together, select, take_apart
+from .per_task import TaskLora, to_loras
 from .prune import drop, prune
 from .scoring import score_by_arrow, score_by_prototype
+from .warm_start import Nearest, copy_experts, nearest_adapter
 
 __all__ = [
+    "Consolidated",
     "GrowthCallback",
     "LoraError",
     "LoraFile",
+    "Merge",
     "MergeRecipe",
     "Migration",
+    "Nearest",
     "Novelty",
     "RouterTraining",
+    "TaskLora",
     "Texts",
     "build",
     "closed_form",
+    "consolidate",
+    "copy_experts",
     "drop",
     "experts_of",
     "forget_domain",
@@ -40,8 +49,10 @@ __all__ = [
     "lora_of",
     "merge",
     "merge_experts",
+    "mixture_from_lora",
     "native_from_lora",
     "native_to_lora",
+    "nearest_adapter",
     "novelty",
     "prune",
     "put_together",
@@ -54,6 +65,7 @@ __all__ = [
     "take_apart",
     "to_lora",
     "to_lora_mixture",
+    "to_loras",
     "train_router",
 ]
 

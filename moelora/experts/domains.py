@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..report.observe import before, count_anew, undisturbed
 from ..routing import Router, rms_norm
-from ..routing.domain_classifier import DomainStatistics, InputSketch, discriminants, distinct
+from ..routing.domain_classifier import FIRST_TOKENS, DomainStatistics, InputSketch, combined, discriminants, distinct
 from ..tuner.router import MoELoraRouter
 
 RANK = 128
@@ -35,7 +35,8 @@ def learn_domain(
     routers read. Call it again after training: hidden states change with the experts.
 
     Each router of the adapter keeps the mean and covariance of its normalised inputs (H numbers times `rank` + 3), in
-    buffers that are saved with the adapter; no text. As soon as every active adapter has them, a classifier decides
+    buffers that are saved with the adapter; no text. The first tokens of rows count as one in 16, however long the
+    rows are. As soon as every active adapter has them, a classifier decides
     between adapters (docs/maths.md, "Domain classifier"): scores of one adapter no longer take from another.
 
     Args:
@@ -54,7 +55,7 @@ def learn_domain(
         raise ValueError(f"`rank` ({rank!r}) is not valid; pass an integer of 1 or more, or call `forget_domain`")
     routers = _routers_of(model, adapter_name)
     device = next(iter(routers.values())).maturity.device
-    sketches = {name: InputSketch(router.hidden_size, rank, device) for name, router in routers.items()}
+    sketches = {name: _Sketches(router.hidden_size, rank, device) for name, router in routers.items()}
     with undisturbed(model), alone(model, adapter_name):
         tokens = _read(model, batches, sketches, max_tokens)
     if tokens < 2:
@@ -139,8 +140,30 @@ def _keep(router: Router, statistics: DomainStatistics, rank: int) -> None:
     router.memory_variance.copy_(statistics.variance)
 
 
+class _Sketches:
+    """Sketches what a router reads, the first tokens of texts apart from the others."""
+
+    def __init__(self, hidden_size: int, rank: int, device: torch.device) -> None:
+        self.first, self.others = (InputSketch(hidden_size, rank, device) for _ in range(2))
+        self.device = device
+
+    def add(self, hidden: Tensor, mask: Tensor | None) -> None:
+        """Add a forward's hidden states [..., H]; mask [...]: False on padding, which may be on either side."""
+        here = torch.ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
+        is_first = here & (here.cumsum(-1) == 1) if here.dim() == 2 else torch.zeros_like(here)
+        for sketch, chosen in ((self.first, is_first), (self.others, here & ~is_first)):
+            sketch.add(rms_norm(hidden[chosen.to(hidden.device)]).to(self.device))
+
+    def finish(self) -> DomainStatistics:
+        """Of all tokens, first ones at their fixed share where there are any."""
+        seen = [sketch for sketch in (self.others, self.first) if sketch.tokens]
+        if len(seen) < 2:
+            return seen[0].finish()
+        return combined([sketch.finish() for sketch in seen], self.others.rank, [1 - FIRST_TOKENS, FIRST_TOKENS])
+
+
 def _read(
-    model: PeftModel, batches: Iterable[Mapping[str, Tensor]], sketches: Mapping[str, InputSketch], max_tokens: int
+    model: PeftModel, batches: Iterable[Mapping[str, Tensor]], sketches: Mapping[str, _Sketches], max_tokens: int
 ) -> int:
     tokens = 0
     routers = model.base_model.routing.routers
@@ -155,12 +178,11 @@ def _read(
     return tokens
 
 
-def _into(sketch: InputSketch) -> Callable[..., None]:
+def _into(sketches: _Sketches) -> Callable[..., None]:
     def hook(router: MoELoraRouter, args: tuple[Any, ...]) -> None:
         hidden, _, mask, *counts = args
         if counts == [False]:  # padding may be among the tokens, and nobody knows where
             return
-        tokens_TH = hidden.flatten(0, -2) if mask is None else hidden[mask.to(hidden.device)]
-        sketch.add(rms_norm(tokens_TH).to(sketch.sum_H.device))
+        sketches.add(hidden, mask)
 
     return hook

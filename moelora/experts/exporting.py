@@ -22,7 +22,7 @@ from ..files.adapter_files import is_finite
 from ..files.staging import holds_something, staging
 from ..ops.pool import ExpertPool
 from ..schema import settable_fields
-from ..storage.lora_file import Factors, LoraFile, peft_tensors
+from ..storage.lora_file import Factor, Factors, LoraFile, peft_tensors
 from ..storage.mixture_files import StoredAdapter
 from ..storage.structure import acts_beside_experts, owner_of
 from ..tuner.layer import MoELoraLayer
@@ -71,18 +71,23 @@ def to_lora_mixture(model: PeftModel | Sequence[StoredAdapter], weights: Sequenc
     for name in dict.fromkeys(name for adapter in active for name in adapter.pools):
         by_adapter = _fixed_weights(active, name) if given is None else given
         here = [(adapter.pools[name], by_adapter[adapter.name]) for adapter in active if name in adapter.pools]
-        As = [pool.lora_A.detach().cpu() for pool, _ in here]
-        Bs = [
-            pool.lora_B.detach().cpu().double() * (weights_E * pool.scaling).repeat_interleave(pool.rank)
-            for pool, weights_E in here
-        ]
-        factors[name] = torch.cat(As), torch.cat(Bs, dim=1).to(As[0].dtype)
+        factors[name] = joined(here)
         if not is_finite(factors[name][1]):
             raise ValueError(
                 f"`weights` ({_given(weights)}) are too large: times the experts of `{name}` they are no finite "
-                f"{str(As[0].dtype).removeprefix('torch.')}; give smaller ones"
+                f"{str(factors[name][1].dtype).removeprefix('torch.')}; give smaller ones"
             )
     return LoraFile("mixture", _mixture_config(active[0].config, factors), factors)
+
+
+def joined(here: Sequence[tuple[ExpertPool, torch.Tensor]]) -> Factor:
+    """The experts of pools side by side, each pool's weights [E] and scaling in B."""
+    As = [pool.lora_A.detach().cpu() for pool, _ in here]
+    Bs = [
+        pool.lora_B.detach().cpu().double() * (weights_E * pool.scaling).repeat_interleave(pool.rank)
+        for pool, weights_E in here
+    ]
+    return torch.cat(As), torch.cat(Bs, dim=1).to(As[0].dtype)
 
 
 def stored_adapters(model: PeftModel | Sequence[StoredAdapter]) -> Sequence[StoredAdapter]:

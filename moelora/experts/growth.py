@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from itertools import count
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from ..config import SHARED_FIELDS, MoELoraConfig, count_experts
 from ..ops.data_parallel import num_ranks
 from ..tuner.layer import MoELoraLayer
+from .warm_start import NEAREST, NEW, Batch, copy_experts, nearest_adapter
 
 
 def grow(
@@ -26,6 +27,8 @@ def grow(
     name: str | None = None,
     freeze_experts: bool = True,
     freeze_scores: bool = True,
+    start_from: str = NEW,
+    batches: Iterable[Batch] | None = None,
     optimizer: Any = None,
     **changes: Any,
 ) -> str:
@@ -40,16 +43,21 @@ def grow(
         name: of the new adapter; `grown_1`, `grown_2`, ... by default. `expert_<i>` holds one expert.
         freeze_experts: the experts that are there stop learning.
         freeze_scores: their routers stop learning, and their maturity and counters stand still.
+        start_from: "new": the experts contribute nothing yet. The name of an adapter: they begin as copies of its
+            experts ([`moelora.experts.warm_start`] says how, where numbers or ranks differ). "nearest": as copies of
+            the adapter that [`moelora.experts.nearest_adapter`] finds, new where it finds none.
+        batches: for "nearest": texts of the new domain, as arguments of the model's forward.
         optimizer: the one that training has begun with, bare or from accelerate. New parameters join the groups of
             their counterparts, so learning rates and schedules stay; nothing of its state for others is reset.
-        changes: further fields of `MoELoraConfig` in which the new adapter differs from the first, such as `r`.
+        changes: further fields of `MoELoraConfig` in which the new adapter differs from the first of several experts
+            (else the first), such as `r`.
 
     Returns:
         The new adapter's name.
 
     Raises:
-        ValueError: the name is taken or holds fewer experts than asked for, a change would split the mixture, or the
-            optimizer trains no part of it; nothing has changed then.
+        ValueError: the name is taken or holds fewer experts than asked for, a change would split the mixture, the
+            optimizer trains no part of it, or the experts cannot start from what was named; nothing has changed then.
     """
     first = model.base_model.routing.config
     old = list(model.active_adapters)
@@ -63,23 +71,55 @@ def grow(
         )
     if optimizer is not None:
         _check_optimizer(optimizer, model)
+    source = _source(model, start_from, batches)
     if num_experts is None:
         num_experts = min(count_experts(each, first) for each in (old[0], name))
-    config = _grown_config(first, name, num_experts, changes)
+    config = _grown_config(template({each: model.peft_config[each] for each in old}), name, num_experts, changes)
     if config.target_parameters and "target_parameters" not in changes:
         _leave_native_experts(config, model, old[0])
     model.add_to_mixture(name, config)
+    if source is not None:
+        _copy_or_take_back(model, source, name)
     _freeze(model, old, freeze_experts, freeze_scores)
     if optimizer is not None:
         _tell(optimizer, model, name, old)
     return name
 
 
-def _grown_config(first: MoELoraConfig, name: str, num_experts: int, changes: Mapping[str, Any]) -> MoELoraConfig:
-    """The first adapter's configuration for an adapter of so many new experts."""
-    config = deepcopy(first)
+def _source(model: PeftModel, start_from: str, batches: Iterable[Batch] | None) -> str | None:
+    """The adapter that new experts are copies of; None for new ones."""
+    if start_from == NEAREST:
+        if batches is None:
+            raise ValueError("`start_from='nearest'` needs `batches`: a few texts of the new domain")
+        start_from = nearest_adapter(model, batches).start_from
+    if start_from == NEW:
+        return None
+    if start_from not in model.peft_config:
+        known = ", ".join((NEW, NEAREST, *model.peft_config))
+        raise ValueError(f"`start_from` ({start_from!r}) is not known; pass one of {known}")
+    return start_from
+
+
+def _copy_or_take_back(model: PeftModel, source: str, name: str) -> None:
+    try:
+        copy_experts(model, source, name)
+    except ValueError:
+        model.delete_adapter(name)
+        raise
+
+
+def template(configs: Mapping[str, MoELoraConfig]) -> MoELoraConfig:
+    """Of the adapters of a mixture, the one whose settings new experts start from: the first that holds several, for
+    what an imported LoRA is says little of them, nor does its alpha beside a `routing_scale`; else the first."""
+    several = [config for name, config in configs.items() if count_experts(name, config) > 1]
+    return next(iter([*several, *configs.values()]))
+
+
+def _grown_config(like: MoELoraConfig, name: str, num_experts: int, changes: Mapping[str, Any]) -> MoELoraConfig:
+    """An adapter's configuration for another of so many new experts."""
+    config = deepcopy(like)
     config.inference_mode, config.adapters, config.router_memory, config.own_routers = False, None, 0, None
-    # What the first adapter is, an imported LoRA, says nothing of the new one; and `num_experts` starts at 2.
+    # What the other adapter is, an imported LoRA, says nothing of the new one; and `num_experts` starts at 2.
     size = {"single_expert": True} if num_experts == 1 else {"single_expert": False, "num_experts": num_experts}
     for field, value in {**size, **changes}.items():
         setattr(config, field, value)

@@ -81,9 +81,7 @@ def build(
         check_examples(tokenizer, examples)
     shared = {"num_experts": max(2, len(loras)), "top_k_experts": top_k, "router_temperature": temperature}
     (first_name, first), *others = loras.items()
-    config = expert_config(first, shared | MIXTURES[router])
-    model = get_peft_model(base_model, _fitted(config, first, base_model), adapter_name=first_name)
-    _fill(model, first_name, first)
+    model = _of_one(base_model, first_name, first, shared | MIXTURES[router])
     for name, lora in others:
         from_lora(model, lora, name, router="arrow" if router == "arrow" else "zero")
     if router == "arrow":
@@ -92,6 +90,50 @@ def build(
         assert tokenizer is not None and examples is not None
         score_by_prototype(model, tokenizer, examples)
     return model.eval()
+
+
+def mixture_from_lora(
+    base_model: nn.Module, path_or_id: str | Path | LoraFile, name: str = "default", **shared: Any
+) -> PeftModel:
+    """A mixture of one plain LoRA, which new experts may join ([`moelora.experts.grow`]); in evaluation mode, frozen.
+
+    Alone it makes what PEFT makes of the LoRA, bit for bit. Its alpha is divided by `routing_scale`, which multiplies
+    the weight of 1 that it has then; a scale that is no power of two therefore leaves a rounding. New experts need a
+    `lora_alpha` of their own then.
+
+    Args:
+        base_model: the model that the LoRA was trained on.
+        path_or_id: folder or hub id of the LoRA.
+        name: of its adapter.
+        shared: fields of `MoELoraConfig` that hold for all adapters of the mixture, such as `top_k_experts` and
+            `routing_scale`; their defaults otherwise.
+
+    Raises:
+        LoraError (a ValueError): the LoRA does not carry over or does not fit the model, the name cannot be had, or a
+            field is none that a mixture shares.
+    """
+    if apart := [field for field in shared if field not in SHARED_FIELDS]:
+        raise LoraError(
+            f"`{apart[0]}` is no field that all adapters of a mixture share: the LoRA has its own, and new experts get "
+            "theirs from `grow`"
+        )
+    check_names([name], base_model)
+    lora = path_or_id if isinstance(path_or_id, LoraFile) else read_lora(path_or_id)
+    check_fits(lora, base_model)
+    defaults = MoELoraConfig()
+    shared = {field: shared.get(field, getattr(defaults, field)) for field in SHARED_FIELDS}
+    return _of_one(base_model, name, lora, shared | {"num_experts": max(2, shared["top_k_experts"])}).eval()
+
+
+def _of_one(base_model: nn.Module, name: str, lora: LoraFile, shared: Mapping[str, Any]) -> PeftModel:
+    """A mixture of one expert, whose alpha makes up for `routing_scale`."""
+    config = _fitted(expert_config(lora, shared), lora, base_model)
+    if (scale := config.routing_scale) != 1:
+        config.lora_alpha /= scale
+        config.alpha_pattern = {key: alpha / scale for key, alpha in config.alpha_pattern.items()}
+    model = get_peft_model(base_model, config, adapter_name=name)
+    _fill(model, name, lora)
+    return model
 
 
 def from_lora(

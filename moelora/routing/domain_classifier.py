@@ -22,6 +22,9 @@ from torch import Tensor
 WINDOW = 64
 RIDGE = 1e-3
 """Share of the mean variance that is added to every direction: few tokens leave some without any."""
+FIRST_TOKENS = 1 / 16
+"""Share of a domain that first tokens of texts stand for, however long its texts are. To a model the first token is
+like no other and much alike in all texts: by its own share it would tell long texts from short ones, not domains."""
 _ATTRIBUTE = "_moelora_densities"  # on a KV cache: the densities of the tokens in it
 
 
@@ -100,10 +103,10 @@ class InputSketch:
         """What was seen, float32 on the CPU.
 
         Raises:
-            ValueError: fewer than two tokens were added.
+            ValueError: no token was added.
         """
-        if self.origin_H is None or self.tokens < 2:
-            raise ValueError(f"statistics of a domain need two tokens or more, got {self.tokens}; give more texts")
+        if self.origin_H is None:
+            raise ValueError("statistics of a domain need tokens, got none; give more texts")
         test, sketch, total, squares = (
             tensor.double().cpu() for tensor in (self.test_HL, self.sketch_HL, self.sum_H, self.squares_H)
         )
@@ -117,11 +120,14 @@ class InputSketch:
         return DomainStatistics.of(self.origin_H.cpu() + moved, basis.t(), diagonal, self.rank)
 
 
-def combined(domains: Sequence[DomainStatistics], rank: int) -> DomainStatistics:
-    """One domain of several, which count alike: mean and covariance are those of the mixture of Gaussians.
+def combined(domains: Sequence[DomainStatistics], rank: int, shares: Sequence[float] | None = None) -> DomainStatistics:
+    """One domain of several: mean and covariance are those of the mixture of Gaussians.
 
-    ``mu = mean_a mu_a`` and ``S = mean_a (S_a + (mu_a - mu)(mu_a - mu)^T)``, of which `rank` directions are kept, and
-    of the others the diagonal.
+    ``mu = sum_a p_a mu_a`` and ``S = sum_a p_a (S_a + (mu_a - mu)(mu_a - mu)^T)``, of which `rank` directions are kept,
+    and of the others the diagonal.
+
+    Args:
+        shares: the p_a, which sum to 1; all count alike by default.
 
     Example:
         >>> near, far = (DomainStatistics(torch.tensor([m]), torch.zeros(1, 1), torch.ones(1)) for m in (0.0, 2.0))
@@ -130,10 +136,13 @@ def combined(domains: Sequence[DomainStatistics], rank: int) -> DomainStatistics
         (1.0, 2.0)
     """
     means = torch.stack([domain.mean for domain in domains]).double()
-    rows = torch.cat([*(domain.directions.double() for domain in domains), means - means.mean(0)])
-    rows = rows * len(domains) ** -0.5
-    left_out = torch.stack([domain.variance for domain in domains]).double().mean(0)
-    return DomainStatistics.of(means.mean(0), rows, left_out + rows.square().sum(0), rank)
+    shares_A1 = torch.tensor(shares or [1 / len(domains)] * len(domains), dtype=torch.float64)[:, None]
+    middle = (shares_A1 * means).sum(0)
+    roots = shares_A1.sqrt()
+    apart = [root * domain.directions.double() for root, domain in zip(roots, domains, strict=True)]
+    rows = torch.cat([*apart, roots * (means - middle)])
+    left_out = (shares_A1 * torch.stack([domain.variance for domain in domains]).double()).sum(0)
+    return DomainStatistics.of(middle, rows, left_out + rows.square().sum(0), rank)
 
 
 def discriminants(domains: Sequence[DomainStatistics]) -> tuple[Tensor, Tensor]:

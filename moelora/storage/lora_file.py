@@ -75,7 +75,7 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
     source = str(folder if folder.is_dir() else path_or_id)
     settings = read_config(source)
     kind = settings.get("peft_type")
-    if kind == "MOELORA" and settings.get("use_moe_routing") is False:  # which is plain LoRA under our name
+    if kind == "MOELORA" and not is_mixture(settings):
         own = {*settable_fields(LoraConfig), "peft_type"}
         kind, settings = "LORA", {key: value for key, value in settings.items() if key in own} | {"peft_type": "LORA"}
     if kind != "LORA":
@@ -94,6 +94,12 @@ def read_lora(path_or_id: str | Path) -> LoraFile:
         raise LoraError(f"{source}: {CONFIG_NAME}: {error}") from error
     _check_ranks(source, config, factors)
     return LoraFile(source, config, factors)
+
+
+def is_mixture(settings: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is that of a mixture; with `use_moe_routing: false` it is plain LoRA under our
+    name."""
+    return settings.get("peft_type") == "MOELORA" and settings.get("use_moe_routing") is not False
 
 
 def read_config(source: str) -> dict[str, Any]:

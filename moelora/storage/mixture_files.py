@@ -107,7 +107,7 @@ def _read_mixture(folder: Path) -> list[StoredAdapter]:
     refuse(files.source, problems)
     files.refuse_damage()
     found = [
-        _adapter(name, config, entries[name]["active"] if entries else 0, weights[name])
+        stored_adapter(name, config, entries[name]["active"] if entries else 0, weights[name])
         for name, config in configs.items()
     ]
     if not any(adapter.pools for adapter in found):
@@ -139,8 +139,10 @@ def _against_base(
     return problems
 
 
-def _adapter(name: str, config: MoELoraConfig, position: int | None, weights: Mapping[str, Tensor]) -> StoredAdapter:
-    """An adapter whose tensors have been checked."""
+def stored_adapter(
+    name: str, config: MoELoraConfig, position: int | None, weights: Mapping[str, Tensor]
+) -> StoredAdapter:
+    """An adapter whose tensors, by the names that PEFT saves them under, have been checked."""
     found, routers, others = sort_tensors(weights)
     factors, native = split_factors(config, found)
     others += [f"{module}.lora_{side}" for module, pair in native.items() for side in pair]

@@ -179,7 +179,8 @@ def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
     flat = {f"mixture.{name}": value for name, value in recipe["mixture"].items()}
     for domain in recipe["data"]:
         flat |= {f"data.{domain['name']}.{name}": value for name, value in domain.items() if "path" not in name}
-    return flat | {name: recipe[name] for name in ("block_size", "max_eval_blocks", "seed")}
+    plain = {name: recipe[name] for name in ("block_size", "max_eval_blocks", "seed")}
+    return flat | plain | {"start_from": recipe.get("start_from", Recipe.start_from)}  # runs of before had new ones
 
 
 def environment() -> dict[str, Any]:

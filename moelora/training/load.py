@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +91,11 @@ NOT_IN_MIXTURE = {
 }
 
 
+_PLAIN = ("start_from", "block_size", "max_eval_blocks", "seed", "references")
+"""Fields of a recipe that are what the file says."""
+_GROWS = "goes with `moelora train --grow`; drop it"
+
+
 def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -144,11 +149,12 @@ def _check_best_model(recipe: Recipe) -> list[Problem]:
 def _check_what_is_read(recipe: Recipe, path: Path, overwrite: bool) -> list[Problem]:
     """Whether a run would put aside what it reads with all else in its output folder, or be read as texts itself."""
     out = recipe.output_dir
-    reads = (str(path), recipe.model.name, *paths_read(recipe.data)) if overwrite else ()
+    domains = (*recipe.data, *recipe.old_data)
+    reads = (str(path), recipe.model.name, *paths_read(domains)) if overwrite else ()
     local = (Path(read) for read in reads if Path(read).is_absolute())  # not an id of the hub
     if inside := [str(read) for read in local if real_path(read).is_relative_to(out)]:
         fix = f"holds {inside[0]}, which is only read, and would be put aside with all else in it; give another folder"
-    elif around := folder_read_around(recipe.data, out):
+    elif around := folder_read_around(domains, out):
         fix = LIES_IN_TEXTS.format(around)
     else:
         return []
@@ -206,16 +212,19 @@ def _build(
     bad = {problem.key for problem in problems}
     given = {name: value for name, value in raw.items() if name not in bad}
     model = _build_model(given["model"], folder, problems) if "model" in given else None
-    data = _build_domains(given["data"], folder, problems) if "data" in given else None
+    data = _build_domains(given["data"], folder, problems, "data") if "data" in given else None
+    old_data = _build_old_data(given.get("old_data", ()), given.get("data", ()), folder, problems, inherited)
     mixture = _build_mixture(given.get("mixture", {}), problems, inherited)
     training = _build_training(given["training"], folder, raw, problems) if "training" in given else None
-    others = {name: given[name] for name in ("block_size", "max_eval_blocks", "seed", "references") if name in given}
+    others = {name: given[name] for name in _PLAIN if name in given}
+    if inherited is None and given.get("start_from", _default("start_from")) != _default("start_from"):
+        problems.append(Problem("start_from", given["start_from"], _GROWS))
     if model is not None:
         block_size = given.get("block_size", _default("block_size"))
         problems += check_model(model, None if "block_size" in bad else block_size, mixture)
     if model is None or data is None or mixture is None or training is None:
         return None
-    return Recipe(model=model, data=data, mixture=mixture, training=training, **others)
+    return Recipe(model=model, data=data, old_data=old_data, mixture=mixture, training=training, **others)
 
 
 def _build_model(raw: Mapping[str, Any], folder: Path, problems: list[Problem]) -> ModelOptions | None:
@@ -225,17 +234,38 @@ def _build_model(raw: Mapping[str, Any], folder: Path, problems: list[Problem]) 
     return ModelOptions(**{**usable, "name": resolve_path(usable["name"], folder)}) if "name" in usable else None
 
 
-def _build_domains(raw: list[Any], folder: Path, problems: list[Problem]) -> tuple[DomainOptions, ...]:
+def _build_domains(raw: list[Any], folder: Path, problems: list[Problem], section: str) -> tuple[DomainOptions, ...]:
     if not raw:
-        problems.append(Problem("data", raw, "give at least one domain: a list of {name, path}"))
-    names = Counter(str(item["name"]) for item in raw if "name" in item)
-    problems += [Problem("data", name, "two domains of this name; rename one") for name in names if names[name] > 1]
-    built = (_build_domain(item, index, folder, problems) for index, item in enumerate(raw))
+        problems.append(Problem(section, raw, "give at least one domain: a list of {name, path}"))
+    names = Counter(_names(raw))
+    problems += [Problem(section, name, "two domains of this name; rename one") for name in names if names[name] > 1]
+    built = (_build_domain(item, f"{section}[{index}]", folder, problems) for index, item in enumerate(raw))
     return tuple(domain for domain in built if domain is not None)
 
 
-def _build_domain(raw: Mapping[str, Any], index: int, folder: Path, problems: list[Problem]) -> DomainOptions | None:
-    key = f"data.{raw['name']}" if isinstance(raw.get("name"), str) else f"data[{index}]"
+def _names(raw: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [str(item["name"]) for item in raw if "name" in item]
+
+
+def _build_old_data(
+    raw: Sequence[Any],
+    data: Sequence[Any],
+    folder: Path,
+    problems: list[Problem],
+    inherited: Mapping[str, Any] | None,
+) -> tuple[DomainOptions, ...]:
+    """The domains that were learned before; only a run that grows has any, and tables tell them from its own."""
+    if not raw:
+        return ()
+    if inherited is None:
+        problems.append(Problem("old_data", raw, _GROWS))
+    for name in set(_names(raw)) & set(_names(data)):
+        problems.append(Problem(f"old_data.{name}", name, "`data` has a domain of this name too; rename one"))
+    return _build_domains(list(raw), folder, problems, "old_data")
+
+
+def _build_domain(raw: Mapping[str, Any], place: str, folder: Path, problems: list[Problem]) -> DomainOptions | None:
+    key = f"{place.partition('[')[0]}.{raw['name']}" if isinstance(raw.get("name"), str) else place
     found = check_values(DomainOptions, raw, key)
     problems += found
     usable = {"name": key, **_without(raw, key, found)}
@@ -293,7 +323,8 @@ def _with_preset(
     name = raw["preset"]
     if fix := one_of(*PRESETS)(name):
         return given, [Problem(f"{key}.preset", name, fix)]
-    free = {field: value for field, value in PRESETS[name].items() if not (inherited and field in SHARED_FIELDS)}
+    bound = inherited.keys() & set(SHARED_FIELDS)
+    free = {field: value for field, value in PRESETS[name].items() if field not in bound}
     return free | given, []
 
 

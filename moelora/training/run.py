@@ -52,6 +52,10 @@ class Start:
         """What run.json is to say about it."""
         return {}
 
+    def outcome(self) -> dict[str, Any]:
+        """What run.json is to say about it once training is over."""
+        return {}
+
 
 def train(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, start: Start | None = None
@@ -128,6 +132,7 @@ def _train(
         "maturity": _maturity(trainer.model),
         "seconds": record.get("seconds", {}) | seconds,
         "log": trainer.state.log_history,
+        **start.outcome(),
     }
     _write_finished(recipe.output_dir, record, trainer)
     rate = recipe.training.get("learning_rate", TrainingArguments.learning_rate)

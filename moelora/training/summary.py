@@ -9,6 +9,9 @@ from rich.table import Table
 
 from ..console import make_table
 
+OLD_DOMAINS = "old_domains"
+"""Where run.json keeps the losses on what was learned before, by domain."""
+
 Loads = Mapping[str, Sequence[float]]
 """Expert load by domain."""
 
@@ -17,6 +20,8 @@ def summary(record: Mapping[str, Any]) -> RenderableType:
     """Losses per domain, then which experts each domain used."""
     domains = record["domains"]
     tables = [losses_table(domains)]
+    if OLD_DOMAINS in record:
+        tables.append(old_losses_table(record[OLD_DOMAINS]))
     if all(domain["expert_load"] for domain in domains.values()):
         by_router = loads_by_router(domains)
         mean = {name: domain["expert_load"] for name, domain in domains.items()}
@@ -55,6 +60,13 @@ def losses_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
         rows.append((name, f"{domain['train_tokens']:,}", f"{domain['held_out_tokens']:,}", *changes))
     right = ("train tokens", "held-out tokens", "loss", "perplexity")
     return make_table("Held-out loss per token (nats), before and after", ("domain",), right, rows)
+
+
+def old_losses_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What growing has done to the domains that were learned before."""
+    rows = [(name, f"{domain['held_out_tokens']:,}", _change(domain, "loss", 3)) for name, domain in domains.items()]
+    title = "What was learned before: held-out loss per token (nats), before and after"
+    return make_table(title, ("domain",), ("held-out tokens", "loss"), rows)
 
 
 def _change(domain: Mapping[str, Any], what: str, digits: int) -> str:
