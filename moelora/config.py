@@ -33,6 +33,7 @@ SHARED_FIELDS = (
     "maturity_tokens",
     "routing_scale",
     "bias_update_speed",
+    "domain_window",
 )
 
 # What a mixture and the one that is swapped in for it must have in common, besides their targets, which PEFT compares.
@@ -148,6 +149,13 @@ class MoELoraConfig(LoraConfig):
         default=0,
         metadata={
             "help": "Written by moelora.experts.learn_domain: directions kept of its domain by each router (0: none)."
+        },
+    )
+    domain_window: int | None = field(
+        default=64,
+        metadata={
+            "help": "Tokens of context, up to and including each one, by which the domain classifier decides; None: "
+            "the whole text so far."
         },
     )
     own_routers: list[str] | None = field(

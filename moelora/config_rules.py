@@ -149,6 +149,11 @@ MIXTURE_RULES = (
     Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
     Rule("maturity_tokens", lambda v: is_int(v) and 1 <= v <= _LARGEST, "pass an integer of 1 or more"),
     Rule("router_memory", lambda v: is_int(v) and v >= 0, "pass an integer of 0 or more"),
+    Rule(
+        "domain_window",
+        lambda v: v is None or (is_int(v) and 1 <= v < 2**31),
+        "pass an integer of 1 or more, or None for the whole text so far",
+    ),
     Rule("single_expert", lambda v: isinstance(v, bool), "pass True or False"),
     Rule("routing_scale", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
     Rule("own_routers", lambda v: v is None or _is_names(v), "leave it to get_peft_model"),

@@ -107,6 +107,10 @@ def test_evaluation_is_one_graph(device, backend, scope):
                 torch.testing.assert_close(fast(**inputs).logits, plain(**inputs).logits, **CLOSE)
 
 
+def whole_text():
+    return mixture_of_domains(domain_window=None)
+
+
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 @pytest.mark.parametrize(
     ("build", "num_beams"),
@@ -114,6 +118,7 @@ def test_evaluation_is_one_graph(device, backend, scope):
         pytest.param(lambda: mixture_of("llama", base=llama(num_hidden_layers=1)), 1, id="mixture"),
         pytest.param(lambda: mixture_of("llama"), 3, id="beams", marks=pytest.mark.slow),
         pytest.param(mixture_of_domains, 3, id="beams by domain", marks=pytest.mark.slow),
+        pytest.param(whole_text, 3, id="beams by domain of the whole text", marks=pytest.mark.slow),
     ],
 )
 def test_generation_with_a_static_cache(device, backend, build, num_beams):
@@ -125,3 +130,15 @@ def test_generation_with_a_static_cache(device, backend, build, num_beams):
     options["num_beams"] = num_beams
     prompt = IDS[:, :5].to(device)
     assert torch.equal(twin.generate(input_ids=prompt, **options), plain.generate(input_ids=prompt, **options))
+
+
+@pytest.mark.slow
+def test_a_domain_told_by_the_whole_text_takes_a_graph_for_the_prompt_and_one_for_all_tokens():
+    model, graphs = whole_text(), []
+    compiled = torch.compile(
+        model.base_model.model.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    model.base_model.model.forward = compiled
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    model.generate(input_ids=IDS[:1, :5], **options)
+    assert len(graphs) == 2

@@ -22,6 +22,7 @@ DEFAULTS = {
     "expert_dropout": 0.0,
     "load_balance_loss_type": "aux_loss",
     "router_scope": "block",
+    "domain_window": 64,
 }
 NAN, INF = float("nan"), float("inf")
 
@@ -76,6 +77,7 @@ def test_identity():
         *[("router_scope", value) for value in ("layer", None)],
         *[("maturity_tokens", value) for value in (0, -5, 1.5, None)],
         *[("routing_scale", value) for value in (0, -1, NAN, INF, None)],
+        *[("domain_window", value) for value in (0, -1, 1.5, "64", True, 2**31)],
     ],
     ids=str,
 )
@@ -100,6 +102,8 @@ def test_violation_names_field_value_and_fix(field, value):
         ("expert_capacity_factor", None),
         ("expert_dropout", 0.99),
         ("maturity_tokens", 1),
+        ("domain_window", 1),
+        ("domain_window", None),
         *[("router_type", kind) for kind in ("learned", "learned_with_maturity", "fixed")],
         *[("load_balance_loss_type", kind) for kind in ("aux_loss", "z_loss", "switch")],
         *[("router_scope", scope) for scope in ("block", "model", "module")],

@@ -10,11 +10,13 @@ from test_domain_classifier import texts
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, MistralConfig, MistralForCausalLM
 
+from moelora.config import MoELoraConfig
 from moelora.experts import grow, learn_domain
-from moelora.forward.packed_requests import PackedRequests, SlotDensities
-from moelora.routing.domain_classifier import WINDOW
+from moelora.forward.packed_requests import PackedRequests, SlotSums
+from moelora.routing.domain_classifier import over_context
 
 ANSWER = 12
+WINDOW = MoELoraConfig.domain_window
 LOW, HIGH = (2, 44), (20, VOCAB)  # domains that overlap, so that a classifier is never quite sure
 
 
@@ -89,9 +91,9 @@ def with_attention(model, attention):
     return model
 
 
-@every_pair(scope=SCOPES, attention=["sdpa", "eager"])
-def test_a_mixture_with_a_domain_classifier(scope, attention):
-    assert_same_as_alone(with_attention(gated(scope), attention))
+@every_pair(scope=SCOPES, attention=["sdpa", "eager"], window=[WINDOW, None, 5])
+def test_a_mixture_with_a_domain_classifier(scope, attention, window):
+    assert_same_as_alone(with_attention(gated(scope, domain_window=window), attention))
 
 
 def test_the_classifier_is_what_the_tests_above_are_about():
@@ -147,9 +149,10 @@ def test_a_mixture_that_is_switched_off():
         assert_same_as_alone(model)
 
 
-def test_a_prefix_whose_keys_are_in_the_cache():
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_a_prefix_whose_keys_are_in_the_cache(window):
     """The second prompt's first 64 tokens are not read again, yet count in the window of those behind them."""
-    model, start = gated(), prompts(70)[0]
+    model, start = gated(domain_window=window), prompts(70)[0]
     given = [start, start[:65] + prompts(6, seed=1)[0]]
     with model.continuous_batching_context_manager(settings(), continuous_batching_config=small()) as manager:
         for ids, (tokens, _) in zip(given, alone(model, given), strict=True):
@@ -158,17 +161,19 @@ def test_a_prefix_whose_keys_are_in_the_cache():
         assert manager.batch_processor.cache.use_prefix_sharing
 
 
-def test_several_answers_to_a_prompt():
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_several_answers_to_a_prompt(window):
     """Its last block, which is not full, is copied for each further answer."""
-    model, given = gated(), prompts(60, 37)
+    model, given = gated(domain_window=window), prompts(60, 37)
     sampling = settings(num_return_sequences=3, do_sample=True, top_k=1)  # several greedy ones are not allowed
     outputs = together(model, given, sampling, page_size=64, num_blocks=16)
     for i, (tokens, _) in enumerate(alone(model, given)):
         assert [output.generated_tokens for output in outputs[3 * i : 3 * i + 3]] == [tokens] * 3
 
 
-def test_requests_that_lose_their_cache_and_are_read_again():
-    assert_same_as_alone(gated(), prompts(60, 61, 62, 63), num_blocks=11, page_size=16)
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_requests_that_lose_their_cache_and_are_read_again(window):
+    assert_same_as_alone(gated(domain_window=window), prompts(60, 61, 62, 63), num_blocks=11, page_size=16)
 
 
 def mistral(window):
@@ -180,15 +185,17 @@ def mistral(window):
     return MistralForCausalLM(config).eval()
 
 
-def test_a_model_whose_cache_keeps_a_window_only(monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], build=lambda: mistral(72)))
-    assert_same_as_alone(gated(), prompts(150, 5, 90), num_blocks=128)
+@pytest.mark.parametrize(("attention", "window"), [(72, WINDOW), (WINDOW + 1, WINDOW), (72, None), (2, None), (2, 1)])
+def test_a_model_whose_cache_keeps_a_window_only(monkeypatch, attention, window):
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], build=lambda: mistral(attention)))
+    assert_same_as_alone(gated(domain_window=window), prompts(150, 5, 90), num_blocks=128)
 
 
-def test_a_window_shorter_than_the_classifiers_is_refused(monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], build=lambda: mistral(WINDOW - 1)))
-    with pytest.raises(AssertionError, match=r"the domain classifier reads 64 tokens, but .* attend to 63"):
-        together(gated(), PROMPTS)
+@pytest.mark.parametrize(("attention", "window", "needed"), [(WINDOW, WINDOW, 64), (1, None, 1)])
+def test_a_window_shorter_than_the_classifiers_is_refused(monkeypatch, attention, window, needed):
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], build=lambda: mistral(attention)))
+    with pytest.raises(AssertionError, match=rf"needs {needed} tokens before each .* attend to {attention} "):
+        together(gated(domain_window=window), PROMPTS)
 
 
 # ---- refusals, before anything is generated --------------------------------------------------------------------------
@@ -288,26 +295,59 @@ def inputs_of(cache, requests, by_table):
     }
 
 
-def test_a_table_of_blocks_names_the_same_slots():
+def read_by_pieces(cache, pieces, densities, window):
+    """What is found for requests whose pieces (past, new) come one forward after the other; [N, A] of each forward."""
+    found, at = [], 0
+    for forward in pieces:
+        new = sum(length for _, length in forward)
+        packed = PackedRequests(inputs_of(cache, forward, by_table=False), window)
+        found.append(packed.over_context(densities[at : at + new], "a"))
+        at += new
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 64, 4, 1])
+def test_requests_in_a_row_are_judged_each_by_its_own_text(window):
+    """Against the formula, text by text; the second request goes on where the others only begin."""
+    densities = torch.randn(22, 2, generator=torch.Generator().manual_seed(0))
+    pieces = [[(0, 5), (0, 3)], [(5, 2), (3, 6)], [(7, 5), (9, 1)]]
+    first, second, third = read_by_pieces(paged_cache(), pieces, densities, window)
+    one, other = [0, 1, 2, 3, 4, 8, 9, 16, 17, 18, 19, 20], [5, 6, 7, 10, 11, 12, 13, 14, 15, 21]
+    together = torch.cat([first, second, third])
+    for rows in (one, other):
+        expected = over_context(densities[rows][None], window)[0]
+        torch.testing.assert_close(together[rows], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_that_is_not_finite_reaches_no_other():
+    densities = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    broken = torch.cat([densities[:3], torch.full((1, 2), torch.nan), densities[4:]])
+    expected, found = (read_by_pieces(paged_cache(), [[(0, 5), (0, 3)]], each, None)[0] for each in (densities, broken))
+    torch.testing.assert_close(found[5:], expected[5:])
+
+
+@pytest.mark.parametrize("window", [None, WINDOW, 2])
+def test_a_table_of_blocks_names_the_same_slots(window):
     """The fast path of decoding on a GPU, which gives no indices."""
     cache = paged_cache()
-    inputs = inputs_of(cache, [(5, 1), (0, 1), (19, 1)], by_table=False)
-    by_index = PackedRequests(inputs)
-    by_table = PackedRequests(inputs_of(cache, [(5, 1), (0, 1), (19, 1)], by_table=True))
+    by_index = PackedRequests(inputs_of(cache, [(5, 1), (0, 1), (19, 1)], by_table=False), window)
+    by_table = PackedRequests(inputs_of(cache, [(5, 1), (0, 1), (19, 1)], by_table=True), window)
     before = torch.rand(24, 2)
-    SlotDensities.on(cache).table("a", before)[:] = torch.rand(SlotDensities.on(cache).num_slots, 2)
+    SlotSums.on(cache).table("a", before)[:] = torch.rand(SlotSums.on(cache).num_slots, 2) + 1
     now = torch.rand(3, 2)
     expected = by_index.over_context(now, "a")
     torch.testing.assert_close(by_table.over_context(now, "a"), expected)
-    assert (expected[0] > now[0] + 1).all() and torch.equal(expected[1], now[1])
+    assert not torch.isclose(expected[0], now[0]).any()  # what was there before counts
+    torch.testing.assert_close(expected[1], now[1])
 
 
-def test_padding_of_a_captured_graph_changes_nothing():
+@pytest.mark.parametrize("window", [None, WINDOW, 2])
+def test_padding_of_a_captured_graph_changes_nothing(window):
     """Tokens behind the last request, requests without tokens, and slots that are nobody's."""
     cache = paged_cache()
     inputs = inputs_of(cache, [(5, 3), (0, 2)], by_table=False)
     now = torch.rand(5, 2)
-    expected = PackedRequests(inputs).over_context(now, "a")
+    expected = PackedRequests(inputs, window).over_context(now, "a")
     group, padding = cache.cache_allocators["full_attention"], torch.zeros(3, dtype=torch.long)
     padded = inputs | {
         "position_ids": torch.cat([inputs["position_ids"], padding[None]], dim=1),
@@ -318,10 +358,10 @@ def test_padding_of_a_captured_graph_changes_nothing():
         "write_index": [torch.cat([inputs["write_index"][0], padding + group.write_trash_index])],
         "read_index": [torch.cat([inputs["read_index"][0], padding + group.read_trash_index])],
     }
-    found = PackedRequests(padded).over_context(torch.cat([now, torch.full((3, 2), torch.nan)]), "a")
+    found = PackedRequests(padded, window).over_context(torch.cat([now, torch.full((3, 2), torch.nan)]), "a")
     torch.testing.assert_close(found[:5], expected)
 
 
 def test_another_kind_of_paged_cache_is_refused():
     with pytest.raises(ValueError, match=r"needs the paged cache of transformers 5\.23 or newer"):
-        SlotDensities.on(object())
+        SlotSums.on(object())

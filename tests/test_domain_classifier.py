@@ -1,16 +1,19 @@
 """Statistics of adapters' domains, and the classifier between adapters that follows."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import HIDDEN, VOCAB, awaken, llama, mixture_of, routers_of
 from peft import PeftModel
 
+from moelora.config import MoELoraConfig
 from moelora.experts import forget_domain, grow, knows_domain, learn_domain, put_together, select, take_apart
 from moelora.ops.norm_linear import norm_linear
 from moelora.routing import rms_norm
 from moelora.routing.domain_classifier import (
-    WINDOW,
+    ContextDensities,
     DomainStatistics,
     InputSketch,
     combined,
@@ -19,6 +22,8 @@ from moelora.routing.domain_classifier import (
     over_context,
 )
 
+WINDOW = MoELoraConfig.domain_window
+WINDOWS = [WINDOW, None, 1, 9]
 LOW, HIGH = (2, 10), (VOCAB - 8, VOCAB)  # two domains: spans of token ids
 
 
@@ -130,7 +135,7 @@ def test_single_precision_decides_as_double_does():
     ]
     weights, biases = discriminants(memories)
     text = torch.cat([hidden[0], hidden[1], hidden[2], hidden[0]])
-    found = over_context((norm_linear(text, weights) + biases)[None])[0]
+    found = over_context((norm_linear(text, weights) + biases)[None], WINDOW)[0]
     exact = F.rms_norm(text.double(), (H,), eps=1e-6) @ weights.double().t() + biases.double()
     exact = exact.unfold(0, WINDOW, 1).sum(-1)  # from the first token that a whole window ends at
     found = found[WINDOW - 1 :]
@@ -141,12 +146,64 @@ def test_single_precision_decides_as_double_does():
     torch.testing.assert_close(found.softmax(-1).double(), exact.softmax(-1), rtol=0, atol=1e-3)
 
 
+def summed(densities_BSA, window):
+    """The formula of docs/maths.md, token by token."""
+    length = densities_BSA.shape[1]
+    firsts = [0 if window is None else max(0, t - window + 1) for t in range(length)]
+    return torch.stack([densities_BSA[:, first : t + 1].sum(1) for t, first in enumerate(firsts)], dim=1)
+
+
+@pytest.mark.parametrize("window", [*WINDOWS, 20, 21, 2**31 - 1])
+def test_a_token_is_judged_with_those_before_it(window):
+    densities = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(over_context(densities, window), summed(densities, window), rtol=1e-4, atol=1e-5)
+
+
 def test_padding_and_old_tokens_add_nothing():
     densities = torch.ones(1, WINDOW + 6, 2)
     mask = torch.ones(1, WINDOW + 6, dtype=torch.bool)
     mask[0, :3] = False
-    summed = over_context(densities, mask)[0, :, 0]
-    assert summed[2] == 0 and summed[3] == 1 and summed[-1] == WINDOW
+    for window, last in ((WINDOW, WINDOW), (None, WINDOW + 3)):
+        found = over_context(densities, window, mask)[0, :, 0]
+        assert found[2] == 0 and found[3] == 1 and found[-1] == last
+
+
+PIECES = {"at once": [40], "token by token": [1] * 40, "a prompt": [25, *[1] * 15], "pieces": [3, 11, 1, 25]}
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_text_that_is_read_in_pieces_is_judged_as_a_whole(window, pieces, is_static):
+    """A static cache says on the device, in a tensor, how many tokens it holds, once it holds any."""
+    densities = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
+    earlier, found, past = ContextDensities(is_static), [], 0
+    for piece in densities.split(pieces, dim=1):
+        length = torch.tensor(past) if is_static and past else past
+        found.append(over_context(piece, window, None, earlier, "router", length))
+        past += piece.shape[1]
+        if is_static and window is None:
+            kept = earlier.kept["router"][0]  # of other shapes and strides, each token would be compiled anew
+            assert kept.shape == (2, 1, 3) and kept.stride() == (3, 3, 1)
+    torch.testing.assert_close(torch.cat(found, dim=1), summed(densities, window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_static_cache_that_is_used_again_knows_nothing_of_the_text_before(window):
+    densities = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    earlier = ContextDensities(is_static=True)
+    for past, piece in ((0, densities[:, :20]), (0, densities[:, :4]), (4, densities[:, 4:])):
+        found = over_context(piece, window, None, earlier, "router", torch.tensor(past))
+    torch.testing.assert_close(found, summed(densities, window)[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "taken_back"), [(WINDOW, 30), (9, 9), (1, 1), (None, 30), (None, 69)])
+def test_what_is_taken_back_and_read_again_counts_once(window, taken_back):
+    densities, earlier = torch.randn(2, 75, 3, generator=torch.Generator().manual_seed(0)), ContextDensities()
+    for past, piece in ((0, densities[:, :65]), (65, densities[:, 65:70]), (70 - taken_back, densities[:, 70:])):
+        found = over_context(piece, window, None, earlier, "router", past)
+    left = torch.cat([densities[:, : 70 - taken_back], densities[:, 70:]], dim=1)
+    torch.testing.assert_close(found, summed(left, window)[:, -5:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -155,9 +212,9 @@ def test_what_stands_in_padding_reaches_no_token(broken):
     densities = torch.randn(2, WINDOW + 6, 2)
     mask = torch.ones(2, WINDOW + 6, dtype=torch.bool)
     mask[0, :3] = mask[1, 5] = False
-    expected = over_context(densities, mask)
+    expected = over_context(densities, WINDOW, mask)
     densities[0, 1] = densities[1, 5] = broken
-    torch.testing.assert_close(over_context(densities, mask), expected, rtol=0, atol=0)
+    torch.testing.assert_close(over_context(densities, WINDOW, mask), expected, rtol=0, atol=0)
 
 
 def test_the_classifier_gives_each_adapter_its_domains_share_whatever_the_scores():
@@ -197,18 +254,55 @@ def test_other_experts_change_a_domain_no_more():
     assert change < 0.03 and change_without > 0.5
 
 
-def test_saved_and_loaded_it_routes_alike(tmp_path):
-    model = mixture_of_domains()
+@pytest.mark.parametrize("scope", ["block", "model", "module"])
+def test_the_whole_text_tells_what_its_end_does_not(scope):
+    """A prompt that begins with an instruction of one domain, and has a long text of the other behind it."""
+    start, rest = (texts(span, rows=4, length=length)["input_ids"] for span, length in ((LOW, 60), (HIGH, 40)))
+    found = {}
+    for window in (8, None):
+        model = mixture_of_domains(router_scope=scope, domain_window=window)
+        with torch.no_grad():
+            model(torch.cat([start, rest], dim=1))
+        found[window] = sum(next(iter(model.routing_stats().values())).mean_probability[:4])  # the first block's
+    assert found[8] < 0.7 and found[None] > 0.9
+
+
+@pytest.mark.parametrize("window", [WINDOW, None, 9])
+def test_saved_and_loaded_it_routes_alike(tmp_path, window):
+    model = mixture_of_domains(domain_window=window)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     inputs = texts(HIGH, seed=6)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     assert all(router.routes_by_domain for router in routers_of(loaded).values())
+    assert {config.domain_window for config in loaded.peft_config.values()} == {window}
 
 
-def test_generating_token_by_token_routes_as_one_forward_does():
+def test_a_folder_of_before_windows_were_a_choice_has_the_one_that_there_was(tmp_path):
     model = mixture_of_domains()
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    for entry in (settings, *(adapter["config"] for adapter in settings["adapters"])):
+        del entry["domain_window"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    loaded, inputs = PeftModel.from_pretrained(llama(), tmp_path).eval(), texts(HIGH, length=WINDOW + 6)
+    assert {config.domain_window for config in loaded.peft_config.values()} == {64}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_adapters_with_other_windows_are_no_mixture():
+    model = mixture_of_domains()
+    model.peft_config["grown_1"].domain_window = None
+    with pytest.raises(ValueError, match=r"`domain_window` is 64 in one and None in the other; make them equal"):
+        model.set_adapter(["default", "grown_1"])
+
+
+@pytest.mark.parametrize("scope", ["block", "model", "module"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_generating_token_by_token_routes_as_one_forward_does(window, scope):
+    model = mixture_of_domains(domain_window=window, router_scope=scope)
     ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]], dim=1)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
@@ -222,9 +316,10 @@ def test_generating_token_by_token_routes_as_one_forward_does():
             torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-3, atol=1e-4)
 
 
-def test_tokens_that_are_taken_back_have_said_nothing():
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_tokens_that_are_taken_back_have_said_nothing(window):
     """As in assisted generation, which crops the cache to what it accepts."""
-    model = mixture_of_domains()
+    model = mixture_of_domains(domain_window=window)
     ids = torch.cat([texts(LOW, rows=2, length=70)["input_ids"], texts(HIGH, rows=2, length=8)["input_ids"]], dim=1)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
@@ -234,8 +329,19 @@ def test_tokens_that_are_taken_back_have_said_nothing():
     torch.testing.assert_close(rest, whole[:, 72:], rtol=1e-3, atol=1e-4)
 
 
-def test_padding_changes_nothing():
-    model = mixture_of_domains()
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_assisted_generation_answers_as_plain_generation_does(window):
+    model, assistant = mixture_of_domains(domain_window=window), llama().eval()  # which is wrong about most tokens
+    prompt = {name: value[:1, :40] for name, value in texts(LOW, length=40).items()}
+    options = {"max_new_tokens": 30, "do_sample": False}
+    with torch.no_grad():
+        assisted = model.generate(**prompt, **options, assistant_model=assistant)
+        assert torch.equal(assisted, model.generate(**prompt, **options))
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_padding_changes_nothing(window):
+    model = mixture_of_domains(domain_window=window)
     inputs = texts(LOW, rows=2)
     pad = torch.zeros(2, 5, dtype=torch.long)
     padded = {
@@ -330,7 +436,7 @@ def scored(model, hidden):
     for name, router in routers_of(model).items():
         own, normed = router.active_routers(), rms_norm(hidden)
         densities = torch.cat([F.linear(normed, one.gate_weight, one.gate_bias) for one in own], dim=-1)
-        found[name] = [one(normed).flatten(0, 1) for one in own], over_context(densities).flatten(0, 1)
+        found[name] = [one(normed).flatten(0, 1) for one in own], over_context(densities, WINDOW).flatten(0, 1)
     return found
 
 

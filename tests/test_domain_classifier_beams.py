@@ -11,10 +11,13 @@ from helpers import VOCAB, mixture_of
 from test_domain_classifier import HIGH, LOW, mixture_of_domains, texts
 from transformers import DynamicCache
 
+WINDOWS = [64, None]
 
+
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices"])
-def test_what_was_said_follows_its_sequence_when_a_cache_is_reordered(how):
-    model, rows = mixture_of_domains(), torch.tensor([2, 0, 0, 3])
+def test_what_was_said_follows_its_sequence_when_a_cache_is_reordered(how, window):
+    model, rows = mixture_of_domains(domain_window=window), torch.tensor([2, 0, 0, 3])
     ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]])
     more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
     with torch.no_grad():
@@ -28,8 +31,9 @@ def test_what_was_said_follows_its_sequence_when_a_cache_is_reordered(how):
     assert isinstance(cache, type(DynamicCache())) and first.past_key_values is cache
 
 
-def test_what_was_said_follows_its_sequence_when_a_cache_is_repeated():
-    model = mixture_of_domains()
+@pytest.mark.parametrize("window", WINDOWS)
+def test_what_was_said_follows_its_sequence_when_a_cache_is_repeated(window):
+    model = mixture_of_domains(domain_window=window)
     ids = torch.cat([texts(LOW, rows=1)["input_ids"], texts(HIGH, rows=1)["input_ids"]])
     more = texts((2, VOCAB), rows=4, length=3)["input_ids"]
     with torch.no_grad():
@@ -40,10 +44,11 @@ def test_what_was_said_follows_its_sequence_when_a_cache_is_repeated():
     torch.testing.assert_close(rest, whole[:, -3:], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_beam_search_with_a_cache_finds_what_it_finds_without(cache):
+def test_beam_search_with_a_cache_finds_what_it_finds_without(cache, window):
     """The prompt is of both domains, so that beams turn to one or the other and change places."""
-    model = mixture_of_domains()
+    model = mixture_of_domains(domain_window=window)
     prompts = torch.cat([texts(LOW, rows=6, length=3)["input_ids"], texts(HIGH, rows=6, length=3)["input_ids"]], dim=1)
     options = {"num_beams": 4, "max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True}
     inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}

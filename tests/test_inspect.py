@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import mixture_of, routers_of
+from test_domain_classifier import mixture_of_domains
 
 from moelora.cli.commands import main
 from moelora.cli.inspect import inspect_adapter
@@ -55,6 +56,22 @@ def test_every_scope_has_its_routers(tmp_path, scope):
     ] or scope == "module"
     assert {router.router for router in found.routers} == {name or "model" for name in routers_of(model)}
     assert all(len(router.norm) == 4 and min(router.norm) > 0 for router in found.routers)
+
+
+@pytest.mark.parametrize(("window", "words"), [(64, "by domain (64 tokens)"), (None, "by domain (whole text)")])
+def test_it_says_how_much_text_decides_between_adapters(tmp_path, capsys, monkeypatch, window, words):
+    monkeypatch.setenv("COLUMNS", "200")
+    mixture_of_domains(domain_window=window).save_pretrained(tmp_path)
+    assert {adapter.domain_window for adapter in inspect_adapter(tmp_path).adapters} == {window}
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count(words) == 2
+
+
+def test_without_domain_statistics_it_says_nothing_of_them(tmp_path, capsys):
+    _, folder = saved(tmp_path)
+    assert not inspect_adapter(folder).adapters[0].knows_domain
+    assert main(["inspect", str(folder)]) == 0
+    assert "domain" not in capsys.readouterr().out.replace(str(folder), "")
 
 
 def test_fixed_routers_have_no_sharpness(tmp_path):

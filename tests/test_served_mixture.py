@@ -66,12 +66,15 @@ MODELS = {
     "patterns": lambda: mixture_of("llama", rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 9}, use_rslora=True),
     "grown": grown,
     "domains": mixture_of_domains,
+    "domains, 5 tokens": lambda: mixture_of_domains(domain_window=5),
+    "domains, whole text": lambda: mixture_of_domains(domain_window=None),
+    "domains, per model": lambda: mixture_of_domains(domain_window=None, router_scope="model"),
     "in other blocks": in_other_blocks,
 }
 
 
-def of_one_text(router, rows, densities_TA):
-    return over_context(densities_TA[None])[0]
+def of_one_text(router, rows, densities_TA, window):
+    return over_context(densities_TA[None], window)[0]
 
 
 class Server(nn.Module):
@@ -169,6 +172,16 @@ def test_slots_do_not_mix(tmp_path):
             weights = mixture.routers["model.layers.1"].weights(hidden[token : token + 1], None)[0]
             torch.testing.assert_close(gate[token, : mixture.rank], weights.repeat_interleave(mixture.expert_rank))
             assert (gate[token, mixture.rank :] == 7).all()
+
+
+def test_each_mixture_of_a_batch_has_its_own_window(tmp_path):
+    windows, slots, asked = {0: None, 2: 5, 3: 64}, Slots(lambda *given: asked.append(given[1:]) or given[2]), []
+    for slot, window in windows.items():
+        mixture_of_domains(domain_window=window).save_pretrained(str(tmp_path / str(slot)))
+        slots.set(slot, read_served_mixture(tmp_path / str(slot)))
+    groups = [(2, slice(0, 3)), (0, slice(3, 4)), (3, slice(4, 6))]
+    slots.block_gates("model.layers.1", False, torch.randn(6, 32), groups)
+    assert [(rows, window) for rows, _, window in asked] == [(rows, windows[slot]) for slot, rows in groups]
 
 
 def test_an_attached_router_is_refused(tmp_path):

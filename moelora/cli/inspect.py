@@ -28,7 +28,11 @@ WIDEST_MATRIX = 16  # experts: more columns than that fit no terminal
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """One stored adapter: its place in the mixture (None: inactive), its experts, their ranks and its size."""
+    """One stored adapter: its place in the mixture (None: inactive), its experts, their ranks and its size.
+
+    knows_domain says whether it has domain statistics; domain_window is the number of tokens that a classifier then
+    reads (None: the whole text).
+    """
 
     name: str
     position: int | None
@@ -39,6 +43,8 @@ class AdapterFacts:
     router_type: str
     router_scope: str
     top_k_experts: int
+    knows_domain: bool
+    domain_window: int | None
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ def _adapter_facts(adapter: StoredAdapter) -> AdapterFacts:
         router_type=adapter.config.router_type,
         router_scope=adapter.config.router_scope,
         top_k_experts=adapter.config.top_k_experts,
+        knows_domain=adapter.config.router_memory > 0,
+        domain_window=adapter.config.domain_window,
     )
 
 
@@ -196,7 +204,7 @@ def _adapters_table(found: Inspection) -> Table:
     rows = [
         (
             adapter.name,
-            f"{adapter.router_type}, per {adapter.router_scope}",
+            _routing(adapter),
             "no" if adapter.position is None else "yes",
             str(adapter.num_experts),
             str(adapter.top_k_experts),
@@ -209,6 +217,14 @@ def _adapters_table(found: Inspection) -> Table:
     title = f"Adapters in {printable(found.folder)}"
     title += f", for {printable(found.base_model)}" if found.base_model else ""
     return _table(title, ("adapter", "routing"), ("active", "experts", "top-k", "r", "linears", "parameters"), rows)
+
+
+def _routing(adapter: AdapterFacts) -> str:
+    words = f"{adapter.router_type}, per {adapter.router_scope}"
+    if not adapter.knows_domain:
+        return words
+    tokens = "whole text" if adapter.domain_window is None else f"{adapter.domain_window} tokens"
+    return f"{words}, by domain ({tokens})"
 
 
 def _experts_table(found: Inspection) -> Table:

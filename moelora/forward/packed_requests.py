@@ -1,26 +1,26 @@
 """Requests that transformers' continuous batching packs into one row: which tokens of a row belong together.
 
 `generate_batch` reads pieces of many requests in one forward and keeps their keys in a paged cache, which knows no
-sequences, only slots. A domain classifier adds up what it found in the WINDOW tokens up to each one, so its densities
-are kept by the same slots: what a request has read before is found there whatever ran beside it, in however many
-pieces it was read, and where several requests share the blocks of a prefix.
+sequences, only slots. A domain classifier adds up what it found in the tokens up to each one, so these sums are kept by
+the same slots: what a request has read before is found there whatever ran beside it, in however many pieces it was
+read, and where several requests share the blocks of a prefix. A window's sum is the difference of two.
 
 Nothing here waits for the device, so that a forward can be captured in a CUDA graph.
-Shapes: N tokens of all requests, R requests, A adapters, W = WINDOW.
+Shapes: N tokens of all requests, R requests, A adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..routing.domain_classifier import WINDOW
+from ..routing.domain_classifier import within_pieces
 
-_ATTRIBUTE = "_moelora_slot_densities"  # on a paged cache
+_ATTRIBUTE = "_moelora_slot_sums"  # on a paged cache
 _FULL = "full_attention"
 PROBED = 8
 """Tokens that tell whether a router reads each alone."""
@@ -29,8 +29,8 @@ _READS_MORE = (
     "pieces of many texts into one row; call `generate`, or attach a router that reads each token alone"
 )
 _SHORT = (
-    "the domain classifier reads {needed} tokens, but all layers of the model attend to {window} and its cache keeps "
-    "no more; call `generate` in place of `generate_batch`"
+    "the domain classifier needs {needed} tokens before each (`domain_window`), but all layers of the model attend to "
+    "{window} with it, and its cache keeps no more; call `generate`, or lower `domain_window`"
 )
 _OTHER_CACHE = (
     "a mixture with a domain classifier needs the paged cache of transformers 5.23 or newer for `generate_batch`; "
@@ -38,53 +38,57 @@ _OTHER_CACHE = (
 )
 
 
-class _Context(NamedTuple):
-    """Where the W tokens up to each one are: in this row, or among the slots of the cache; each [N, W]."""
-
-    rows: Tensor
-    is_in_row: Tensor
-    slots: Tensor
-    is_cached: Tensor
-
-
 class PackedRequests:
     """A forward of continuous batching.
 
     Args:
         inputs: the base model's arguments by name, as `generate_batch` gives them.
+        window: number of tokens, up to and including each one, by which a domain classifier decides; None: all so far.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], window: int | None) -> None:
         self.inputs = inputs
+        self.window = window
         self.cache = inputs["cache"]
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any]) -> PackedRequests | None:
+    def of(cls, inputs: Mapping[str, Any], window: int | None) -> PackedRequests | None:
         """None where a forward is no step of continuous batching."""
         is_packed = "cu_seq_lens_q" in inputs and "write_index" in inputs and inputs.get("cache") is not None
-        return cls(inputs) if is_packed else None
+        return cls(inputs, window) if is_packed else None
 
     def over_context(self, densities_NA: Tensor, key: str) -> Tensor:
-        """[N, A]: log densities summed over each token and the WINDOW - 1 before it in its own request.
+        """[N, A]: log densities summed over each token and those before it in its own request, as the window has it.
 
         Args:
-            key: the router's name, by which the cache keeps the densities.
+            key: the router's name, by which the cache keeps the sums.
 
         Raises:
             ValueError: the cache keeps fewer tokens than that, or is of another kind.
         """
-        slots = SlotDensities.on(self.cache)
-        table_SA = slots.table(key, densities_NA)
-        context = self._context
-        in_row = torch.where(context.is_in_row[..., None], densities_NA[context.rows], 0).sum(1)
-        cached = torch.where(context.is_cached[..., None], table_SA[context.slots], 0).sum(1)
+        table_SA = SlotSums.on(self.cache).table(key, densities_NA)
+        sums_NA = within_pieces(densities_NA, self._firsts) + _read(table_SA, self._before_piece)
+        found_NA = sums_NA
+        if self.window is not None:
+            rows = (self._order - self.window).clamp(min=0)
+            is_in_row = (self._places >= self.window)[:, None]
+            found_NA = sums_NA - torch.where(is_in_row, sums_NA[rows], _read(table_SA, self._before_window))
         # Only now: with sliding attention the new tokens take the slots of the oldest.
-        table_SA.index_copy_(0, self._written, densities_NA.detach())
-        return in_row + cached
+        table_SA.index_copy_(0, self._written, sums_NA.detach())
+        return found_NA
 
     @cached_property
     def _group(self) -> Any:
-        return _group_of(self.cache)
+        """The layers whose slots are followed.
+
+        Raises:
+            ValueError: they keep fewer tokens than the classifier needs.
+        """
+        group = _group_of(self.cache)
+        kept, needed = getattr(group, "sliding_window", None), self.window or 1
+        if kept is not None and kept <= needed:
+            raise ValueError(_SHORT.format(needed=needed, window=kept))
+        return group
 
     @cached_property
     def _starts(self) -> Tensor:
@@ -94,8 +98,7 @@ class PackedRequests:
     @cached_property
     def _requests(self) -> Tensor:
         """[N] the request of each token; padding, which follows them all, counts as the last one's."""
-        order = torch.arange(self._positions.shape[0], device=self._starts.device)
-        return torch.searchsorted(self._starts[1:], order, right=True).clamp(max=self._starts.shape[0] - 2)
+        return torch.searchsorted(self._starts[1:], self._order, right=True).clamp(max=self._starts.shape[0] - 2)
 
     @cached_property
     def _positions(self) -> Tensor:
@@ -107,41 +110,58 @@ class PackedRequests:
         """[N] the slots that the row's tokens take."""
         if self.inputs.get("block_table") is None:
             return self._compact(self.inputs["write_index"][self._group.index])
-        return self._by_block_table(self._positions[:, None]).squeeze(-1)
+        return self._by_block_table(self._positions)
 
     @cached_property
-    def _context(self) -> _Context:
-        """The same for all routers of a forward."""
-        starts, requests = self._starts, self._requests
-        order = torch.arange(len(requests), device=starts.device)
-        lags = torch.arange(WINDOW, device=starts.device)
-        place = (order - starts[requests])[:, None]  # in its request's piece
-        positions = self._positions[:, None] - lags
-        is_in_row = lags <= place
-        is_cached = ~is_in_row & (positions >= 0)
-        rows = (order[:, None] - lags).clamp(min=0)
-        return _Context(rows, is_in_row, self._slots(lags - place, positions), is_cached)
+    def _order(self) -> Tensor:
+        """[N]"""
+        return torch.arange(self._positions.shape[0], device=self._starts.device)
 
-    def _slots(self, back_NW: Tensor, positions_NW: Tensor) -> Tensor:
-        """[N, W] of tokens that lie `back` before their request's piece; any slot where none does."""
+    @cached_property
+    def _firsts(self) -> Tensor:
+        """[N] the row of the first token of each one's piece."""
+        return self._starts[self._requests]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """[N] of each token in its request's piece."""
+        return self._order - self._firsts
+
+    @cached_property
+    def _before_piece(self) -> tuple[Tensor, Tensor]:
+        """Where the cache has the last token before each one's piece."""
+        return self._cached(self._places + 1)
+
+    @cached_property
+    def _before_window(self) -> tuple[Tensor, Tensor]:
+        """Where it has the last one before each one's window; those in the row are not meant."""
+        assert self.window is not None
+        return self._cached(torch.full_like(self._order, self.window))
+
+    def _cached(self, lag_N: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] slots of the tokens that lie `lag` before each, and whether there is one; any slot where none is."""
+        positions = self._positions - lag_N
+        return self._slots(lag_N - self._places, positions), positions >= 0
+
+    def _slots(self, back_N: Tensor, positions_N: Tensor) -> Tensor:
+        """[N] of tokens that lie `back` before their request's piece; any slot where none does."""
         if self.inputs.get("block_table") is not None:
-            return self._by_block_table(positions_NW)
+            return self._by_block_table(positions_N)
         read = self.inputs["read_index"][self._group.index]
         if read.numel() == 0:  # nothing was read before
-            return torch.zeros_like(positions_NW)
+            return torch.zeros_like(positions_N)
         # From the end: with sliding attention the cache holds the latest tokens only.
         ends = self.inputs["cu_seq_lens_k"][self._group.layer_type].long()[1:]
-        lengths = self._starts.diff()
-        first_new = (ends - lengths)[self._requests][:, None]
-        return self._compact(read[(first_new - back_NW).clamp(0, read.shape[0] - 1)])
+        first_new = (ends - self._starts.diff())[self._requests]
+        return self._compact(read[(first_new - back_N).clamp(0, read.shape[0] - 1)])
 
-    def _by_block_table(self, positions_NW: Tensor) -> Tensor:
+    def _by_block_table(self, positions_N: Tensor) -> Tensor:
         group = self._group
         table_RB = self.inputs["block_table"][group.index].long()
-        pages = positions_NW.clamp(min=0) // group.tokens_per_page
-        entries = table_RB[self._requests[:, None], pages.clamp(max=table_RB.shape[1] - 1)].clamp(min=0)
+        pages = positions_N.clamp(min=0) // group.tokens_per_page
+        entries = table_RB[self._requests, pages.clamp(max=table_RB.shape[1] - 1)].clamp(min=0)
         blocks = entries // (group.block_physical_stride // group.tokens_per_page)
-        return blocks * group.tokens_per_page + positions_NW.clamp(min=0) % group.tokens_per_page
+        return blocks * group.tokens_per_page + positions_N.clamp(min=0) % group.tokens_per_page
 
     def _compact(self, slots: Tensor) -> Tensor:
         """A block's slots lie apart in the cache, by the keys and values of all layers; here they lie together."""
@@ -149,8 +169,14 @@ class PackedRequests:
         return slots // stride * page + (slots % stride).clamp(max=page - 1)
 
 
-class SlotDensities:
-    """The densities of the tokens in a paged cache, by router and slot."""
+def _read(table_SA: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+    """[N, A] of a table's slots; zero where there are none."""
+    slots_N, is_there_N = where
+    return torch.where(is_there_N[:, None], table_SA[slots_N], 0)
+
+
+class SlotSums:
+    """The densities of each text in a paged cache, summed up to each of its tokens, by router and slot."""
 
     def __init__(self, cache: Any) -> None:
         group = _group_of(cache)
@@ -160,11 +186,11 @@ class SlotDensities:
         self.tables: dict[str, Tensor] = {}  # by router: [slots, A]
 
     @classmethod
-    def on(cls, cache: Any) -> SlotDensities:
+    def on(cls, cache: Any) -> SlotSums:
         """What a paged cache keeps, from now on; it follows where the cache copies blocks.
 
         Raises:
-            ValueError: the cache keeps too few tokens, or is of another kind.
+            ValueError: the cache is of another kind.
         """
         kept = getattr(cache, _ATTRIBUTE, None)
         if kept is None:
@@ -180,7 +206,7 @@ class SlotDensities:
         return self.tables[key]
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Do to the densities what the cache did to its blocks."""
+        """Do to the sums what the cache did to its blocks."""
         for table_SA in self.tables.values():
             by_block = table_SA.view(-1, self.page, table_SA.shape[1])
             source, target = (torch.tensor(blocks, device=table_SA.device) for blocks in (sources, targets))
@@ -191,16 +217,12 @@ def _group_of(cache: Any) -> Any:
     """The layers whose slots are followed, as the cache allocates them: those that keep every token, if there are any.
 
     Raises:
-        ValueError: it keeps fewer tokens than the classifier reads, or the cache has no such groups.
+        ValueError: the cache has no such groups.
     """
     groups = getattr(cache, "cache_allocators", None)
     if not groups:
         raise ValueError(_OTHER_CACHE)
-    group = groups.get(_FULL) or next(iter(groups.values()))
-    window = getattr(group, "sliding_window", None)
-    if window is not None and window < WINDOW:
-        raise ValueError(_SHORT.format(needed=WINDOW, window=window))
-    return group
+    return groups.get(_FULL) or next(iter(groups.values()))
 
 
 _CacheBase: Any = object  # of whose class `_followed` makes a mixture

@@ -177,7 +177,7 @@ class ForwardContext:
         self.cache = kv_cache(inputs)
         self.past_length = past_length(self.cache)  # now: the blocks' attention lets it grow
         self.densities = ContextDensities.on(self.cache)
-        self.requests = PackedRequests.of(inputs)
+        self.requests = PackedRequests.of(inputs, self.config.domain_window)
         is_no_text = self.requests or self.call.is_generate or is_transformed()
         self.counts = self.training or not is_no_text  # whether what routers do is summed up
         has_no_mask = inputs.get("attention_mask") is None and self.requests is None

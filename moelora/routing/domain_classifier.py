@@ -3,7 +3,8 @@
 An adapter that was grown for a domain keeps the mean and covariance of that domain's router inputs, and no texts. From
 several such adapters follows a linear discriminant with one covariance for all (Fisher 1936; Rao 1948): the log density
 of a token under each adapter's domain, up to a term that all share. A token alone says little, so the densities of the
-WINDOW tokens up to it are added up. Imports torch only; docs/maths.md has the formulas.
+tokens up to it are added up: of a window of so many, or of the whole text so far. Imports torch only; docs/maths.md has
+the formulas.
 
 Shapes: B batch, S sequence, T tokens, H router input width, A adapters, E experts, K directions, L sketch width.
 """
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WINDOW = 64
 RIDGE = 1e-3
 """Share of the mean variance that is added to every direction: few tokens leave some without any."""
 FIRST_TOKENS = 1 / 16
@@ -171,48 +171,72 @@ def discriminants(domains: Sequence[DomainStatistics]) -> tuple[Tensor, Tensor]:
 
 
 class ContextDensities:
-    """The densities of the tokens in a KV cache, by router, so that text read piece by piece is told as in one forward.
+    """What the tokens in a KV cache said, by router, so that text read piece by piece is told as in one forward.
 
     It follows its sequences where the cache reorders, repeats or selects them, as beam search does. Tokens that are
-    taken back (assisted generation crops the cache) are dropped, up to WINDOW of them.
+    taken back (assisted generation crops the cache) are dropped: as many as a window has, or any number without one.
+
+    Args:
+        is_static: the cache stays as large as it is, so that forwards can be compiled; no token is taken back then, and
+            what is kept stays of one shape and stride, or each token would be compiled anew.
     """
 
-    def __init__(self) -> None:
-        self.densities: dict[str, tuple[Tensor, Any]] = {}  # by router: [B, S, A], and the position after the last
+    def __init__(self, is_static: bool = False) -> None:
+        self.is_static = is_static
+        self.kept: dict[str, tuple[Tensor, Any]] = {}  # by router: [B, P, A], and the position after the last
 
     @classmethod
     def on(cls, cache: Any) -> ContextDensities:
         """What a KV cache keeps; nothing yet where it keeps none, or there is no cache."""
-        return getattr(cache, _ATTRIBUTE, None) or cls()
+        return getattr(cache, _ATTRIBUTE, None) or cls(bool(getattr(cache, "is_compileable", False)))
 
     def keep_on(self, cache: Any) -> None:
         """Keep it on a KV cache, if there is one and there is any."""
-        if self.densities and hasattr(cache, "get_seq_length"):
+        if self.kept and hasattr(cache, "get_seq_length"):
             setattr(cache, _ATTRIBUTE, self)
             if not torch.compiler.is_compiling() and not isinstance(cache, _FollowedCache):
                 cache.__class__ = _followed(cache.__class__)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these of the sequences, in this order."""
-        for key, (densities_BSA, end) in self.densities.items():
-            self.densities[key] = densities_BSA[rows.to(densities_BSA.device)], end
+        for key, (kept_BPA, end) in self.kept.items():
+            self.kept[key] = kept_BPA[rows.to(kept_BPA.device)], end
 
     def repeat(self, repeats: int) -> None:
         """Go on with each of the sequences so many times, one beside the other."""
-        for key, (densities_BSA, end) in self.densities.items():
-            self.densities[key] = densities_BSA.repeat_interleave(repeats, dim=0), end
+        for key, (kept_BPA, end) in self.kept.items():
+            self.kept[key] = kept_BPA.repeat_interleave(repeats, dim=0), end
 
-    def continued(self, key: str, densities_BSA: Tensor, past_length: int | Tensor) -> Tensor:
-        """[B, P + S, A]: those of the tokens before these [B, S, A] first; past_length tokens are in the cache."""
-        before, end = self.densities.get(key, (None, 0))
-        together, is_number = densities_BSA, not isinstance(past_length, Tensor)  # a static cache counts on the device
-        if before is not None and before.shape[::2] == densities_BSA.shape[::2]:
-            if is_number:
-                before = before[:, : max(0, before.shape[1] - (end - past_length))]
-            together = torch.cat([before * (past_length > 0), densities_BSA], dim=1)
-        kept = 2 * WINDOW if is_number else WINDOW - 1  # only where tokens can be taken back are more of use
-        self.densities[key] = together[:, -kept:].detach(), past_length + densities_BSA.shape[1]
-        return together
+    def over_text(self, key: str, densities_BSA: Tensor, past_length: int | Tensor) -> Tensor:
+        """[B, S, A]: densities summed over each token and all before it; past_length tokens are in the cache."""
+        before_BPA = self._before(key, densities_BSA, past_length)
+        sums_BSA = densities_BSA.cumsum(1) + before_BPA[:, -1:].sum(1, keepdim=True)  # of nothing: zero
+        if self.is_static:
+            kept_BPA = sums_BSA[:, -1:].clone(memory_format=torch.contiguous_format)
+        else:
+            kept_BPA = torch.cat([before_BPA, sums_BSA], dim=1)
+        self.kept[key] = kept_BPA.detach(), past_length + densities_BSA.shape[1]
+        return sums_BSA
+
+    def over_window(self, key: str, densities_BSA: Tensor, past_length: int | Tensor, window: int) -> Tensor:
+        """[B, S, A]: densities summed over each token and the window - 1 before it."""
+        before_BPA = self._before(key, densities_BSA, past_length)
+        together = torch.cat([before_BPA, densities_BSA], dim=1)
+        # Only where tokens can be taken back are more of use. Of one kept too many, for a window of 1, nothing is read.
+        size = max(window - 1, 1) if self.is_static else 2 * window
+        self.kept[key] = together[:, -size:].detach(), past_length + densities_BSA.shape[1]
+        total = together.cumsum(1)
+        back = min(window, total.shape[1])
+        return (total - F.pad(total[:, :-back], (0, 0, back, 0)))[:, -densities_BSA.shape[1] :]
+
+    def _before(self, key: str, densities_BSA: Tensor, past_length: int | Tensor) -> Tensor:
+        """What is kept [B, P, A] of the tokens in the cache."""
+        before_BPA, end = self.kept.get(key, (None, 0))
+        if before_BPA is None or before_BPA.shape[::2] != densities_BSA.shape[::2]:
+            return densities_BSA[:, :0].detach()
+        if self.is_static:
+            return before_BPA * (past_length > 0)  # it may have been emptied, which is known on the device
+        return before_BPA[:, : max(0, before_BPA.shape[1] - (end - past_length))]
 
 
 _CacheBase: Any = object  # of which classes `_followed` makes a mixture with transformers' own
@@ -256,27 +280,50 @@ def _followed(cls: type) -> type:
 
 def over_context(
     densities_BSA: Tensor,
+    window: int | None,
     mask_BS: Tensor | None = None,
     earlier: ContextDensities | None = None,
     key: str = "",
     past_length: int | Tensor = 0,
 ) -> Tensor:
-    """[B, S, A]: log densities summed over each token and the WINDOW - 1 before it; padding adds nothing.
+    """[B, S, A]: log densities summed over each token and those before it; padding adds nothing.
 
     Args:
+        window: number of tokens to sum over, the token itself being the last; None: the whole text so far.
         mask_BS: bool, False on padding.
-        earlier: the densities of the tokens in the KV cache; those of these tokens, by the router `key`, join them.
+        earlier: what the tokens in the KV cache said; what these tokens say, by the router `key`, joins it.
         past_length: number of tokens in the cache.
 
     Example:
-        >>> over_context(torch.ones(1, 100, 1))[0, [0, 1, 99], 0].tolist()
-        [1.0, 2.0, 64.0]
+        >>> ones = torch.ones(1, 100, 1)
+        >>> over_context(ones, 64)[0, [0, 1, 99], 0].tolist(), over_context(ones, None)[0, [0, 1, 99], 0].tolist()
+        ([1.0, 2.0, 64.0], [1.0, 2.0, 100.0])
     """
     if mask_BS is not None:
         densities_BSA = torch.where(mask_BS[..., None], densities_BSA, 0)  # padding may be NaN, which times 0 stays
-    length = densities_BSA.shape[1]
-    total = (densities_BSA if earlier is None else earlier.continued(key, densities_BSA, past_length)).cumsum(1)
-    return (total - F.pad(total, (0, 0, WINDOW, 0))[:, : total.shape[1]])[:, -length:]
+    earlier = ContextDensities() if earlier is None else earlier
+    if window is None:
+        return earlier.over_text(key, densities_BSA, past_length)
+    return earlier.over_window(key, densities_BSA, past_length, window)
+
+
+def within_pieces(densities_TA: Tensor, start_T: Tensor) -> Tensor:
+    """[T, A]: log densities summed over each token and those before it in its piece of text; pieces of several follow
+    one another in a row.
+
+    What is not finite adds nothing, for it would reach the pieces behind it.
+
+    Args:
+        start_T: index of the first token of each one's piece.
+
+    Example:
+        >>> within_pieces(torch.ones(5, 1), torch.tensor([0, 0, 0, 3, 3])).flatten().tolist()
+        [1.0, 2.0, 3.0, 1.0, 2.0]
+    """
+    # Transposed: a GPU adds up along the last dimension with many threads, along others with one.
+    total_AT = densities_TA.nan_to_num(0.0, 0.0, 0.0).t().cumsum(1)
+    before_AT = F.pad(total_AT, (1, 0))[:, start_T]
+    return (total_AT - before_AT).t()
 
 
 def logits_by_domain(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..routing.pooled import AddUp
+from ..routing.pooled import AddUp, PooledRouter
 from .mixture import ServedMixture
 
 Rows = slice | Tensor
@@ -41,8 +41,8 @@ def _as_rows(indices: list[int]) -> Rows:
 
 Gates = dict[int, Tensor]
 """By slot, [its tokens, E * r]: what their ranks are multiplied by; slots that are not there, by ones."""
-OverContext = Callable[[str, Rows, Tensor], Tensor]
-"""Sums a router's densities [T, A] of some of a batch's tokens over the context of each."""
+OverContext = Callable[[str, Rows, Tensor, int | None], Tensor]
+"""Sums a router's densities [T, A] of some of a batch's tokens over the context of each, by its `domain_window`."""
 
 
 class Slots:
@@ -97,7 +97,7 @@ class Slots:
             if (router := mixture.routers.get(name)) is None:
                 continue  # no expert in this block
             if name or is_first:
-                gates[slot] = mixture.gate(name, router.weights(hidden_TH[rows], self._add_up(block, rows)))
+                gates[slot] = mixture.gate(name, router.weights(hidden_TH[rows], self._add_up(name, rows, router)))
             else:
                 gates[slot] = self._of_model[slot]
             if not name:
@@ -109,11 +109,11 @@ class Slots:
         gates = {}
         for slot, rows, mixture in self.routed(groups, "linear"):
             if (router := mixture.routers.get(linear)) is not None:
-                gates[slot] = mixture.gate(linear, router.weights(x_TD[rows], self._add_up(linear, rows)))
+                gates[slot] = mixture.gate(linear, router.weights(x_TD[rows], self._add_up(linear, rows, router)))
         return gates
 
-    def _add_up(self, router: str, rows: Rows) -> AddUp:
-        return lambda densities_TA: self.over_context(router, rows, densities_TA)
+    def _add_up(self, name: str, rows: Rows, router: PooledRouter) -> AddUp:
+        return lambda densities_TA: self.over_context(name, rows, densities_TA, router.config.domain_window)
 
 
 def write_gates(gates: Gates, groups: Sequence[Group], gate_TR: Tensor) -> None:

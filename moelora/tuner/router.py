@@ -280,11 +280,12 @@ class MoELoraRouter(nn.Module, RouterTunerLayer):
             return lambda densities_TA: requests.over_context(densities_TA, self.name)
         earlier = None if context is None else context.densities
         past = 0 if context is None else context.past_length
+        window = self.state.config.domain_window
 
         def add_up(densities_TA: Tensor) -> Tensor:
             densities_BSA = densities_TA.view(*hidden.shape[:-1], -1)
             mask_BS = None if mask is None else mask.to(densities_TA.device)
-            return over_context(densities_BSA, mask_BS, earlier, self.name, past).flatten(0, 1)
+            return over_context(densities_BSA, window, mask_BS, earlier, self.name, past).flatten(0, 1)
 
         return add_up
 

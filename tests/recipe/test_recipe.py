@@ -29,7 +29,7 @@ def test_a_preset_stands_for_its_fields_below_those_given(folder, recipe):
 
 
 def test_a_preset_leaves_a_mixture_that_grows_what_its_experts_share(folder, recipe):
-    inherited = MIXTURE_DEFAULTS | {"routing_scale": 1.0, "top_k_experts": 1, "r": 2}
+    inherited = MIXTURE_DEFAULTS | {"routing_scale": 1.0, "top_k_experts": 1, "domain_window": None, "r": 2}
     recipe["mixture"] = {"preset": "continual"}
     mixture = load_recipe(write_recipe(folder, recipe), inherited=inherited).mixture
     assert mixture == inherited | {"r": 4, "lora_alpha": 8, "num_experts": 4}

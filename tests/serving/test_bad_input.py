@@ -142,9 +142,9 @@ def test_a_domain_classifier_behind_short_windows_is_refused(tmp_path):
     file = bench.model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": 16}))
     engine = bench.engine()
-    with pytest.raises(ValueError, match="its domain classifier reads 64 tokens back, further than any attention"):
+    with pytest.raises(ValueError, match=r"reads 64 tokens back \(`domain_window`\), further than any attention"):
         engine.llm_engine.add_lora(bench.lora("domains"))
-    requests = for_all([BASE, "sparse"], prompts((17, 40)))
+    requests = for_all([BASE, "sparse", "domains_whole_text"], prompts((17, 40)))  # a sum goes on from the last token
     bench.assert_same(requests, bench.ask(engine, requests))
 
 

@@ -1,16 +1,15 @@
 """However vLLM cuts a batch: prompts in parts, kept prefixes, preempted requests, several answers, new slots."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
-import torch
 from harness import BASE, TOLERANCE, Request, assert_greedy, for_all, prompts
 from vllm.sampling_params import BeamSearchParams
 
 from moelora.serving.vllm import densities
 
-ADAPTERS = [BASE, "plain", "sparse", "dense", "domains"]  # all four slots are taken, and the base is asked beside them
+ADAPTERS = [BASE, "plain", "sparse", "domains", "domains_whole_text"]
+"""All four slots are taken, and the base is asked beside them."""
 TEXTS = prompts((3, 40, 77, 131))
 
 
@@ -106,6 +105,20 @@ def test_prefixes_that_are_kept(llama, caching):
         assert_greedy(llama, again, outputs)
 
 
+def test_prompts_that_begin_alike_in_one_batch(llama, caching, monkeypatch):
+    """vLLM has a prompt share pages that are computed in the very same forward, and these may share others."""
+    rounds, count = [], densities._rounds
+    monkeypatch.setattr(densities, "_rounds", lambda *places: rounds.append(count(*places)) or rounds[-1])
+    start, middle, end = prompts((70, 70, 70), seed=7)
+    alike = [start, start[:64] + middle, start[:64] + middle[:64] + end]
+    requests = for_all(ADAPTERS, alike)
+    outputs = llama.ask(caching, requests, prompt_logprobs=None)
+    assert max(rounds) == 3
+    assert sum(output.num_cached_tokens for output in outputs) >= len(ADAPTERS) * (64 + 128)
+    llama.assert_same(requests, outputs)
+    assert_greedy(llama, requests, outputs)
+
+
 def test_log_probabilities_of_prompts_whose_prefix_is_kept(llama, caching):
     requests = for_all(ADAPTERS, TEXTS)
     llama.ask(caching, requests, prompt_logprobs=None)
@@ -135,17 +148,3 @@ def test_slots_that_are_emptied_and_filled_again(llama):
         llama.assert_same(requests, outputs)
         assert_greedy(llama, requests, outputs)
         assert len(engine.llm_engine.list_loras()) <= 2
-
-
-def test_a_page_that_was_kept_above_all_new_ones(monkeypatch):
-    """Of an adapter that learned domains after its folder was first served: nothing of the page is known."""
-    batch = SimpleNamespace(
-        slot_mapping=torch.tensor([0]),
-        query_start_loc=torch.tensor([0, 1]),
-        seq_lens=torch.tensor([33]),
-        block_table=torch.tensor([[9, 0]]),
-    )
-    monkeypatch.setattr(densities, "is_forward_context_available", lambda: True)
-    monkeypatch.setattr(densities, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"attention": batch}))
-    kept = densities.KeptDensities("attention", SimpleNamespace(block_size=32))
-    assert kept.over_context("router", slice(0, 1), torch.ones(1, 2)).tolist() == [[1.0, 1.0]]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode, CUDAGraphMode
 
-from ...routing.domain_classifier import WINDOW
 from ..mixture import ServedMixture
 from ..slots import Gates, Rows, Slots, write_gates
 from . import operators
@@ -45,7 +44,9 @@ class EngineRouting:
         self.blocks = list(blocks)
         self.unknown = next((name for name in map(class_name, blocks.values()) if name not in IS_SPLIT), None)
         self.tables = None if self.unknown else BlockTables.make(len(blocks), wrapper, config)
-        self.densities = self._densities()
+        layers = config.compilation_config.static_forward_context.items()
+        with_cache = {name: layer for name, layer in layers if hasattr(layer, "kv_cache")}
+        self.densities = KeptDensities.of(with_cache, config.cache_config)
         compiled = config.compilation_config
         # Blocks are compiled or replayed, so that no Python runs when a batch does.
         self.is_captured = compiled.mode != CompilationMode.NONE or compiled.cudagraph_mode != CUDAGraphMode.NONE
@@ -72,13 +73,6 @@ class EngineRouting:
             hook = BlockHook(self, index, BlockInput.of(block, IS_SPLIT[class_name(block)]))
             block.register_forward_pre_hook(hook.before, with_kwargs=True)
             block.register_forward_hook(hook.after)
-
-    def _densities(self) -> KeptDensities | None:
-        layers = self.config.compilation_config.static_forward_context.items()
-        windows = {name: getattr(layer, "sliding_window", None) for name, layer in layers if hasattr(layer, "kv_cache")}
-        whole = [name for name, window in windows.items() if window is None or window >= WINDOW]
-        whole.sort(key=lambda name: windows[name] is not None)
-        return KeptDensities(whole[0], self.config.cache_config) if whole else None
 
     # ---- what is in the slots ----------------------------------------------------------------------------------------
 
@@ -129,11 +123,15 @@ class EngineRouting:
             )
         if mixture.scope == "model" and parallel.pipeline_parallel_size > 1:
             return 'router_scope="model" decides in the first block alone; use --pipeline-parallel-size 1'
-        return self._refusal_of_domains() if mixture.routes_by_domain else None
+        return self._refusal_of_domains(mixture) if mixture.routes_by_domain else None
 
-    def _refusal_of_domains(self) -> str | None:
-        if self.densities is None:
-            return f"its domain classifier reads {WINDOW} tokens back, further than any attention layer of this model"
+    def _refusal_of_domains(self, mixture: ServedMixture) -> str | None:
+        window = next(iter(mixture.routers.values())).config.domain_window
+        if self.densities is None or not self.densities.reaches(window):
+            return (
+                f"its domain classifier reads {window or 1} tokens back (`domain_window`), further than any attention "
+                "layer of this model"
+            )
         if self.config.kv_transfer_config is not None:
             return "its domain classifier needs what stood beside the KV cache; do without --kv-transfer-config"
         if self.config.parallel_config.decode_context_parallel_size > 1:
@@ -187,9 +185,9 @@ class EngineRouting:
         assert self.tables is not None
         self.tables.weigh(shrunk, gate_TR)
 
-    def _over_context(self, router: str, rows: Rows, densities_TA: Tensor) -> Tensor:
+    def _over_context(self, router: str, rows: Rows, densities_TA: Tensor, window: int | None) -> Tensor:
         assert self.densities is not None
-        return self.densities.over_context(router, rows, densities_TA)
+        return self.densities.over_context(router, rows, densities_TA, window)
 
     def _gates_of_linear(self, lora_a_stacked: tuple[Tensor, ...], x: Tensor) -> list[Gates] | None:
         """By slice, for the linears that have routers of their own."""
