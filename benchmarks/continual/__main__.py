@@ -35,14 +35,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--models", type=Path, help="folder with the saved models smollm2 and gemma (default: from the Hub)")
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--quick", action="store_true", help="a tiny random model on made-up tasks, on the CPU: whether the code works")
+    main = [name for name, method in METHODS.items() if method.is_main]
     legend = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items()).replace("%", "%%")
     add(
         "--methods",
         nargs="+",
         choices=list(METHODS),
         metavar="NAME",
-        default=list(METHODS),
-        help=f"{legend} (default: all)",
+        default=main,
+        help=f"{legend} (default: {' '.join(main)})",
     )
     add("--sequences", nargs="+", choices=list(SEQUENCES), default=list(PUBLISHED))
     bases = [name for name in BASES if name != "quick"]

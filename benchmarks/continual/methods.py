@@ -10,7 +10,7 @@ from .ewc import Ewc
 from .gainlora import GainLora
 from .inflora import InfLora
 from .learner import Learner, Setting
-from .mixture import Grown
+from .mixture import Grown, Recipe
 from .o_lora import OLora
 from .osf import Osf
 from .plain import Joint, Lora, PerTask
@@ -28,21 +28,34 @@ class Method:
         about: what it does, in a line; "re-implementation" where it is ours from a paper's formulas.
         is_told: whether it is told the task when it answers.
         rates: learning rates to choose from.
+        is_main: whether it runs where no methods are named.
     """
 
     about: str
     make: Callable[[Setting], Learner]
     is_told: bool = False
     rates: tuple[float, ...] = RATES
+    is_main: bool = True
 
 
-METHODS = {
+METHODS: dict[str, Method] = {
     "lora": Method("one LoRA, trained on one task after the other", Lora),
     "replay-2": Method("the same; 2% of each earlier task's rows are kept and replayed", partial(Lora, replayed=0.02)),
     "replay-10": Method("the same with 10%", partial(Lora, replayed=0.1)),
     "joint": Method("one LoRA, trained on all tasks at once, for as many steps", Joint),
     "oracle": Method("a LoRA for each task; told the task", PerTask, is_told=True),
-    "moelora": Method("a mixture that grows by experts for each task; never told the task", Grown),
+    "moelora": Method("a mixture that grows by an expert for each task; never told the task", Grown),
+    **{
+        f"moelora-{name}": Method(f"the same{about}", partial(Grown, recipe=recipe), is_main=False)
+        for name, (about, recipe) in {
+            "new": (", each expert starting from nothing", Recipe(start="new")),
+            "block": (", each block deciding for itself", Recipe(scope="block")),
+            "64": (", the last 64 tokens deciding", Recipe(window=64)),
+            "four": (" by four experts of a quarter of the rank, two a token", Recipe(experts=4, top_k=2)),
+            "dense": (" by four experts of a quarter of the rank, all four a token", Recipe(experts=4, top_k=4)),
+            "loud": (", each expert twice as loud", Recipe(loudness=4.0)),
+        }.items()
+    },
     "o-lora": Method("O-LoRA: a LoRA for each task, its A orthogonal to those before; re-implementation", OLora),
     "inflora": Method("InfLoRA: a LoRA for each task, blind to the inputs of those before; re-implementation", InfLora),
     "ewc": Method("one LoRA in sequence, anchored by its Fisher information (EWC); re-implementation", Ewc),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor
 
@@ -16,9 +17,12 @@ from moelora.experts import grow, learn_domain
 from ..arms import shared_copy
 from ..peers import SCALING
 from ..quality.batches import Batches
+from ..quality.data import IGNORED
 from ..quality.methods import LINEARS
 from ..quality.trainer import autocast, now
 from .learner import Learner, Setting, numbers
+
+PROBED = 8  # batches on which the nearest old task is found
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,16 @@ class Recipe:
         top_k: experts that a token uses.
         loudness: lora_alpha / r, times routing_scale / experts.
         scope: see `MoELoraConfig.router_scope`.
+        window: see `MoELoraConfig.domain_window`.
+        start: where a new task's experts begin, see `moelora.experts.grow`.
     """
 
     experts: int = 1
     top_k: int = 1
     loudness: float = SCALING
     scope: str = "model"
+    window: int | None = None
+    start: str = "nearest"
 
     def config(self, rank: int) -> MoELoraConfig:
         """Of one task's experts, which have this rank together."""
@@ -48,6 +56,7 @@ class Recipe:
             top_k_experts=self.top_k,
             routing_scale=float(self.experts),
             router_scope=self.scope,
+            domain_window=self.window,
             target_modules=list(LINEARS),
             task_type="CAUSAL_LM",
         )
@@ -65,19 +74,25 @@ class Grown(Learner):
             self.model = get_peft_model(shared_copy(setting.base), recipe.config(setting.plan.rank))
 
     def learn(self, stage: int) -> float:
-        """See Learner; the pass that tells the domain is counted in the seconds."""
-        name = grow(self.model, num_experts=self.recipe.experts) if stage else "default"
+        """See Learner; passes that find where to start, and tell the domain, are counted in the seconds."""
+        device, batches = self.setting.plan.device, self.setting.batches([stage])
+        started = now(device)
+        name = self._grow(batches) if stage else "default"
+        seconds = now(device) - started
         self.names.append(name)
         self.model.set_adapter([name])
         self._trainable = super().trainable
-        batches = self.setting.batches([stage])
-        seconds = self.setting.train(self.model, batches)
-        device = self.setting.plan.device
+        seconds += self.setting.train(self.model, batches)
         started = now(device)
         with autocast(device):
             learn_domain(self.model, name, _prompts(batches))
         self.model.set_adapter(self.names)
         return seconds + now(device) - started
+
+    def _grow(self, batches: Batches) -> str:
+        recipe = self.recipe
+        with autocast(self.setting.plan.device):
+            return grow(self.model, recipe.experts, start_from=recipe.start, batches=_questions(batches))
 
     @contextmanager
     def told(self, stage: int) -> Iterator[None]:
@@ -98,6 +113,15 @@ class Grown(Learner):
 
 def _is_ours(name: str) -> bool:
     return "lora_" in name
+
+
+def _questions(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
+    """A few batches with labels as long as the rows."""
+    for step in range(min(PROBED, len(batches))):
+        ids, labels, mask = batches.batch(step)
+        assert mask is not None
+        padded = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORED)
+        yield {"input_ids": ids, "labels": padded, "attention_mask": mask}
 
 
 def _prompts(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
