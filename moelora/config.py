@@ -187,7 +187,7 @@ class MoELoraConfig(LoraConfig):
         try:
             super().__post_init__()
         except TypeError as error:
-            # An argument that an option's own class does not expect: PEFT would look for it among ours, again and again.
+            # An argument that an option's own class does not expect: PEFT would look for it among ours for ever.
             kind = ValueError if "unexpected keyword argument" in str(error) else TypeError
             raise kind(f"{_NOT_PEFTS}: {error}") from error
         except (AttributeError, KeyError) as error:  # options of options, which PEFT takes as they are
