@@ -68,7 +68,9 @@ class Consolidated:
 def consolidate(
     model: PeftModel, max_experts: int, *, keep: Collection[str] = (), texts: Texts | None = None
 ) -> Consolidated:
-    """Merge experts of the active adapters until there are max_experts or fewer; see the module.
+    """Merge experts of the active adapters until there are max_experts or fewer.
+
+    Within adapters first, least loss first; two adapters that become one are one domain from then on.
 
     Args:
         model: the mixture; it loses its adapters to the result, unless it is small enough already.

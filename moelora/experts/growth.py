@@ -44,7 +44,7 @@ def grow(
         freeze_experts: the experts that are there stop learning.
         freeze_scores: their routers stop learning, and their maturity and counters stand still.
         start_from: "new": the experts contribute nothing yet. The name of an adapter: they begin as copies of its
-            experts ([`moelora.experts.warm_start`] says how, where numbers or ranks differ). "nearest": as copies of
+            experts ([`moelora.experts.copy_experts`] says how, where numbers or ranks differ). "nearest": as copies of
             the adapter that [`moelora.experts.nearest_adapter`] finds, new where it finds none.
         batches: for "nearest": texts of the new domain, as arguments of the model's forward.
         optimizer: the one that training has begun with, bare or from accelerate. New parameters join the groups of

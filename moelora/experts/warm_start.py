@@ -104,7 +104,10 @@ def _loss(model: PeftModel, taken: Sequence[tuple[dict[str, Tensor], int]]) -> f
 
 @torch.no_grad()
 def copy_experts(model: PeftModel, source: str, target: str) -> None:
-    """Let the experts of one adapter, new still, be those of another; see the module. Maturity and counters stay.
+    """Let the experts of one adapter, new still, be those of another. Maturity and counters stay.
+
+    As many experts are copied to the last bit; more share the singular directions of one, fewer are the best
+    approximation of several. Under even routing both adapters do the same, as far as the rank allows.
 
     Raises:
         ValueError: the source adapts a linear that the target does not, or has routers of another form.
