@@ -303,7 +303,8 @@ def test_adapters_with_other_windows_are_no_mixture():
 @pytest.mark.parametrize("window", WINDOWS)
 def test_generating_token_by_token_routes_as_one_forward_does(window, scope):
     model = mixture_of_domains(domain_window=window, router_scope=scope)
-    ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2)["input_ids"]], dim=1)
+    # Not as long as each other: after as many tokens of both no domain is the likelier, and roundings decide.
+    ids = torch.cat([texts(LOW, rows=2)["input_ids"], texts(HIGH, rows=2, length=16)["input_ids"]], dim=1)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         first = model(input_ids=ids[:, :20], use_cache=True)
