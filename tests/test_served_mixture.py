@@ -6,9 +6,12 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, VOCAB, awaken, mixture_of
 from loras import save_kinds
+from native import native_model
+from peft import get_peft_model
 from test_domain_classifier import mixture_of_domains
 from torch import nn
 
+from moelora import MoELoraConfig
 from moelora.experts import build, grow
 from moelora.files.atomic_save import PENDING, ROUTER_NAME
 from moelora.routing import route
@@ -205,6 +208,13 @@ def test_an_attached_router_of_a_save_that_was_cut_short_is_refused(tmp_path):
 def test_what_is_more_than_experts_is_refused(tmp_path):
     mixture_of("llama", modules_to_save=["norm"]).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="more than experts and routers"):
+        read_served_mixture(tmp_path)
+
+
+def test_adapted_native_experts_are_refused(tmp_path):
+    config = MoELoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
+    get_peft_model(native_model("mixtral"), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter 'default' adapts the base's native experts \(`target_parameters`\)"):
         read_served_mixture(tmp_path)
 
 

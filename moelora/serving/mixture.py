@@ -113,6 +113,12 @@ def _refuse_unserved(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
                 f"{folder}: adapter {adapter.name!r} has experts beside the native ones of `{beside}`, which vLLM's "
                 "fused experts leave no place for; serve it with transformers (`moelora serve --engine transformers`)"
             )
+        if adapter.config.target_parameters:
+            raise ValueError(
+                f"{folder}: adapter {adapter.name!r} adapts the base's native experts (`target_parameters`), which vLLM "
+                "does not run beside experts of ours; serve it with transformers (`moelora serve --engine transformers`), or train "
+                'without: `target_modules="all-linear"` reaches native experts, the names of linears do not'
+            )
         if adapter.others:
             raise ValueError(
                 f"{folder}: `{adapter.others[0]}` of adapter {adapter.name!r} is more than experts and routers, which "
