@@ -115,9 +115,10 @@ def _refuse_unserved(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
             )
         if adapter.config.target_parameters:
             raise ValueError(
-                f"{folder}: adapter {adapter.name!r} adapts the base's native experts (`target_parameters`), which vLLM "
-                "does not run beside experts of ours; serve it with transformers (`moelora serve --engine transformers`), or train "
-                'without: `target_modules="all-linear"` reaches native experts, the names of linears do not'
+                f"{folder}: adapter {adapter.name!r} adapts the base's native experts (`target_parameters`), which no "
+                "server runs beside experts of ours; serve it with transformers (`moelora serve --engine "
+                'transformers`), or train without: target_modules="all-linear" reaches native experts, names of linears '
+                "do not"
             )
         if adapter.others:
             raise ValueError(
