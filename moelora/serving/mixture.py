@@ -117,8 +117,7 @@ def _refuse_unserved(folder: Path, adapters: Sequence[StoredAdapter]) -> None:
             raise ValueError(
                 f"{folder}: adapter {adapter.name!r} adapts the base's native experts (`target_parameters`), which no "
                 "server runs beside experts of ours; serve it with transformers (`moelora serve --engine "
-                'transformers`), or train without: target_modules="all-linear" reaches native experts, names of linears '
-                "do not"
+                'transformers`), or train without: target_modules="all-linear" reaches them, names of linears do not'
             )
         if adapter.others:
             raise ValueError(
