@@ -1,4 +1,4 @@
-"""GainLoRA, OSF, Progressive Prompts and the plain methods of the continual benchmark, by what their papers claim."""
+"""GainLoRA, OSF and Progressive Prompts of the continual benchmark, by what their papers claim."""
 
 from collections import Counter
 
@@ -11,9 +11,8 @@ from benchmarks.continual.encoding import END, encode_prompt
 from benchmarks.continual.gainlora import NEW, OLD, GainLora, Gates, prompt_tokens
 from benchmarks.continual.learner import EncodedTask, Plan, Setting, lora_factors
 from benchmarks.continual.methods import METHODS
-from benchmarks.continual.metrics import Summary
 from benchmarks.continual.osf import Osf
-from benchmarks.continual.plain import Joint, Lora, PerTask
+from benchmarks.continual.plain import Lora
 from benchmarks.continual.prog_prompt import TOKENS, ProgressivePrompts, Prompted
 from benchmarks.continual.quick import quick_base, quick_tasks, quick_tokenizer
 from benchmarks.continual.scoring import exact_match, write_answers
@@ -383,60 +382,3 @@ def test_new_virtual_tokens_come_before_the_old_ones_and_padding_counts_for_noth
             input_ids=longer, attention_mask=torch.cat([mask, torch.ones(1, 13, dtype=torch.bool)]), logits_to_keep=2
         )
     assert torch.allclose(padded.logits[:2], expected[:, -2:], atol=1e-5)
-
-
-# ---- the plain ones --------------------------------------------------------------------------------------------------
-
-
-def rows_of(examples, count=None):
-    return {tuple(row[row != PAD].tolist()) for row in examples.ids[:count]}
-
-
-def test_replay_draws_from_the_rows_that_are_kept_and_no_others(tasks):
-    learner = make(lambda setting: Lora(setting, replayed=0.1), tasks, steps=40, rows=10)
-    train = [task.examples["train"] for task in tasks]
-    kept = set().union(*(rows_of(each, round(0.1 * len(each))) for each in train[:2]))
-    new = rows_of(train[2])
-    batches = learner.batches(2)
-    assert batches.ids.shape[1] == 10
-    drawn = [[tuple(row[row != PAD].tolist()) for row in batch] for batch in batches.ids]
-    assert all(row in new for batch in drawn for row in batch[:9])
-    replayed = {batch[9] for batch in drawn}
-    assert replayed == kept and not kept & new
-    assert learner.batches(0).ids.shape[1] == 10
-
-
-def test_joint_training_sees_all_tasks_in_equal_shares(tasks):
-    learner = make(Joint, tasks, steps=6, rows=6)
-    batches = learner.batches(2)
-    assert len(batches) == 3 * 6
-    owners = {row: number for number, task in enumerate(tasks) for row in rows_of(task.examples["train"])}
-    drawn = Counter(owners[tuple(row[row != PAD].tolist())] for row in batches.ids.flatten(0, 1))
-    assert drawn == {0: 36, 1: 36, 2: 36}
-
-
-def test_the_oracles_other_loras_stay_bit_for_bit(tasks):
-    learner = make(PerTask, tasks)
-    learner.learn(0)
-    first = [each.clone() for pair in lora_factors(learner.model).values() for each in pair]
-    with learner.for_task(0):
-        before = logits(learner.model, tasks[0])
-    learner.learn(1)
-    assert all(map(torch.equal, first, [each for pair in lora_factors(learner.model).values() for each in pair]))
-    with learner.for_task(0):
-        assert torch.equal(logits(learner.model, tasks[0]), before)
-    with learner.for_task(1):
-        assert not torch.equal(logits(learner.model, tasks[0]), before)
-    with learner.for_task(2):  # not learned
-        assert torch.allclose(logits(learner.model, tasks[0]), logits(quick_base(), tasks[0]), atol=1e-6)
-
-
-def test_metrics_of_a_known_matrix():
-    matrix = [[80.0], [70.0, 60.0], [75.0, 50.0, 90.0]]
-    summary = Summary.of(matrix, alone=[80.0, 50.0, 95.0])
-    assert summary.average_performance == pytest.approx(215 / 3)
-    assert summary.forgetting == pytest.approx((5 + 10) / 2)
-    assert summary.backward_transfer == pytest.approx((-5 - 10) / 2)
-    assert summary.forward_transfer == pytest.approx((10 - 5) / 2)
-    better = Summary.of([[50.0], [60.0, 60.0], [70.0, 60.0, 10.0]])
-    assert better.forgetting == pytest.approx((-10 + 0) / 2) and better.forward_transfer is None
