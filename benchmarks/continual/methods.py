@@ -59,6 +59,10 @@ METHODS: dict[str, Method] = {
     "o-lora": Method("O-LoRA: a LoRA for each task, its A orthogonal to those before; re-implementation", OLora),
     "inflora": Method("InfLoRA: a LoRA for each task, blind to the inputs of those before; re-implementation", InfLora),
     "ewc": Method("one LoRA in sequence, anchored by its Fisher information (EWC); re-implementation", Ewc),
+    **{
+        f"ewc-{strength:g}": Method(f"EWC with lambda = {strength:g}", partial(Ewc, strength=strength), is_main=False)
+        for strength in (1e2, 1e3, 1e5, 1e6)
+    },
     "slao": Method("SLAO: one LoRA in sequence, orthogonal at its start, its B averaged; re-implementation", Slao),
     "gainlora": Method("GainLoRA on InfLoRA, re-implementation: a gated branch for each task", GainLora),
     "osf": Method(

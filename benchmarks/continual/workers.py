@@ -84,9 +84,10 @@ def attempt(job: Job, source: Source, plan: Plan) -> Row:
 
 
 def _choose_gpu(turn: Any) -> None:
-    """Give the processes the GPUs in turn."""
+    """Give the processes the GPUs that this one sees in turn."""
     with turn.get_lock():
         number, turn.value = turn.value, turn.value + 1
     if count := torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % count)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % count]
     torch.set_num_threads(1)
