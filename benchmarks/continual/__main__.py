@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sequences", nargs="+", choices=list(SEQUENCES), default=list(PUBLISHED))
     bases = [name for name in BASES if name != "quick"]
     add("--bases", nargs="+", choices=bases, default=bases)
-    add("--steps", type=int, default=120, help="optimizer steps of a task (default: 120)")
+    add("--steps", type=int, default=60, help="optimizer steps of a task (default: 60)")
     add("--rows", type=int, default=16, help="rows of a batch (default: 16)")
     add(
         "--rank", type=int, default=16, help="of the LoRA whose parameters a method may train on one task (default: 16)"

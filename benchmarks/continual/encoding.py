@@ -13,20 +13,24 @@ import numpy as np
 from ..quality.data import IGNORED, Examples
 from .tasks import Question
 
-LENGTHS = (64, 128, 256, 512)  # S is the first of these that holds FITTING of the training rows
+LENGTHS = range(32, 257, 32)  # S is the first of these that holds FITTING of the training rows, or the last
 FITTING = 0.95
 MAX_ANSWER = 64
 END = "\nOutput:"
 
 
 def encode_prompt(question: Question, tokenizer: Any, length: int) -> list[int]:
-    """The prompt's tokens. Only the text is cut, at its end, where all would be longer than `length`."""
+    """The prompt's tokens. Only the text is cut, in its middle, where all would be longer than `length`: the question
+    may come last, as may what a reviewer thinks."""
     start = f"{question.definition}\n" if question.definition else ""
     before, text, after = (
         tokenizer(part, add_special_tokens=False)["input_ids"] for part in (start, question.text, END)
     )
     before = tokenizer("")["input_ids"] + before  # what the tokenizer begins every text with
-    return before + text[: max(0, length - len(before) - len(after))] + after
+    room = max(0, length - len(before) - len(after))
+    if len(text) > room:
+        text = text[: room - room // 2] + text[len(text) - room // 2 :]
+    return before + text + after
 
 
 def encode_answer(question: Question, tokenizer: Any) -> list[int]:

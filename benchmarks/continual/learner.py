@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..arms import shared_copy
@@ -79,7 +80,11 @@ class Setting:
             r=rank, lora_alpha=SCALING * rank, target_modules=list(LINEARS), task_type="CAUSAL_LM", **options
         )
         with torch.device(self.plan.device):
-            return get_peft_model(shared_copy(self.base), config)
+            model = get_peft_model(shared_copy(self.base), config)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # to float32, which autocast would cast back at once
+        return model
 
     def batches(self, stages: Sequence[int], steps: int | None = None, rows: int | None = None) -> Batches:
         """Training batches of one or several tasks in equal shares; the same for every method, given the seed."""

@@ -22,7 +22,7 @@ from ..quality.methods import LINEARS
 from ..quality.trainer import autocast, now
 from .learner import Learner, Setting, numbers
 
-PROBED = 8  # batches on which the nearest old task is found
+PROBED = 4  # batches on which the nearest old task is found
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,23 @@ def leading(covariances: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> 
         by_width[len(C)][name] = outside(C, memory.get(name)) / torch.linalg.matrix_norm(C)
     found = {}
     for width, rests in by_width.items():
-        vectors, values, _ = torch.svd_lowrank(torch.stack(list(rests.values())), q=min(FOUND, width))
-        for name, rest, shares, directions in zip(rests, rests.values(), values.square(), vectors, strict=True):
+        vectors, squares = _left_singular(torch.stack(list(rests.values())), min(FOUND, width))
+        for name, rest, shares, directions in zip(rests, rests.values(), squares, vectors, strict=True):
             found[name] = Leading(directions, shares, rest.square().sum())
     return found
+
+
+def _left_singular(matrices: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The leading left singular vectors of [N, D, D] as columns [N, D, k], and their squared values [N, k].
+
+    As torch.svd_lowrank, but by an eigendecomposition at its end: a GPU's SVD fails where many values are alike.
+    """
+    basis = torch.randn(*matrices.shape[:-1], number, dtype=matrices.dtype, device=matrices.device)
+    for _ in range(3):
+        basis = torch.linalg.qr(matrices @ (matrices.mT @ basis))[0]
+    rows = basis.mT @ matrices
+    squares, turned = torch.linalg.eigh(rows @ rows.mT)
+    return basis @ turned.flip(-1), squares.flip(-1).clamp(min=0)
 
 
 def extended(memory: Tensor | None, found: Leading, epsilon: float) -> Tensor:

@@ -27,8 +27,8 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: nn.Module, examples: Examples, device: str, mixed: bool = True) -> Score:
-    """Evaluate on all rows, as it was trained: under autocast if `mixed`.
+def score(model: nn.Module, examples: Examples, device: str, mixed: bool = True, rows: int = ROWS) -> Score:
+    """Evaluate on all rows, so many at a time, as it was trained: under autocast if `mixed`.
 
     An answer is right where it is the likeliest of its task's choices; without choices, where every token of it, the
     end included, is the likeliest given those before: exactly when greedy decoding writes it.
@@ -37,15 +37,15 @@ def score(model: nn.Module, examples: Examples, device: str, mixed: bool = True)
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_targets = torch.zeros((), dtype=torch.int64, device=device)
     num_right = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, len(examples), ROWS):
-        ids, labels = (torch.from_numpy(a[start : start + ROWS]).to(device) for a in (examples.ids, examples.labels))
-        mask = None if examples.mask is None else torch.from_numpy(examples.mask[start : start + ROWS]).to(device)
+    for start in range(0, len(examples), rows):
+        ids, labels = (torch.from_numpy(a[start : start + rows]).to(device) for a in (examples.ids, examples.labels))
+        mask = None if examples.mask is None else torch.from_numpy(examples.mask[start : start + rows]).to(device)
         with autocast(device) if mixed else nullcontext():
             output = model(input_ids=ids, attention_mask=mask, use_cache=False, **logits_kept(ids, labels))
         logits = output.logits[:, :-1]
         targets = labels[:, 1:]
-        for rows, answers in zip(logits.split(16), targets.split(16), strict=True):  # float32 logits are large
-            total += F.cross_entropy(rows.float().flatten(0, 1), answers.flatten(), reduction="sum")
+        for part, answers in zip(logits.split(16), targets.split(16), strict=True):  # float32 logits are large
+            total += F.cross_entropy(part.float().flatten(0, 1), answers.flatten(), reduction="sum")
         num_targets += (targets != IGNORED).sum()
         if mask is not None:
             num_right += _right(logits, targets, examples.choices).sum()
