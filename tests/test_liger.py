@@ -29,6 +29,7 @@ from transformers.models.llama import modeling_llama
 from moelora.cli.commands import main
 from moelora.training import load_recipe
 from moelora.training.callback import MoELoraCallback
+from moelora.tuner import probe
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GENERATOR = torch.Generator().manual_seed(5)
@@ -104,6 +105,18 @@ def test_a_step_equals_one_without_them(device, monkeypatch, scope, num_items, s
     torch.testing.assert_close(output.loss, plain.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.balancing_loss, plain.balancing_loss, rtol=1e-5, atol=1e-5)
     assert_same_grads(grads, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)], indirect=True)  # the interpreter cannot
+def test_a_mixture_is_made_of_a_model_that_has_them(device):
+    """The model's twin, which is looked at then, has them too, and no data: no kernel is started on it."""
+    base = llama().to(device)
+    apply_liger_kernel(base, None)
+    probe._readings_of.cache_clear()
+    model = get_peft_model(base, config_for(ARCHITECTURES["llama"]))
+    torch.cuda.synchronize()
+    assert probe.readings_of(base).complete
+    step(model)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)], indirect=True)  # the interpreter cannot

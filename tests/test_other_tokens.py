@@ -4,11 +4,14 @@ Each has a router of its own. What stands in padded positions reaches no real to
 """
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import SCOPES, awaken, every_pair, llama, routers_of
 from peft import PeftModel, get_peft_model
+from transformers.models.llama import modeling_llama
 from wide import CASES, PADDED_ONLY, ids, noise
 
 from moelora import MoELoraConfig
@@ -165,6 +168,34 @@ def test_making_an_adapter_draws_no_random_numbers_for_the_probe():
     assert probe.readings_of(base).leads
     assert torch.equal(torch.rand(3), expected)
     assert not any(parameter.is_meta for parameter in base.parameters())
+
+
+def test_kernels_in_place_of_a_models_own_functions_are_not_started_by_the_probe(monkeypatch):
+    """Liger and others patch transformers' modules; on a GPU a kernel would write to where a tensor without data is."""
+    started = []
+
+    class JITFunction:
+        def run(self, *args, **options):
+            started.append(args)
+
+    def rotated(q, k, cos, sin, *args, **options):
+        JITFunction().run(q, k, grid=(1,))
+        return q, k
+
+    real = torch.ones(1)
+    run = JITFunction.run
+    base = CASE["Llama"].build()
+    probe._readings_of.cache_clear()
+    expected = probe.readings_of(base)
+    assert expected.complete
+    monkeypatch.setitem(sys.modules, "triton.runtime.jit", SimpleNamespace(JITFunction=JITFunction))
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotated)
+    with probe._without_kernels():
+        JITFunction().run(real)
+    probe._readings_of.cache_clear()
+    assert probe.readings_of(base) == expected
+    assert started == [(real,)]
+    assert JITFunction.run is run
 
 
 def test_plain_lora_loads_without_a_word_of_routers(tmp_path, recwarn):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from transformers.utils import logging
 from ..forward.alignment import lines_up
 from ..forward.hooks import encoder_argument_position, encoder_states_of, hidden_states_of
 from . import blocks
+
+_ONE_AT_A_TIME = Lock()  # what is quiet while a twin runs is so for the whole process
 
 # Sizes that tell dimensions apart: two texts of seven tokens, whose answers have five, and go on by three; frames.
 _BATCH, _LENGTH, _ANSWER, _MORE, _FRAMES = 2, 7, 5, 3, 128
@@ -69,7 +73,7 @@ def readings_of(model: nn.Module) -> Readings:
 @lru_cache(maxsize=16)
 def _readings_of(kind: _Kind) -> Readings:
     readings = Readings()
-    with _quietly(), suppress(Exception):  # what a model cannot do without weights and data, it is not seen doing
+    with _ONE_AT_A_TIME, _quietly(), suppress(Exception):  # what a model cannot do without weights and data, it is not seen doing
         twin = _twin(kind)
         watch = _Watch(twin, readings)
         for name, part in twin.named_modules():
@@ -91,10 +95,33 @@ def _quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            with torch.device("meta"), torch.no_grad(), _WithoutData():
+            with torch.device("meta"), torch.no_grad(), _WithoutData(), _without_kernels():
                 yield
     finally:
         logging.set_verbosity(level)
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Triton's kernels, which Liger and others patch into transformers' modules, are not started on tensors without
+    data: they would write to address 0, after which the GPU answers this process no more. What they write to is there,
+    in its shape."""
+    triton = sys.modules.get("triton.runtime.jit")
+    if triton is None:
+        yield
+        return
+    run = triton.JITFunction.run
+
+    def run_on_data(kernel: Any, *args: Any, **options: Any) -> Any:
+        if any(isinstance(arg, Tensor) and arg.is_meta for arg in (*args, *options.values())):
+            return None
+        return run(kernel, *args, **options)
+
+    triton.JITFunction.run = run_on_data
+    try:
+        yield
+    finally:
+        triton.JITFunction.run = run
 
 
 class _WithoutData(TorchDispatchMode):
