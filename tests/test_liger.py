@@ -36,6 +36,7 @@ GENERATOR = torch.Generator().manual_seed(5)
 IDS = torch.randint(2, 64, (2, 6), generator=GENERATOR)  # the interpreter runs a program for each token
 LABELS = IDS.masked_fill(torch.arange(6) < torch.tensor([[0], [3]]), -100)
 NO_FUSED_LOSS = {"fused_linear_cross_entropy": False}
+NO_NATIVE = {"swiglu": False}
 
 
 # ---- the same numbers, with the kernels themselves -------------------------------------------------------------------
@@ -143,8 +144,6 @@ KINDS = {"mistral": {}, "qwen3": {}, "phi3": {}, "mixtral": EXPERTS, "qwen3_moe"
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_models(device, monkeypatch, kind):
-    if device == "cpu" and KINDS[kind]:
-        pytest.skip("Liger measures the GPU for its kernels of experts")
     size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(kind, **size, **heads, **KINDS[kind])
@@ -158,7 +157,7 @@ def test_other_models(device, monkeypatch, kind):
         awaken(model)
         model.to(device)
         if use:
-            apply_liger_kernel(model, None)
+            apply_liger_kernel(model, NO_NATIVE if KINDS[kind] else None)
         results.append(step(model))
     (plain, expected), (output, grads) = results
     assert output.logits is None and plain.logits is not None
@@ -167,6 +166,19 @@ def test_other_models(device, monkeypatch, kind):
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
         assert (grads[name] - grad).norm() <= 0.02 * grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "mlp.experts"]])
+def test_a_kernel_in_place_of_adapted_native_experts_is_refused(monkeypatch, targets):
+    pytest.importorskip("liger_kernel")
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **size, **EXPERTS))
+    _keep(monkeypatch, sys.modules[type(base).__module__])
+    model = get_peft_model(base, config_for(ARCHITECTURES["llama"], target_modules=targets))
+    assert model(input_ids=IDS).logits.isfinite().all()
+    apply_liger_kernel(model, {"rms_norm": False, "rope": False, "fused_linear_cross_entropy": False})
+    with pytest.raises(ValueError, match=r"native experts.*swiglu.*exclude_modules"):
+        model(input_ids=IDS)
 
 
 @pytest.mark.parametrize("when", ["before", "after", "in the class"])
@@ -413,6 +425,22 @@ def test_the_fused_loss_is_off_where_parameters_are_sharded(tmp_path, recipe, on
     assert training["use_liger_kernel"] and training["liger_kernel_config"] == NO_FUSED_LOSS
     key = "training.liger_kernel_config.fused_linear_cross_entropy"
     assert "FSDP" in problems(tmp_path, recipe, f"{key}=true")[key]
+
+
+def test_the_kernel_of_native_experts_is_off_where_the_mixture_adapts_them(tmp_path, recipe, on_gpu):
+    def apply_to_mixtral(rope=True, fused_linear_cross_entropy=True, swiglu=True, model=None):
+        raise AssertionError("nothing is trained here")
+
+    on_gpu.MODEL_TYPE_TO_APPLY_LIGER_FN["mixtral"] = apply_to_mixtral
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    AutoConfig.for_model("mixtral", **size, **EXPERTS).save_pretrained(tmp_path / "model")
+    recipe["mixture"]["target_modules"] = "all-linear"
+    training = load_recipe(write_recipe(tmp_path, recipe)).training
+    assert training["use_liger_kernel"] and training["liger_kernel_config"] == NO_NATIVE
+    key = "training.liger_kernel_config.swiglu"
+    assert "native experts" in problems(tmp_path, recipe, f"{key}=true")[key]
+    recipe["mixture"]["exclude_modules"] = r".*\.(experts|gate)\b.*"
+    assert load_recipe(write_recipe(tmp_path, recipe)).training["liger_kernel_config"] is None
 
 
 @pytest.mark.parametrize("asked", [(), ("training.use_liger_kernel=true",)], ids=["default", "asked"])

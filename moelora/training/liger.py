@@ -18,12 +18,14 @@ from ..recipe import Recipe
 from ..schema import Problem, did_you_mean
 from ..storage.base_model import empty_model, load_config
 from ..tuner._peft import BaseTunerLayer
+from ..tuner.native import has_native_adapters
 from .engines import shards_parameters
 
 Functions = Mapping[str, Callable[..., None]]
 """What puts the kernels into a model, by `model_type`: Liger's own table."""
 
 FUSED_LOSS = "fused_linear_cross_entropy"
+GATED_PRODUCTS = "swiglu"
 
 
 def liger_functions(device: torch.device) -> Functions:
@@ -45,7 +47,7 @@ def liger_functions(device: torch.device) -> Functions:
 def settle_liger(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
     """The recipe with `use_liger_kernel` as it says, else on where the kernels work; and what is wrong with it.
 
-    Where Liger's fused loss does not work and the recipe does not ask for it, it is switched off.
+    A kernel that does not work there, and that the recipe does not ask for, is switched off.
 
     Args:
         recipe: without problems otherwise.
@@ -63,10 +65,12 @@ def settle_liger(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
         return _with(recipe, use_liger_kernel=bool(asked)), problems
     config = recipe.training.get("liger_kernel_config") or {}
     problems = _check_config(config, apply)
-    if obstacle := _obstacle_to_fused_loss(model, recipe, arguments):
-        if config.get(FUSED_LOSS):
-            problems.append(Problem(f"training.liger_kernel_config.{FUSED_LOSS}", True, obstacle))
-        config = config | {FUSED_LOSS: False}
+    known = inspect.signature(apply).parameters
+    for kernel, obstacle in _obstacles(model, recipe, arguments).items():
+        if kernel in known:
+            if config.get(kernel):
+                problems.append(Problem(f"training.liger_kernel_config.{kernel}", True, obstacle))
+            config = config | {kernel: False}
     return _with(recipe, use_liger_kernel=True, liger_kernel_config=config or None), problems
 
 
@@ -82,23 +86,30 @@ def _function_for(kind: str, functions: Functions) -> Callable[..., None]:
     return functions[kind]
 
 
-def _obstacle_to_fused_loss(model: PreTrainedModel, recipe: Recipe, arguments: TrainingArguments) -> str | None:
-    """That loss multiplies by the output layer's weight itself, and does not call the layer.
+def _obstacles(model: PreTrainedModel, recipe: Recipe, arguments: TrainingArguments) -> dict[str, str]:
+    """Why kernels cannot be used: the fused loss multiplies by the output layer's weight itself, and does not call the
+    layer; that of gated products takes the place of native experts, too.
 
     Args:
         model: without weights; it gets the mixture.
     """
-    if shards_parameters(arguments):
-        return "reads the output layer's weight, of which FSDP and ZeRO-3 leave each process a part; drop it"
-    if _adapts_output_layer(model, recipe.mixture):
-        return "reads the output layer's frozen weight, past the mixture on it; drop it, or exclude that layer"
-    return None
-
-
-def _adapts_output_layer(empty: PreTrainedModel, mixture: Mapping[str, Any]) -> bool:
     with torch.device("meta"):
-        get_peft_model(empty, MoELoraConfig(**mixture))
-    return isinstance(empty.get_output_embeddings(), BaseTunerLayer)
+        get_peft_model(model, MoELoraConfig(**recipe.mixture))
+    found = {}
+    if shards_parameters(arguments):
+        found[FUSED_LOSS] = (
+            "reads the output layer's weight, of which FSDP and ZeRO-3 leave each process a part; drop it"
+        )
+    elif isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        found[FUSED_LOSS] = (
+            "reads the output layer's frozen weight, past the mixture on it; drop it, or exclude that layer"
+        )
+    if has_native_adapters(model):
+        found[GATED_PRODUCTS] = (
+            "computes native experts as they are without adapters; drop it, or exclude native experts "
+            r"(mixture.exclude_modules: '.*\.(experts|gate)\b.*')"
+        )
+    return found
 
 
 def _check_config(config: Mapping[str, bool], apply: Callable[..., None]) -> list[Problem]:

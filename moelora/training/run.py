@@ -32,7 +32,6 @@ from ..storage.trainer_checkpoints import has_all_steps, last_checkpoint, last_w
 from .arguments import training_arguments
 from .callback import MoELoraCallback
 from .evaluate import DomainResult, check_converged, evaluate
-from .liger import FUSED_LOSS
 from .references import keep_references
 
 
@@ -218,8 +217,9 @@ def _prepare(recipe: Recipe, start: Start) -> tuple[Trainer, list[DomainBlocks]]
     domains = load_domains(recipe, tokenizer)
     arguments = training_arguments(**recipe.training)
     if arguments.use_liger_kernel:
-        loss = " except its loss" if (arguments.liger_kernel_config or {}).get(FUSED_LOSS) is False else ""
-        console.print(f"Training with Liger's kernels{loss}; without: `--set training.use_liger_kernel=false`")
+        off = [name for name, is_on in (arguments.liger_kernel_config or {}).items() if not is_on]
+        left_out = f" except {', '.join(off)}" if off else ""
+        console.print(f"Training with Liger's kernels{left_out}; without: `--set training.use_liger_kernel=false`")
     console.print(f"Loading {printable(recipe.model.name)}", soft_wrap=True)
     set_seed(recipe.seed)
     model = start.build(load_model(recipe.model, arguments.device), recipe, tokenizer, domains)

@@ -332,6 +332,8 @@ def make_routed(layer: Any, adapter_name: str, config: MoELoraConfig) -> None:
     """
     if isinstance(layer, peft_lora.ParamWrapper):
         layer.__class__ = native.ParamWrapper
+    if isinstance(layer, (native.ParamWrapper, native.ExpertsLora)) and not layer._forward_pre_hooks:
+        layer.register_forward_pre_hook(native.refuse_replaced_forward)
     if not isinstance(layer, LoraLayer) or isinstance(layer, native.ParamWrapper):
         return  # no LoRA: what wraps a parameter already, further out, got the adapter
     if not isinstance(layer, MoELoraLayer):

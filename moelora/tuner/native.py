@@ -41,6 +41,20 @@ class ParamWrapper(peft_lora.ParamWrapper):
         return native_experts(experts, {wrapper.parameter_name: _pairs(wrapper) for wrapper in wrappers}, x, *args)
 
 
+def refuse_replaced_forward(layer: nn.Module, args: tuple) -> None:
+    """Forward pre-hook on what adapts native experts, in whose place Liger puts a kernel for frozen ones.
+
+    Raises:
+        ValueError: it did.
+    """
+    if getattr(layer.__dict__.get("forward"), "__module__", "").startswith("liger_kernel"):
+        raise ValueError(
+            "Liger's kernel for native experts took the place of adapted ones, and would pass what they learn over: "
+            'switch it off (Trainer: liger_kernel_config={"swiglu": False}), or leave native experts frozen '
+            r"(exclude_modules=r'.*\.(experts|gate)\b.*')"
+        )
+
+
 def _nested(wrapper: nn.Module) -> Iterator[Any]:
     while isinstance(wrapper, peft_lora.ParamWrapper):
         yield wrapper
@@ -72,6 +86,11 @@ NO_MERGE = (
 def has_experts_beside(model: nn.Module) -> bool:
     """Whether experts of ours act beside native ones."""
     return any(isinstance(module, ExpertsLora) for module in model.modules())
+
+
+def has_native_adapters(model: nn.Module) -> bool:
+    """Whether native experts are adapted, in either layout."""
+    return any(isinstance(module, (ParamWrapper, ExpertsLora)) for module in model.modules())
 
 
 def fused_parameters(model: nn.Module) -> dict[str, Tensor]:

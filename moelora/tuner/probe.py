@@ -73,7 +73,8 @@ def readings_of(model: nn.Module) -> Readings:
 @lru_cache(maxsize=16)
 def _readings_of(kind: _Kind) -> Readings:
     readings = Readings()
-    with _ONE_AT_A_TIME, _quietly(), suppress(Exception):  # what a model cannot do without weights and data, it is not seen doing
+    # What a model cannot do without weights and data, it is not seen doing.
+    with _ONE_AT_A_TIME, _quietly(), suppress(Exception):
         twin = _twin(kind)
         watch = _Watch(twin, readings)
         for name, part in twin.named_modules():
