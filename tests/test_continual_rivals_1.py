@@ -10,7 +10,7 @@ from benchmarks.continual.inflora import InfLora
 from benchmarks.continual.learner import EncodedTask, Plan, Setting, lora_factors, numbers
 from benchmarks.continual.methods import METHODS
 from benchmarks.continual.o_lora import OLora
-from benchmarks.continual.once import each_row, input_covariances, reader
+from benchmarks.continual.once import input_covariances, reader, some_rows
 from benchmarks.continual.quick import quick_base, quick_tasks, quick_tokenizer
 from benchmarks.continual.scoring import write_answers
 from benchmarks.continual.slao import Slao
@@ -156,13 +156,13 @@ def test_inflora_changes_nothing_for_inputs_of_old_tasks(tokenizer, tasks):
 def test_inflora_trains_b_alone_and_remembers_what_it_read(tokenizer, tasks):
     learner = make(InfLora, tokenizer, tasks)
     assert learner.model.peft_config[NEW].r == 8  # B alone, 288 r a block, against 544 * 4 of the plan's LoRA
-    designed = leading(input_covariances(learner.model, each_row(learner.setting, 0), "cpu"), {})
+    designed = leading(input_covariances(learner.model, some_rows(learner.setting, 0), "cpu"), {})
     learner.learn(0)
     for name, (A, B) in factors_of(learner, OLD).items():
         expected = designed[reader(name)].directions[:, :8].T.float() / 3**0.5
         torch.testing.assert_close(A.T @ A, expected.T @ expected)  # up to signs
         assert B.abs().max() > 0
-    covariances = input_covariances(learner.model, each_row(learner.setting, 0), "cpu")
+    covariances = input_covariances(learner.model, some_rows(learner.setting, 0), "cpu")
     for name, C in covariances.items():
         base = learner.memory[name]
         torch.testing.assert_close(base.T @ base, torch.eye(base.shape[1], dtype=base.dtype))
@@ -190,7 +190,7 @@ def test_inflora_memory_is_a_singular_value_decomposition():
 
 def test_inputs_are_those_of_tokens_alone(tokenizer, tasks):
     setting = make(InfLora, tokenizer, tasks).setting
-    batches = each_row(setting, 0)
+    batches = some_rows(setting, 0)
     assert len(batches) == 3
     found = input_covariances(setting.lora(), batches, "cpu")
     reads = {}
@@ -242,7 +242,7 @@ def test_ewc_adds_up_what_tasks_say(tokenizer, tasks):
     learner.learn(0)
     first = learner.fisher.clone()
     learner.learn(1)
-    again = fisher(learner.model, learner.parameters, each_row(learner.setting, 1), "cpu")
+    again = fisher(learner.model, learner.parameters, some_rows(learner.setting, 1), "cpu")
     torch.testing.assert_close(learner.fisher, first + again)
 
 

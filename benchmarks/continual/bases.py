@@ -46,11 +46,8 @@ def load_base(name: str, folder: Path | None, device: str) -> tuple[nn.Module, A
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     model.to(device).requires_grad_(False)
-    if device == "cuda":
-        # cuDNN's attention gives NaN gradients where a query sees nothing, as padding on the left does (torch 2.11).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        if is_liger_kernel_available():
-            apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    if device == "cuda" and is_liger_kernel_available():
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     return model, AutoTokenizer.from_pretrained(source, padding_side="left")
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parameters_to_vector
 from ..quality.batches import Batches
 from ..quality.trainer import autocast, logits_kept, now
 from .learner import Setting
-from .once import each_row
+from .once import some_rows
 from .plain import Lora
 
 
@@ -54,7 +54,7 @@ class Ewc(Lora):
 
         seconds = self.setting.train(self.model, self.batches(stage), penalty=penalty if stage else None)
         started = now(device)
-        self.fisher += fisher(self.model, self.parameters, each_row(self.setting, stage), device)
+        self.fisher += fisher(self.model, self.parameters, some_rows(self.setting, stage), device)
         return seconds + now(device) - started
 
     def stored(self) -> int:

@@ -35,7 +35,7 @@ from ..quality.methods import LINEARS, num_trainable
 from ..quality.trainer import now
 from .encoding import END
 from .learner import Learner, Setting, lora_factors, numbers
-from .once import each_row, input_covariances, reader
+from .once import input_covariances, reader, some_rows
 from .subspace import Leading, extended, leading, outside
 
 SHARE = 0.995  # of |C|_F^2 of the first task that is kept in memory, see inflora.py
@@ -150,7 +150,7 @@ class GainLora(Learner):
             self._add_branch()
         self._train_only_the_new()
         device = self.setting.plan.device
-        rows = each_row(self.setting, stage)
+        rows = some_rows(self.setting, stage)
         started = now(device)
         self._design(rows)
         before = now(device) - started

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..quality.methods import LINEARS
 from ..quality.trainer import now
 from .learner import Setting, lora_factors
-from .once import each_row, input_covariances, reader
+from .once import input_covariances, reader, some_rows
 from .subspace import extended, leading, outside
 from .summed import NEW, Summed
 
@@ -45,7 +45,7 @@ class InfLora(Summed):
     def learn_new(self, stage: int) -> float:
         """See Summed. The passes over the task's rows before and after are counted in the seconds."""
         device = self.setting.plan.device
-        rows = each_row(self.setting, stage)
+        rows = some_rows(self.setting, stage)
         started = now(device)
         self._design(input_covariances(self.model, rows, device))
         before = now(device) - started

@@ -1,4 +1,4 @@
-"""A task's training rows read once more, before or after they are learned.
+"""Some of a task's training rows read once more, before or after they are learned.
 
 Letters: N rows, B rows of a batch, D in.
 """
@@ -15,13 +15,15 @@ from ..quality.batches import Batches
 from ..quality.trainer import autocast
 from .learner import Setting, lora_factors
 
+ROWS = 256  # enough to estimate what a task's inputs span, or which parameters its answers need
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # reads what the other reads
 
 
-def each_row(setting: Setting, stage: int) -> Batches:
-    """ceil(N / B) batches of a task; where N is no multiple of B, the last one begins anew."""
+def some_rows(setting: Setting, stage: int) -> Batches:
+    """ceil(min(N, ROWS) / B) batches of a task; where that is all of them and no multiple of B, the last one begins
+    anew."""
     rows = setting.plan.rows
-    return setting.batches([stage], steps=-(-len(setting.tasks[stage].examples["train"]) // rows))
+    return setting.batches([stage], steps=-(-min(ROWS, len(setting.tasks[stage].examples["train"])) // rows))
 
 
 def reader(name: str) -> str:

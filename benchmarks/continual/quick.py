@@ -33,7 +33,7 @@ def quick_base() -> nn.Module:
     """Two blocks of width 32, float32, frozen."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape, head_dim=64, vocab_size=128, max_position_embeddings=512))
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=128, max_position_embeddings=512))
     return model.requires_grad_(False)
 
 

@@ -117,6 +117,8 @@ class Training:
         self.kept = logits_kept(self.ids, self.labels)
         self.initial = [(tensor, tensor.detach().clone()) for tensor in (*self.parameters, *model.buffers())]
         if is_cuda:
+            # cuDNN's gives NaN gradients where a query sees nothing, as one on padding on the left does (torch 2.11).
+            torch.backends.cuda.enable_cudnn_sdp(False)
             torch.cuda.reset_peak_memory_stats()
         self.captured = capture and is_cuda
         self.call: Callable[[], object] = self._capture() if self.captured else self._step
