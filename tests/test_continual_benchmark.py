@@ -20,6 +20,7 @@ from benchmarks.continual.table import groups, learned_alone, render
 from benchmarks.continual.tasks import SEQUENCES, Question, load_sequence, load_tasks
 from benchmarks.continual.workers import Workers
 from benchmarks.quality.data import IGNORED
+from moelora.config import count_experts
 
 pytestmark = pytest.mark.slow
 PLAN = Plan(steps=6, rows=4, rank=4, device="cpu")
@@ -182,6 +183,19 @@ def test_old_tasks_keep_their_own_experts_bit_for_bit(setting):
         torch.equal(tensor, dict(learner.model.named_parameters())[name]) for name, tensor in old.items()
     )
     assert learner.names == ["default", "grown_1"] and list(learner.model.active_adapters) == learner.names
+
+
+def test_a_budget_bounds_the_experts(setting):
+    """Half of three tasks' four experts: the first two tasks' become two, when the third one's four come."""
+    learner = METHODS["moelora-half"].make(setting)
+    for stage in range(3):
+        learner.learn(stage)
+    experts = {name: count_experts(name, config) for name, config in learner.model.peft_config.items()}
+    assert sum(experts.values()) == 6 and experts[learner.names[2]] == 4
+    assert set(learner.names) == set(learner.model.active_adapters)
+    for stage in range(3):
+        with learner.told(stage):
+            assert list(learner.model.active_adapters) == [learner.names[stage]]
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------

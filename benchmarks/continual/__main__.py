@@ -70,11 +70,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def jobs_of(args: argparse.Namespace, results: Results) -> Iterator[Job]:
-    """What is missing and can be run now: learning rates first, then seeds with the chosen one."""
+    """What is missing and can be run now: learning rates first, then seeds with the chosen one.
+
+    Sequences take turns: what is generated leaves a GPU idle that others can use."""
     for seed in range(args.seeds):
         for base in args.bases:
-            for sequence in args.sequences:
-                for method in args.methods:
+            for method in args.methods:
+                for sequence in args.sequences:
                     yield from _missing(args, results, base, sequence, method, seed)
 
 

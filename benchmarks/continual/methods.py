@@ -17,7 +17,7 @@ from .plain import Joint, Lora, PerTask
 from .prog_prompt import ProgressivePrompts
 from .slao import Slao
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ METHODS: dict[str, Method] = {
             "four": (" by four experts of a quarter of the rank, two a token", Recipe(experts=4, top_k=2)),
             "dense": (" by four experts of a quarter of the rank, all four a token", Recipe(experts=4, top_k=4)),
             "loud": (", each expert twice as loud", Recipe(loudness=4.0)),
+            "half": (", at most half as many experts, merged without text", Recipe(experts=4, top_k=2, budget=0.5)),
         }.items()
     },
     "o-lora": Method("O-LoRA: a LoRA for each task, its A orthogonal to those before; re-implementation", OLora),

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from moelora import MoELoraConfig
-from moelora.experts import grow, learn_domain
+from moelora.experts import consolidate, grow, learn_domain
 
 from ..arms import shared_copy
 from ..peers import SCALING
@@ -36,6 +36,7 @@ class Recipe:
         scope: see `MoELoraConfig.router_scope`.
         window: see `MoELoraConfig.domain_window`.
         start: where a new task's experts begin, see `moelora.experts.grow`.
+        budget: share of all tasks' experts that the mixture may have; before a new task, old ones are merged to it.
     """
 
     experts: int = 1
@@ -44,6 +45,7 @@ class Recipe:
     scope: str = "model"
     window: int | None = None
     start: str = "nearest"
+    budget: float = 1.0
 
     def config(self, rank: int) -> MoELoraConfig:
         """Of one task's experts, which have this rank together."""
@@ -68,7 +70,8 @@ class Grown(Learner):
     def __init__(self, setting: Setting, recipe: Recipe = Recipe()) -> None:
         super().__init__(setting)
         self.recipe = recipe
-        self.names: list[str] = []
+        self.names: list[str] = []  # of the adapter that answers for each task
+        self.max_experts = int(recipe.budget * recipe.experts * len(setting.tasks))
         self._trainable = 0
         with torch.device(setting.plan.device):
             self.model = get_peft_model(shared_copy(setting.base), recipe.config(setting.plan.rank))
@@ -77,6 +80,7 @@ class Grown(Learner):
         """See Learner; passes that find where to start, and tell the domain, are counted in the seconds."""
         device, batches = self.setting.plan.device, self.setting.batches([stage])
         started = now(device)
+        self._make_room()
         name = self._grow(batches) if stage else "default"
         seconds = now(device) - started
         self.names.append(name)
@@ -86,8 +90,21 @@ class Grown(Learner):
         started = now(device)
         with autocast(device):
             learn_domain(self.model, name, _prompts(batches))
-        self.model.set_adapter(self.names)
+        self._activate_all()
         return seconds + now(device) - started
+
+    def _activate_all(self) -> None:
+        self.model.set_adapter(list(dict.fromkeys(self.names)))
+
+    def _make_room(self) -> None:
+        """Merge old experts until a task's new ones are within the budget."""
+        room = self.max_experts - self.recipe.experts
+        if len(self.names) * self.recipe.experts <= room:
+            return
+        result = consolidate(self.model, room)
+        self.model = result.model
+        for merge in result.merges:
+            self.names = [merge.adapters[0] if name in merge.adapters else name for name in self.names]
 
     def _grow(self, batches: Batches) -> str:
         recipe = self.recipe
@@ -99,7 +116,7 @@ class Grown(Learner):
         """Within, only this task's experts are active: what the classifier costs can be told from it."""
         self.model.set_adapter([self.names[stage]])
         yield
-        self.model.set_adapter(self.names)
+        self._activate_all()
 
     @property
     def trainable(self) -> int:

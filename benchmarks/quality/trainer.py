@@ -124,7 +124,7 @@ class Training:
         self.call: Callable[[], object] = self._capture() if self.captured else self._step
 
     def _step(self) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         with autocast(self.device):
             output = self.model(
                 input_ids=self.ids, labels=self.labels, attention_mask=self.mask, use_cache=False, **self.kept
