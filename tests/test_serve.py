@@ -231,9 +231,10 @@ def test_what_is_relied_on_in_transformers_server_is_there():
         "_load_model": ["self", "model_id_and_revision", "tqdm_class", "progress_callback", "gguf_file"],
         "_load_processor": ["self", "model_id_and_revision", "gguf_file"],
         "load_model_and_processor": ["self", "model_id_and_revision", "progress_callback", "tqdm_class", "gguf_file"],
-        "get_gen_models": ["cache_dir"],
         "process_model_name": ["model_id"],
     }
+    lists = "list_models" if hasattr(ModelManager, "list_models") else "get_gen_models"  # from transformers 5.24 on
+    assert "cache_dir" in inspect.signature(getattr(ModelManager, lists)).parameters
     assert {name: list(inspect.signature(getattr(ModelManager, name)).parameters) for name in wanted} == wanted
     assert GenerationState()._generate_managers == {}
     assert GenerateManager().submit(lambda: 3).result(10) == 3

@@ -137,7 +137,8 @@ def _manager_of(base: ModelOptions, adapters: Mapping[str, Path]) -> type:
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             self.names = {self.process_model_name(name): name for name in (base.name, *adapters)}
-            self._base: Any = super()._load_model(f"{base.name}@main", gguf_file=base.gguf_file).eval()
+            name = self.process_model_name(base.name)
+            self._base: Any = super()._load_model(name, gguf_file=base.gguf_file).eval()
             self._tokenizer = load_tokenizer(base)
             for key in self.names:
                 self.load_model_and_processor(key)
@@ -159,11 +160,13 @@ def _manager_of(base: ModelOptions, adapters: Mapping[str, Path]) -> type:
         def _load_processor(self, *arguments: Any, **options: Any) -> Any:
             return self._tokenizer
 
-        def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
             """The models that are served, as OpenAI's API lists them."""
             return [
                 {"id": name, "object": "model", "owned_by": "moelora", "created": 0} for name in self.names.values()
             ]
+
+        get_gen_models = list_models  # its name before transformers 5.24
 
     return Models
 

@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from ..forward.alignment import lines_up
+from ..forward.caches import kv_cache
 from ..forward.hooks import encoder_argument_position, encoder_states_of, hidden_states_of
 from . import blocks
 
@@ -80,10 +81,9 @@ def _readings_of(kind: _Kind) -> Readings:
         for name, part in twin.named_modules():
             if isinstance(part, PreTrainedModel) and watch.has_not_run(name):
                 with suppress(Exception):
-                    output = part(**_made_up(part))
-                    if (cache := getattr(output, "past_key_values", None)) is not None:
+                    if (cache := kv_cache(part(**_made_up(part)))) is not None:
                         watch.is_going_on = True
-                        part(**_made_up(part, _MORE), past_key_values=cache)
+                        part(**_made_up(part, _MORE), **{_cache_argument(part): cache})
                 watch.is_going_on = False
     return readings
 
@@ -215,6 +215,10 @@ def _made_up(model: Any, more: int | None = None) -> dict[str, Tensor]:
         growing = "decoder_input_ids" if "decoder_input_ids" in made else "input_ids"
         made[growing] = made[growing][:, :more]
     return made
+
+
+def _cache_argument(model: nn.Module) -> str:
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _ids(config: Any) -> Tensor:
