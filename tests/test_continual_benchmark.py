@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.continual import costs
 from benchmarks.continual.__main__ import jobs_of, main, parse
 from benchmarks.continual.encoding import encode, encode_prompt, widened
 from benchmarks.continual.learner import EncodedTask, Plan, Setting
@@ -16,7 +17,7 @@ from benchmarks.continual.quick import quick_base, quick_tasks, quick_tokenizer
 from benchmarks.continual.results import Results
 from benchmarks.continual.run import Job, Source
 from benchmarks.continual.scoring import exact_match, rouge_l, write_answers
-from benchmarks.continual.table import groups, learned_alone, render
+from benchmarks.continual.table import groups, learned_alone, render, write
 from benchmarks.continual.tasks import SEQUENCES, Question, load_sequence, load_tasks
 from benchmarks.continual.workers import Workers
 from benchmarks.quality.data import IGNORED
@@ -199,6 +200,20 @@ def test_a_budget_bounds_the_experts(setting):
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_columns_of_the_table(tmp_path):
+    plan = ["--quick", "--methods", "lora", "joint", "--out", str(tmp_path)]
+    main([*plan, "--sequences", "order4", "--rates", "1e-3", "--seeds", "1"])
+    assert "| lora | no | 1 | 0.001 |" in write(tmp_path)
+    lora = next(line for line in write(tmp_path).splitlines() if line.startswith("| lora"))
+    assert lora.endswith("|  |  |")
+    costs.main([*plan, "--steps", "4", "--repeats", "1"])
+    rows = [json.loads(line) for line in (tmp_path / costs.COSTS_FILE).read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["lora", "joint"]
+    assert all(row["learning"] > 0 and row["ms_a_token"] > 0 for row in rows)
+    lora = next(line for line in write(tmp_path).splitlines() if line.startswith("| lora"))
+    assert lora.endswith(f"| {rows[0]['learning']:.1f} | {rows[0]['ms_a_token']:.2f} |")
 
 
 def test_a_run_is_not_run_again(tmp_path, capsys):

@@ -61,7 +61,13 @@ def rouge_l(
 
 @torch.no_grad()
 def write_answers(
-    model: Any, questions: Sequence[Question], tokenizer: Any, length: int, device: str, new_tokens: int = NEW_TOKENS
+    model: Any,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    length: int,
+    device: str,
+    new_tokens: int = NEW_TOKENS,
+    min_new_tokens: int = 0,
 ) -> list[str]:
     """Greedy answers. Rows of like length are read together, to pad little."""
     model.eval()
@@ -76,6 +82,7 @@ def write_answers(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
+                min_new_tokens=min_new_tokens,
                 do_sample=False,
                 pad_token_id=_pad(tokenizer),
                 eos_token_id=tokenizer.eos_token_id,

@@ -14,6 +14,7 @@ from ..options import make_parser
 from ..quality.sweep import read_rows
 from ..quality.table import Interval
 from ..record import RESULTS
+from .costs import COSTS_FILE
 from .methods import METHODS
 from .metrics import Summary
 from .results import ROWS_FILE
@@ -23,7 +24,9 @@ MODULE = "benchmarks.continual.table"
 TABLE_FILE = "table.md"
 SHOWN = ("lora", "moelora")  # whose matrices are drawn
 COLUMNS = ("average_performance", "forgetting", "backward_transfer", "forward_transfer")
+SHARED = ("base", "steps", "rows", "rank")  # by runs and what is measured of their costs
 Group = tuple[str, str, int, int, int]  # base, sequence, steps, rows, rank
+Costs = dict[tuple[Any, ...], Row]  # by method and SHARED
 
 
 def groups(rows: Iterable[Row]) -> dict[Group, dict[str, list[Row]]]:
@@ -40,26 +43,32 @@ def groups(rows: Iterable[Row]) -> dict[Group, dict[str, list[Row]]]:
     }
 
 
-def render(rows: Iterable[Row]) -> str:
-    """Markdown: a table for each base and sequence."""
+def render(rows: Iterable[Row], costs: Iterable[Row] = ()) -> str:
+    """Markdown: a table for each base and sequence.
+
+    Args:
+        costs: of methods that were alone on their machine, the newest last (`benchmarks.continual.costs`).
+    """
     found = groups(rows)
     if not found:
         return "no run is complete yet"
-    return "\n".join(line for group, methods in found.items() for line in (*_table(group, methods), ""))
+    known = {(cost["method"], *(cost[name] for name in SHARED)): cost for cost in costs}
+    return "\n".join(line for group, methods in found.items() for line in (*_table(group, methods, known), ""))
 
 
-def _table(group: Group, methods: dict[str, list[Row]]) -> Iterator[str]:
+def _table(group: Group, methods: dict[str, list[Row]], costs: Costs) -> Iterator[str]:
     base, sequence, steps, batch, rank = group
     tasks = next(iter(methods.values()))[0]["tasks"]
     yield f"**{base}, {sequence}** ({len(tasks)} tasks, each {steps} steps of {batch} rows; LoRA rank {rank})"
     yield ""
-    yield "| method | told the task | seeds | rate | AP | FT | BWT | FWT | trainable | stored | s a task |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "| method | told the task | seeds | rate | AP | FT | BWT | FWT | trainable | stored | s a task | ms a token |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     alone = learned_alone(methods.get("oracle", []))
     for method in [name for name in METHODS if name in methods]:
-        yield _line(method, methods[method], alone)
+        cost = costs.get((method, base, steps, batch, rank), {})
+        yield _line(method, methods[method], alone, cost)
         if told := [statistics.fmean(row["told"]) for row in methods[method] if "told" in row]:
-            yield f"| {method} | yes | {len(told)} | | {_interval(told)} | | | | | | |"
+            yield f"| {method} | yes | {len(told)} | | {_interval(told)} | | | | | | | |"
 
 
 def learned_alone(rows: Sequence[Row]) -> list[float] | None:
@@ -69,7 +78,7 @@ def learned_alone(rows: Sequence[Row]) -> list[float] | None:
     return [statistics.fmean(row["matrix"][task][task] for row in rows) for task in range(len(rows[0]["tasks"]))]
 
 
-def _line(method: str, rows: Sequence[Row], alone: Sequence[float] | None) -> str:
+def _line(method: str, rows: Sequence[Row], alone: Sequence[float] | None, cost: Row) -> str:
     is_joint = len(rows[0]["matrix"]) == 1
     summaries = [Summary.of(row["matrix"], None if is_joint else alone) for row in rows]
     cells = []
@@ -77,10 +86,10 @@ def _line(method: str, rows: Sequence[Row], alone: Sequence[float] | None) -> st
         values = [value for each in summaries if (value := getattr(each, name)) is not None]
         cells.append("" if not values or (is_joint and name != "average_performance") else _interval(values))
     last = rows[0]
-    seconds = statistics.fmean(sum(row["seconds"]) / len(row["tasks"]) for row in rows)
     told = "yes" if METHODS[method].is_told else "no"
-    sizes = f"{last['trainable']:,} | {last['stored']:,} | {seconds:.1f}"
-    return f"| {method} | {told} | {len(rows)} | {last['rate']:g} | {' | '.join(cells)} | {sizes} |"
+    cells += [f"{last['trainable']:,}", f"{last['stored']:,}"]
+    cells += [f"{cost['learning']:.1f}", f"{cost['ms_a_token']:.2f}"] if cost else ["", ""]
+    return f"| {method} | {told} | {len(rows)} | {last['rate']:g} | {' | '.join(cells)} |"
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -117,8 +126,10 @@ def draw(group: Group, methods: dict[str, list[Row]], out: Path) -> None:
 
 def write(folder: Path) -> str:
     """Write the tables beside the rows, and pictures where matplotlib is there; the tables are returned."""
-    rows = list(read_rows([folder / ROWS_FILE])) if (folder / ROWS_FILE).exists() else []
-    text = render(rows)
+    rows, costs = (
+        list(read_rows([path])) if (path := folder / name).exists() else [] for name in (ROWS_FILE, COSTS_FILE)
+    )
+    text = render(rows, costs)
     (folder / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
     if find_spec("matplotlib") is None:
         print('no pictures are drawn: pip install -e ".[bench]" brings matplotlib', flush=True)
