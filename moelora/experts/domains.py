@@ -5,6 +5,7 @@ Shapes: T tokens, H router input width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -167,10 +168,12 @@ def _read(
 ) -> int:
     tokens = 0
     routers = model.base_model.routing.routers
+    takes = inspect.signature(model.get_base_model().forward).parameters
+    few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # nobody reads them
     with torch.no_grad(), before((routers[name], _into(sketch)) for name, sketch in sketches.items()):
         for batch in batches:
             inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-            model(**inputs)
+            model(**inputs | few)
             mask = inputs.get("attention_mask")
             tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             if tokens >= max_tokens:
