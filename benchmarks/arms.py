@@ -43,6 +43,7 @@ ARMS = {
     "native-lora-default": "the same with PEFT's default, adapters in float32",
     "native": "moelora's form of the same LoRA, adapters in the model's dtype",
     "native-default": "the same with PEFT's default, adapters in float32",
+    "native-outer": "native with one factor on the hidden side for all native experts (share_native_outer)",
     "beside": "moelora's mixture from what enters the native experts to what leaves them, in the model's dtype",
     "beside-default": "the same with PEFT's default, adapters in float32",
     "mixlora": "MixLoRA / MoE-PEFT, re-implemented from its formula",
@@ -137,7 +138,9 @@ def _plain_lora(model: nn.Module, rank: int, names: tuple[str, ...], autocast: b
 def _adapt_natively(model: nn.Module, arm: str, mixture: Mixture) -> nn.Module:
     targets = NATIVE_TARGETS[arm.split("-")[0]]
     options = {"r": mixture.rank, "lora_alpha": 2 * mixture.rank} | targets
-    of_mixture = {"num_experts": mixture.experts, "top_k_experts": mixture.top_k}
+    of_mixture: dict[str, int] = {"num_experts": mixture.experts, "top_k_experts": mixture.top_k}
+    if arm.endswith("outer"):
+        of_mixture["share_native_outer"] = True
     config = LoraConfig(**options) if "lora" in arm else MoELoraConfig(**options | of_mixture)
     return get_peft_model(model, config, autocast_adapter_dtype=arm.endswith("default"))
 

@@ -17,7 +17,16 @@ from .layer import Shape, measure
 from .options import add_options, make_parser, recorder_of, row_of
 
 MODULE = "benchmarks.native"
-ARM_NAMES = ("frozen", "native-lora", "native-lora-default", "native", "native-default", "beside", "beside-default")
+ARM_NAMES = (
+    "frozen",
+    "native-lora",
+    "native-lora-default",
+    "native",
+    "native-default",
+    "native-outer",
+    "beside",
+    "beside-default",
+)
 EXAMPLES = (
     "--device cuda",
     "--device cuda --tokens 1024 8192 --repeats 9",

@@ -138,6 +138,13 @@ class MoELoraConfig(LoraConfig):
         default=1.0,
         metadata={"help": "Factor on the routers' weights, which sum to 1 for each token; num_experts in all presets."},
     )
+    share_native_outer: bool = field(
+        default=False,
+        metadata={
+            "help": "Low-rank pairs of a base's native experts (`target_parameters`): all experts of a block share the "
+            "factor on the hidden side."
+        },
+    )
     single_expert: bool = field(
         default=False,
         metadata={

@@ -148,6 +148,7 @@ MIXTURE_RULES = (
     Rule("bias_update_speed", lambda v: is_float32(v) and v > 0, "pass a number greater than 0"),
     Rule("router_scope", lambda v: v in ROUTER_SCOPES, f"choose one of {', '.join(ROUTER_SCOPES)}"),
     Rule("maturity_tokens", lambda v: is_int(v) and 1 <= v <= _LARGEST, "pass an integer of 1 or more"),
+    Rule("share_native_outer", lambda v: isinstance(v, bool), "pass True or False"),
     Rule("router_memory", lambda v: is_int(v) and v >= 0, "pass an integer of 0 or more"),
     Rule(
         "domain_window",

@@ -28,8 +28,9 @@ def experts_of(num_experts, hidden, inner, dtype, device="cpu", *, gate=True, tr
     )  # fmt: skip
 
 
-def pairs_of(experts, ranks):
-    """Two adapters for the first parameter, one for the other."""
+def pairs_of(experts, ranks, sharing=()):
+    """Two adapters for the first parameter, one for the other; those of these numbers share the factor on the hidden
+    side."""
     generator = torch.Generator().manual_seed(1)
     pairs = {}
     for name, adapters in ((native.first_parameter(experts), ranks), ("down_proj", ranks[:1])):
@@ -37,9 +38,11 @@ def pairs_of(experts, ranks):
         out, width = weight.shape[1:] if not experts.is_transposed else weight.shape[1:][::-1]
         pairs[name] = []
         for number, rank in enumerate(adapters):
-            A = torch.randn(experts.num_experts * rank, width, generator=generator).to(weight) * 0.3
-            B = torch.randn(out, rank * experts.num_experts, generator=generator).to(weight) * 0.3
-            pairs[name].append(NativePairs(A.requires_grad_(), B.requires_grad_(), 0.5 + number))
+            shares = [number in sharing and (name == "down_proj") == is_B for is_B in (False, True)]
+            ranks_A, ranks_B = (rank if is_shared else experts.num_experts * rank for is_shared in shares)
+            A = torch.randn(ranks_A, width, generator=generator).to(weight) * 0.3
+            B = torch.randn(out, ranks_B, generator=generator).to(weight) * 0.3
+            pairs[name].append(NativePairs(A.requires_grad_(), B.requires_grad_(), 0.5 + number, *shares))
     return pairs
 
 
@@ -75,11 +78,12 @@ KINDS = {
     ids=["63 tokens", "one token", "odd widths"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sharing", [(), (0,), (0, 1)], ids=["each its own", "one adapter shares", "both share"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_equals_the_loop(kind, tokens, num_experts, top_k, hidden, inner, ranks, dtype, device):
+def test_equals_the_loop(kind, tokens, num_experts, top_k, hidden, inner, ranks, dtype, sharing, device):
     """Odd widths and float64 take the padded form, the others torch's grouped products."""
     experts = experts_of(num_experts, hidden, inner, dtype, device, **KINDS[kind])
-    pairs = pairs_of(experts, ranks)
+    pairs = pairs_of(experts, ranks, sharing)
     given = tokens_of(tokens, hidden, num_experts, top_k, dtype, device)
     upstream = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(3)).to(given[0])
     y, grads = outcome(native_experts, experts, pairs, given, upstream)

@@ -26,11 +26,27 @@ _ALIGNED = 16
 
 @dataclass(frozen=True)
 class NativePairs:
-    """One adapter's low-rank pairs for one parameter, in PEFT's layout."""
+    """One adapter's low-rank pairs for one parameter, in PEFT's layout; of a factor that all experts share, that one.
 
-    lora_A: Tensor  # [N * r, D]: the ranks of one expert beside each other
-    lora_B: Tensor  # [O, r * N]: the experts of one rank beside each other
+    Attributes:
+        lora_A: [N * r, D], the ranks of one expert beside each other; [r, D] if shared.
+        lora_B: [O, r * N], the experts of one rank beside each other; [O, r] if shared.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
     scaling: float
+    shares_A: bool = False
+    shares_B: bool = False
+
+    def down(self, num_experts: int) -> Tensor:
+        """A of each expert [N, r, D], or of all [1, r, D]."""
+        return self.lora_A.view(1 if self.shares_A else num_experts, -1, self.lora_A.shape[1])
+
+    def up(self, num_experts: int) -> Tensor:
+        """Scaled B of each expert [N, r, O], or of all [1, r, O]."""
+        experts = 1 if self.shares_B else num_experts
+        return self.lora_B.view(self.lora_B.shape[0], -1, experts).permute(2, 1, 0) * self.scaling
 
 
 Pairs = Mapping[str, Sequence[NativePairs]]
@@ -88,9 +104,8 @@ def native_experts_reference(
         weight = getattr(experts, name)[e]  # [D, O] where is_transposed
         weight = weight.t() if experts.is_transposed else weight
         for pair in pairs.get(name, ()):
-            A = pair.lora_A.view(experts.num_experts, -1, pair.lora_A.shape[1])[e]
-            B = pair.lora_B.view(pair.lora_B.shape[0], -1, experts.num_experts)[:, :, e]
-            weight = weight + (pair.scaling * (B @ A)).to(weight.dtype)
+            A, B = (each[e % len(each)] for each in (pair.down(experts.num_experts), pair.up(experts.num_experts)))
+            weight = weight + (B.t() @ A).to(weight.dtype)
         return F.linear(x, weight, getattr(experts, f"{name}_bias")[e] if experts.has_bias else None)
 
     total = torch.zeros_like(hidden)
@@ -133,22 +148,34 @@ def _product(experts: Any, name: str, pairs: Sequence[NativePairs], x: Tensor, r
     y = _grouped(x, weight if experts.is_transposed else weight.transpose(1, 2), rows)
     if pairs:
         A, B = _side_by_side(pairs, len(weight), weight.dtype)
-        y.add_(_grouped(_grouped(x, A.transpose(1, 2), rows), B, rows))
+        y.add_(_of_all_or_each(_of_all_or_each(x, A.transpose(1, 2), rows), B, rows))
     if experts.has_bias:
         y.add_(getattr(experts, f"{name}_bias").index_select(0, rows.experts))
     return y
 
 
 def _side_by_side(pairs: Sequence[NativePairs], num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A [N, R, D] and scaled B [N, R, O] of all adapters; ranks that pad R are zero."""
-    As = [pair.lora_A.view(num_experts, -1, pair.lora_A.shape[1]) for pair in pairs]
-    Bs = [pair.lora_B.view(pair.lora_B.shape[0], -1, num_experts).permute(2, 1, 0) * pair.scaling for pair in pairs]
-    A = (As[0] if len(As) == 1 else torch.cat(As, dim=1)).to(dtype)
-    B = (Bs[0] if len(Bs) == 1 else torch.cat(Bs, dim=1)).to(dtype)
+    """A [N, R, D] and scaled B [N, R, O] of all adapters, of a factor that all share [1, ...]; ranks that pad R are
+    zero."""
+    A = _joined([pair.down(num_experts) for pair in pairs]).to(dtype)
+    B = _joined([pair.up(num_experts) for pair in pairs]).to(dtype)
     missing = -A.shape[1] % RANKS
     if missing:
         A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, 0, 0, missing))
     return A, B.contiguous()
+
+
+def _joined(factors: Sequence[Tensor]) -> Tensor:
+    """[N or 1, r, ...] of several adapters as [N or 1, R, ...]."""
+    if len(factors) == 1:
+        return factors[0]
+    experts = max(map(len, factors))
+    return torch.cat([factor.expand(experts, -1, -1) for factor in factors], dim=1)
+
+
+def _of_all_or_each(x: Tensor, factor: Tensor, rows: _Rows) -> Tensor:
+    """Each row of x [S, D] times the factor [1, D, O] of all native experts, or its expert's of [N, D, O]."""
+    return x @ factor[0] if len(factor) == 1 else _grouped(x, factor, rows)
 
 
 def _spread(x: Tensor, rows: _Rows) -> Tensor:

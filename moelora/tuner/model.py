@@ -22,7 +22,14 @@ from ._peft import ExpertsLora, LoraLayer, TunerModel
 from .controls import RoutingControls
 from .layer import MoELoraLayer, make_routed
 from .names import check_adapter_name
-from .native import NO_MERGE, check_layout, check_parameters, has_experts_beside, patterns_are_for_parameters
+from .native import (
+    NO_MERGE,
+    check_layout,
+    check_parameters,
+    has_experts_beside,
+    patterns_are_for_parameters,
+    share_outer_factors,
+)
 from .native_names import reach_native_experts
 from .peft_model import adopt_peft_model
 from .placement import places
@@ -158,6 +165,7 @@ class MoELoraModel(RoutingControls, TunerModel):
             reach_native_experts(self.model, adapter_name, config, self.is_target)
             with _no_warning_of_patterns() if patterns_are_for_parameters(self.model, config) else nullcontext():
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+            share_outer_factors(self.model, adapter_name, config)
             self._frozen_by_disabling = frozen  # PEFT activates what is active once more
             if any(isinstance(m, MoELoraLayer) and adapter_name in m.lora_A for m in self.model.modules()):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import MoELoraConfig, count_experts
 from ..ops.native import NativePairs, first_parameter, is_native, native_experts
 from ._peft import BaseTunerLayer, ExpertsLora
+from .shared_factor import SharedFactor
 
 
 class ParamWrapper(peft_lora.ParamWrapper):
@@ -63,9 +64,13 @@ def _nested(wrapper: nn.Module) -> Iterator[Any]:
 
 def _pairs(wrapper: Any) -> list[NativePairs]:
     names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-    return [
-        NativePairs(wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name]) for name in names
-    ]
+    return [_pair(wrapper.lora_A[name], wrapper.lora_B[name], wrapper.scaling[name]) for name in names]
+
+
+def _pair(lora_A: Any, lora_B: Any, scaling: float) -> NativePairs:
+    shares_A, shares_B = (isinstance(factor, SharedFactor) for factor in (lora_A, lora_B))
+    A, B = (factor.shared if isinstance(factor, SharedFactor) else factor.weight for factor in (lora_A, lora_B))
+    return NativePairs(A, B, scaling, shares_A, shares_B)
 
 
 def _computes_natively(experts: Any, wrappers: Collection[Any]) -> bool:
@@ -187,6 +192,42 @@ def check_layout(model: nn.Module, adapter_name: str, config: MoELoraConfig, mod
                 f"`{taken}`, which `{field}` of adapter {adapter_name!r} is for, is adapted by `{theirs}` of another "
                 "adapter already, and a layer can be adapted in one way: ask for it in the same field"
             )
+
+
+def share_outer_factors(model: nn.Module, adapter_name: str, config: MoELoraConfig) -> None:
+    """Put an adapter's pairs of native experts into the shared-outer layout, where it asks for it.
+
+    Raises:
+        ValueError: it adapts no native experts, or some that do not describe themselves.
+    """
+    if not config.share_native_outer:
+        return
+    found = 0
+    for name, wrapper in model.named_modules():
+        if not isinstance(wrapper, ParamWrapper) or adapter_name not in wrapper.lora_A:
+            continue
+        experts = wrapper.get_base_layer()
+        if wrapper.get_param().dim() != 3:
+            continue  # such as the base's router
+        if not is_native(experts) or wrapper.parameter_name not in (first_parameter(experts), "down_proj"):
+            raise ValueError(
+                f"`share_native_outer` (True) needs native experts that say which factor is on the hidden side, as "
+                f"transformers' `use_experts_implementation` does; `{bare(name)}.{wrapper.parameter_name}` does "
+                "not: leave the field out"
+            )
+        _share(wrapper, adapter_name)
+        found += 1
+    if not found:
+        raise ValueError(
+            f"`share_native_outer` (True) has nothing to act on: adapter {adapter_name!r} adapts no native experts; "
+            "name some in `target_parameters`, or leave it out"
+        )
+
+
+def _share(wrapper: ParamWrapper, adapter_name: str) -> None:
+    is_lora_A = wrapper.parameter_name != "down_proj"
+    factors = wrapper.lora_A if is_lora_A else wrapper.lora_B
+    factors[adapter_name] = SharedFactor(factors[adapter_name], wrapper.num_experts, is_lora_A)
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
