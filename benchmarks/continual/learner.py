@@ -82,7 +82,7 @@ class Setting:
         with torch.device(self.plan.device):
             model = get_peft_model(shared_copy(self.base), config)
         for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and self.plan.device == "cuda":
                 module.cast_input_dtype_enabled = False  # to float32, which autocast would cast back at once
         return model
 
