@@ -10,6 +10,7 @@ from peft.tuners.lora import ParamWrapper as PeftParamWrapper
 from safetensors.torch import load_file, save_file
 
 from moelora import MoELoraConfig
+from moelora.experts import grow
 from moelora.tuner.shared_factor import SharedFactor
 
 ALONE = {"target_modules": [], "target_parameters": EXPERTS, "share_native_outer": True}
@@ -110,6 +111,16 @@ def test_beside_an_adapter_that_shares_nothing():
     assert (logits - native_model("qwen3_moe")(**inputs).logits).abs().max() > 0.01
 
 
+def test_new_experts_of_a_mixture_beside_have_no_pairs_to_share():
+    model = ours(native_model("qwen3_moe"), **ALONE | {"target_modules": ["q_proj"]})
+    before = model(**batch(labels=False)).logits
+    name = grow(model, 2)
+    config = model.peft_config[name]
+    assert config.target_parameters is None and not config.share_native_outer
+    model.set_adapter("default")
+    assert torch.equal(model(**batch(labels=False)).logits, before)
+
+
 def test_in_bfloat16_factors_are_float32_as_others_are():
     model = get_peft_model(native_model("mixtral").bfloat16(), MoELoraConfig(r=2, **ALONE))
     assert {module.shared.dtype for module in shared_factors(model).values()} == {torch.float32}
@@ -119,6 +130,7 @@ def test_in_bfloat16_factors_are_float32_as_others_are():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (ALONE | {"use_moe_routing": False}, r"share_native_outer.*use_moe_routing=False.*leave one"),
         ({"target_modules": ["q_proj"]}, r"share_native_outer.*nothing to act on.*target_parameters"),
         (ALONE | {"share_native_outer": "yes"}, r"share_native_outer.*'yes'.*True or False"),
     ],

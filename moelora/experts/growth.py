@@ -138,6 +138,7 @@ def _leave_native_experts(config: MoELoraConfig, model: PeftModel, first: str) -
         layer.link.name for layer in model.modules() if isinstance(layer, MoELoraLayer) and first in layer.lora_A
     ]
     config.target_parameters, config.target_modules, config.exclude_modules = None, set(linears), None
+    config.share_native_outer = False
     config.layers_to_transform = config.layers_pattern = None
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)

@@ -202,6 +202,11 @@ def share_outer_factors(model: nn.Module, adapter_name: str, config: MoELoraConf
     """
     if not config.share_native_outer:
         return
+    if not config.use_moe_routing:
+        raise ValueError(
+            "`share_native_outer` (True) does not go with `use_moe_routing=False`, which is PEFT's own LoRA: it has no "
+            "factor that experts share; leave one of them out"
+        )
     found = 0
     for name, wrapper in model.named_modules():
         if not isinstance(wrapper, ParamWrapper) or adapter_name not in wrapper.lora_A:
