@@ -1,6 +1,7 @@
 """torch.compile: one graph, the same numbers as without, and no new graph as experts' loads change."""
 
 import copy
+import pydoc
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ RUNS = [
 ]
 # Inductor fuses, and so rounds, in another order: float32's 24 bits through two blocks.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+MLP_FORWARD = "transformers.models.llama.modeling_llama.LlamaMLP.forward"
 IDS = torch.arange(1, 43).view(3, 14)
 PADDED = {"input_ids": IDS, "labels": IDS, "attention_mask": (torch.arange(14) >= torch.tensor([[0], [3], [9]])).long()}
 
@@ -74,6 +76,31 @@ def test_training_is_one_graph(device, backend, compiled, router_type):
         torch.testing.assert_close(twin.expert_maturity, plain.expert_maturity, **CLOSE)
         stats, expected = twin.routing_stats(), plain.routing_stats()
         assert {n: s.expert_load for n, s in stats.items()} == {n: s.expert_load for n, s in expected.items()}
+
+
+@pytest.mark.parametrize("scope", ["block", "model", "module"])
+@pytest.mark.parametrize("where", [MLP_FORWARD, "transformers.models.llama.modeling_llama.LlamaAttention.forward"])
+def test_a_model_that_breaks_its_graph(monkeypatch, where, scope):
+    """What one compiled piece leaves in force, the next one, or what runs between them, finds."""
+    plain = mixture_of("llama", router_scope=scope)
+    twin = copy.deepcopy(plain)
+    owner, _, name = where.rpartition(".")
+    forward = getattr(pydoc.locate(owner), name)
+
+    def broken(self, *args, **options):
+        torch._dynamo.graph_break()
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(where, broken)
+    fast = torch.compile(twin, backend="aot_eager")
+    for inputs in batches("cpu"):
+        expected_loss, expected_grads = train_step(plain, inputs)
+        loss, _ = train_step(fast, inputs)
+        grads = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(loss, expected_loss, **CLOSE)
+        assert_same_grads(grads, expected_grads, **CLOSE)
+    assert twin.base_model.routing.in_force.context is None and twin.base_model.routing.in_force.entry is None
+    torch.testing.assert_close(twin.expert_maturity, plain.expert_maturity, **CLOSE)
 
 
 @pytest.mark.parametrize("compiled", [compile_blocks, pytest.param(compile_model, marks=pytest.mark.slow)])

@@ -41,17 +41,25 @@ class ForwardEntry:
     context: ForwardContext | None = None  # None where the module runs within another's forward, or nothing is routed
 
 
-class InForce(threading.local):
-    """What is in force in the thread that asks: each has its own, so that threads can run one model at once.
+@dataclass
+class InForce:
+    """What is in force in one thread."""
 
-    Not a ContextVar, which torch.compile cannot trace.
+    context: ForwardContext | None = None  # the forward in progress
+    entry: ForwardEntry | None = None  # the innermost one
+    call: Call = field(default_factory=Call)
+    copies: int | None = None  # what `generate` is about to call with; see [`Call`]
+
+
+class _OfThread(threading.local):
+    """Each thread its own, so that threads can run one model at once.
+
+    Not a ContextVar, which torch.compile cannot trace; and what changes is one object further in, for what a compiled
+    graph stores in a thread's local itself is lost (torch 2.13).
     """
 
     def __init__(self) -> None:
-        self.context: ForwardContext | None = None  # the forward in progress
-        self.entry: ForwardEntry | None = None  # the innermost one
-        self.call = Call()
-        self.copies: int | None = None  # what `generate` is about to call with; see [`Call`]
+        self.in_force = InForce()
 
 
 @dataclass
@@ -62,7 +70,7 @@ class RoutingState:
     routers: dict[str, MixtureRouter] = field(default_factory=dict)  # by name, in the order of the model
     hooks: dict[str, Any] = field(default_factory=dict)  # the BlockHooks, by block name
     handles: list[Any] = field(default_factory=list)  # that remove the hooks
-    in_force: InForce = field(default_factory=InForce)
+    of_thread: _OfThread = field(default_factory=_OfThread)
     attached: nn.Module | None = None  # the user's own router
     packable: nn.Module | None = None  # the one attached, once it was found to read each token alone
     balancing_loss: Tensor | None = None  # of the latest training forward
@@ -72,6 +80,11 @@ class RoutingState:
     loop: TrainingLoop | None = None  # the one that trains it, where MoELoraCallback tells
     delivered_at: int | None = None  # a router's version when the balancing loss last came by itself; see delivery
     warned: set[str] = field(default_factory=set)  # warnings that were given of this model, and need not be again
+
+    @property
+    def in_force(self) -> InForce:
+        """What is in force in the thread that asks."""
+        return self.of_thread.in_force
 
     @property
     def active_adapters(self) -> list[str]:
@@ -141,12 +154,12 @@ class RoutingState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no forward in progress, no autograd graph and no training loop."""
-        kept = {name: value for name, value in self.__dict__.items() if name != "in_force"}
+        kept = {name: value for name, value in self.__dict__.items() if name != "of_thread"}
         return kept | {"balancing_loss": None, "rollback": None, "loop": None, "delivered_at": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.pop("growth", None)  # the name that pickles of November 2026 have for what is None in them
-        self.__dict__.update({"warned": set(), "rollback": None} | state, in_force=InForce())
+        self.__dict__.update({"warned": set(), "rollback": None} | state, of_thread=_OfThread())
 
 
 class ForwardContext:
