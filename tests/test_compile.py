@@ -78,7 +78,9 @@ def test_training_is_one_graph(device, backend, compiled, router_type):
         assert {n: s.expert_load for n, s in stats.items()} == {n: s.expert_load for n, s in expected.items()}
 
 
-@pytest.mark.parametrize("scope", ["block", "model", "module"])
+@pytest.mark.parametrize(
+    "scope", ["block", *(pytest.param(name, marks=pytest.mark.slow) for name in ("model", "module"))]
+)
 @pytest.mark.parametrize("where", [MLP_FORWARD, "transformers.models.llama.modeling_llama.LlamaAttention.forward"])
 def test_a_model_that_breaks_its_graph(monkeypatch, where, scope):
     """What one compiled piece leaves in force, the next one, or what runs between them, finds."""
