@@ -1,6 +1,7 @@
 """torch.compile: one graph, the same numbers as without, and no new graph as experts' loads change."""
 
 import copy
+import itertools
 import pydoc
 
 import pytest
@@ -17,7 +18,9 @@ RUNS = [
 ]
 # Inductor fuses, and so rounds, in another order: float32's 24 bits through two blocks.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-MLP_FORWARD = "transformers.models.llama.modeling_llama.LlamaMLP.forward"
+MLP_FORWARD, ATTENTION_FORWARD = (
+    f"transformers.models.llama.modeling_llama.{name}.forward" for name in ("LlamaMLP", "LlamaAttention")
+)
 IDS = torch.arange(1, 43).view(3, 14)
 PADDED = {"input_ids": IDS, "labels": IDS, "attention_mask": (torch.arange(14) >= torch.tensor([[0], [3], [9]])).long()}
 
@@ -81,10 +84,10 @@ def test_training_is_one_graph(device, backend, compiled, router_type):
 @pytest.mark.parametrize(
     "scope", ["block", *(pytest.param(name, marks=pytest.mark.slow) for name in ("model", "module"))]
 )
-@pytest.mark.parametrize("where", [MLP_FORWARD, "transformers.models.llama.modeling_llama.LlamaAttention.forward"])
+@pytest.mark.parametrize("where", [ATTENTION_FORWARD, pytest.param(MLP_FORWARD, marks=pytest.mark.slow)])
 def test_a_model_that_breaks_its_graph(monkeypatch, where, scope):
     """What one compiled piece leaves in force, the next one, or what runs between them, finds."""
-    plain = mixture_of("llama", router_scope=scope)
+    plain = mixture_of("llama", base=llama(num_hidden_layers=1), router_scope=scope)
     twin = copy.deepcopy(plain)
     owner, _, name = where.rpartition(".")
     forward = getattr(pydoc.locate(owner), name)
@@ -94,8 +97,8 @@ def test_a_model_that_breaks_its_graph(monkeypatch, where, scope):
         return forward(self, *args, **options)
 
     monkeypatch.setattr(where, broken)
-    fast = torch.compile(twin, backend="aot_eager")
-    for inputs in batches("cpu"):
+    fast = torch.compile(twin, backend="eager")
+    for inputs in itertools.islice(batches("cpu"), 2):
         expected_loss, expected_grads = train_step(plain, inputs)
         loss, _ = train_step(fast, inputs)
         grads = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
