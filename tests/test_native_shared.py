@@ -81,6 +81,16 @@ def test_saved_and_loaded_it_is_the_same(family, low_cpu_mem_usage, tmp_path):
     assert torch.equal(copy.deepcopy(again)(**inputs).logits, expected)
 
 
+def test_what_is_not_finite_is_loaded_as_another_adapter_would_be():
+    model = ours(native_model("mixtral"), **ALONE)
+    name, factor = next(iter(shared_factors(model).items()))
+    with torch.no_grad():
+        factor.shared[0, 0] = float("nan")
+    other = get_peft_model(native_model("mixtral"), MoELoraConfig(r=2, **ALONE))
+    other.load_state_dict(model.state_dict())
+    assert shared_factors(other)[name].shared.isnan().sum() == 1
+
+
 def test_factors_that_experts_do_not_share_are_not_loaded(tmp_path):
     tensors = saved(ours(native_model("mixtral"), **ALONE), tmp_path)
     key = next(key for key in tensors if "lora_A" in key and tensors[key][0].equal(tensors[key][2]))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ..options import make_parser
-from ..record import RESULTS, command_line, environment
-from .bases import BASES
 from .learner import Plan
 from .methods import METHODS
+from .options import add_options, note_origin, settled
 from .results import ROWS_FILE, Results
 from .run import Job, Source
 from .tasks import PUBLISHED, SEQUENCES
@@ -30,43 +27,15 @@ EXAMPLES = (
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = make_parser(MODULE, __doc__, EXAMPLES)
+    add_options(parser, ROWS_FILE)
     add = parser.add_argument
-    add("--data", type=Path, help="folder that holds the tasks' folders (docs/continual.md)")
-    add("--models", type=Path, help="folder with the saved models smollm2 and gemma (default: from the Hub)")
-    add("--device", default="cuda", choices=["cuda", "cpu"])
-    add("--quick", action="store_true", help="a tiny random model on made-up tasks, on the CPU: whether the code works")
-    main = [name for name, method in METHODS.items() if method.is_main]
-    legend = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items()).replace("%", "%%")
-    add(
-        "--methods",
-        nargs="+",
-        choices=list(METHODS),
-        metavar="NAME",
-        default=main,
-        help=f"{legend} (default: {' '.join(main)})",
-    )
     add("--sequences", nargs="+", choices=list(SEQUENCES), default=list(PUBLISHED))
-    bases = [name for name in BASES if name != "quick"]
-    add("--bases", nargs="+", choices=bases, default=bases)
-    add("--steps", type=int, default=60, help="optimizer steps of a task (default: 60)")
-    add("--rows", type=int, default=16, help="rows of a batch (default: 16)")
-    add(
-        "--rank", type=int, default=16, help="of the LoRA whose parameters a method may train on one task (default: 16)"
-    )
     add("--rates", nargs="+", type=float, help="learning rates to choose from (default: each method's own)")
     add("--seeds", type=int, default=3, help="seeds for the chosen learning rate (default: 3)")
     add("--workers", type=int, default=1, help="processes, which share the GPUs (default: 1)")
     add("--budget", type=float, default=math.inf, help="seconds after which no run is started that may not end")
     add("--eager", action="store_true", help="do not capture steps in CUDA graphs")
-    add("--out", type=Path, default=RESULTS / "continual", help=f"folder of {ROWS_FILE}, which is added to")
-    add("--commit", help="commit to name in the results, where there is no git checkout")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.device, args.bases, args.data = "cpu", ["quick"], None
-        args.steps, args.rows, args.rank = min(args.steps, 4), 4, 4
-    elif args.data is None:
-        parser.error("--data FOLDER is missing: where the tasks are (docs/continual.md); or --quick")
-    return args
+    return settled(parser, argv)
 
 
 def jobs_of(args: argparse.Namespace, results: Results) -> Iterator[Job]:
@@ -101,11 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     started = time.monotonic()
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    origin = environment(args.device, command_line(MODULE, arguments), args.commit)
-    with (args.out / "environment.txt").open("a", encoding="utf-8") as file:
-        file.write("\n".join(origin) + "\n\n")
+    note_origin(args, MODULE, argv)
     plan = Plan(args.steps, args.rows, args.rank, args.device, capture=not args.eager)
     results = Results(args.out / ROWS_FILE, plan)
     with Workers(args.workers, Source(args.data, args.models), plan, started + args.budget) as workers:

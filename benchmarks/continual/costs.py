@@ -10,20 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..options import make_parser
-from ..record import RESULTS, command_line, environment
 from ..timing import seconds
-from .bases import BASES, load_base
+from .bases import load_base
 from .learner import EncodedTask, Learner, Plan, Setting
 from .methods import METHODS
+from .options import add_options, note_origin, settled
 from .run import Job, Source, tasks_of
 from .scoring import write_answers
 from .tasks import PUBLISHED
@@ -41,27 +39,11 @@ NEW_TOKENS = 16
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = make_parser(MODULE, __doc__, EXAMPLES)
+    add_options(parser, COSTS_FILE)
     add = parser.add_argument
-    add("--data", type=Path, help="folder that holds the tasks' folders (docs/continual.md)")
-    add("--models", type=Path, help="folder with the saved models smollm2 and gemma (default: from the Hub)")
-    add("--device", default="cuda", choices=["cuda", "cpu"])
-    add("--quick", action="store_true", help="a tiny random model on made-up tasks, on the CPU: whether the code works")
-    main = [name for name, method in METHODS.items() if method.is_main]
-    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", default=main)
-    add("--bases", nargs="+", choices=[name for name in BASES if name != "quick"], default=["smollm2"])
     add("--sequence", choices=PUBLISHED, default="order4")
-    add("--steps", type=int, default=60, help="optimizer steps of the last task (default: 60)")
-    add("--rows", type=int, default=16, help="rows of a batch (default: 16)")
-    add("--rank", type=int, default=16, help="as of the results beside which these are (default: 16)")
     add("--repeats", type=int, default=3, help="how often methods take turns at decoding (default: 3)")
-    add("--out", type=Path, default=RESULTS / "continual", help=f"folder of {COSTS_FILE}, which is added to")
-    add("--commit", help="commit to name in the results, where there is no git checkout")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.device, args.bases, args.data, args.rank, args.rows = "cpu", ["quick"], None, 4, 4
-    elif args.data is None:
-        parser.error("--data FOLDER is missing: where the tasks are (docs/continual.md); or --quick")
-    return args
+    return settled(parser, argv)
 
 
 def learned(method: str, setting: Setting, plan: Plan) -> tuple[Learner, float]:
@@ -117,11 +99,7 @@ def measure(base_name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every base."""
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    origin = environment(args.device, command_line(MODULE, arguments), args.commit)
-    with (args.out / "environment.txt").open("a", encoding="utf-8") as file:
-        file.write("\n".join(origin) + "\n\n")
+    note_origin(args, MODULE, argv)
     for base_name in args.bases:
         for row in measure(base_name, args):
             with (args.out / COSTS_FILE).open("a", encoding="utf-8") as file:

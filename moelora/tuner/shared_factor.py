@@ -65,7 +65,8 @@ class SharedFactor(nn.Module):
             error_msgs.append(f"{name} has shape {tuple(weight.shape)}, and {tuple(self.weight.shape)} is wanted")
             return
         shared = self._of_one(weight)
-        if not weight.is_meta and not torch.equal(self._of_each(shared), weight):
+        copies = self._of_each(shared)
+        if not weight.is_meta and not torch.allclose(copies, weight, rtol=0.0, atol=0.0, equal_nan=True):
             error_msgs.append(
                 f"{name} differs from one native expert to another, and `share_native_outer` is for one that all share"
             )
