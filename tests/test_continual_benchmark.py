@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from benchmarks.continual.run import Job, Source
 from benchmarks.continual.scoring import exact_match, rouge_l, write_answers
 from benchmarks.continual.table import groups, learned_alone, render, write
 from benchmarks.continual.tasks import SEQUENCES, Question, load_sequence, load_tasks
-from benchmarks.continual.workers import Workers
+from benchmarks.continual.workers import Workers, _choose_gpu
 from benchmarks.quality.data import IGNORED
 from moelora.config import count_experts
 
@@ -103,9 +105,10 @@ def test_a_shifted_task_asks_the_same_for_other_labels(tmp_path):
 
 
 def test_a_long_text_is_cut_and_nothing_else(tokenizer):
-    question = Question("Say it.", "x" * 500, ("yes",))
+    question = Question("Say it.", f"begin{'x' * 500}end", ("yes",))
     text = tokenizer.decode(encode_prompt(question, tokenizer, 64)).replace(" ", "")
-    assert text.startswith("Sayit.") and text.endswith("Output:") and len(encode_prompt(question, tokenizer, 64)) == 64
+    assert text.startswith("Sayit.\nbeginx") and text.endswith("xend\nOutput:")
+    assert len(encode_prompt(question, tokenizer, 64)) == 64
 
 
 def test_labels_are_those_of_the_last_tokens(tokenizer):
@@ -197,6 +200,17 @@ def test_a_budget_bounds_the_experts(setting):
     for stage in range(3):
         with learner.told(stage):
             assert list(learner.model.active_adapters) == [learner.names[stage]]
+
+
+def test_processes_take_the_gpus_that_are_visible_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    turn, taken = get_context("spawn").Value("i", 0), []
+    for _ in range(3):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        _choose_gpu(turn)
+        taken.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert taken == ["3", "5", "3"]
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
