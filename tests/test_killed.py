@@ -129,9 +129,12 @@ def test_killed_while_it_writes(server, folder, name):
         process.join()
         assert content(folder / "adapter") == before
         assert len(rubbish(folder)) <= 2  # of this run, inside the folder and beside it
-        if (out / "adapter_config.json").exists() or (name != "grow" and out.exists()):
-            # Training computes references when all else is saved.
-            assert content(out) in (expected, {key: expected[key] for key in expected if key != "references.json"})
+        if name != "grow":
+            assert content(out) in (None, expected)
+        elif (out / "adapter_config.json").exists():
+            # The Trainer then writes the tokenizer, in place; references are computed last.
+            found = content(out)
+            assert all(found[file] == expected[file] for file in ("adapter_config.json", "adapter_model.safetensors"))
         finish(server, folder, [*WRITING[name], "--overwrite"])
         assert content(out) == expected and content(folder / "adapter") == before
         assert rubbish(folder) == []
