@@ -380,7 +380,7 @@ def test_ratios_are_taken_repeat_by_repeat():
             "table",
             "plot",
         ),
-        *("continual.__main__", "continual.bases", "continual.decoding", "continual.table"),
+        *("continual.__main__", "continual.bases", "continual.decoding", "continual.table", "continual.telling"),
         *("growing.__main__", "growing.novelty", "quality.__main__"),
     ],
 )

@@ -3,13 +3,14 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.continual import costs
+from benchmarks.continual import costs, telling
 from benchmarks.continual.__main__ import jobs_of, main, parse
 from benchmarks.continual.encoding import encode, encode_prompt, widened
 from benchmarks.continual.learner import EncodedTask, Plan, Setting
@@ -202,6 +203,22 @@ def test_a_budget_bounds_the_experts(setting):
             assert list(learner.model.active_adapters) == [learner.names[stage]]
 
 
+@torch.no_grad()
+def test_the_task_that_is_told_is_the_one_whose_expert_answers(setting):
+    few = replace(setting, base=telling.with_one_block(setting.base))
+    model = telling.knowing(few, tokens=2_000, window=None).eval()
+    model.set_adapter(list(model.peft_config))
+    (router,) = model.base_model.routing.routers.values()
+    for task in few.tasks:
+        examples = task.examples["test"]
+        likeliest = telling.told(model, examples)
+        for row, (ids, labels, mask) in enumerate(zip(examples.ids, examples.labels, examples.mask, strict=True)):
+            prompt = torch.from_numpy(ids[mask])[: -int((labels >= 0).sum())]
+            weights_TE = router.logits(model.get_input_embeddings()(prompt)[None]).softmax(-1)
+            assert weights_TE[-1].argmax() == likeliest["end"][row]
+            assert weights_TE[min(16, len(prompt)) - 1].argmax() == likeliest["16"][row]
+
+
 def test_processes_take_the_gpus_that_are_visible_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
@@ -228,6 +245,15 @@ def test_costs_are_columns_of_the_table(tmp_path):
     assert all(row["learning"] > 0 and row["ms_a_token"] > 0 for row in rows)
     lora = next(line for line in write(tmp_path).splitlines() if line.startswith("| lora"))
     assert lora.endswith(f"| {rows[0]['learning']:.1f} | {rows[0]['ms_a_token']:.2f} |")
+
+
+def test_how_well_tasks_are_told_is_kept_by_task(tmp_path, capsys):
+    telling.main(["--quick", "--sequences", "order4", "--tokens", "500", "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / telling.ROWS_FILE).read_text().splitlines()]
+    assert [row["covariance"] for row in rows] == ["texts", "tokens"]
+    assert all(len(row["16"]) == len(row["end"]) == len(row["tasks"]) == 3 for row in rows)
+    assert "quick order4, 500 tokens, covariance of texts: 100.00% after 16 tokens" in capsys.readouterr().out
+    assert (tmp_path / "environment.txt").exists()
 
 
 def test_a_run_is_not_run_again(tmp_path, capsys):

@@ -76,6 +76,23 @@ def test_a_narrow_sketch_finds_the_largest_directions_and_keeps_the_variance_of_
     torch.testing.assert_close(statistics.covariance()[:2, :2], exact[:2, :2], rtol=1e-3, atol=0.05)  # the tail's 0.3
 
 
+def test_a_sketch_of_pieces_has_the_covariance_of_their_sums():
+    """Pieces of 1 to 9 tokens, whose numbers are in no order."""
+    x = inputs_like(torch.arange(6.0), torch.linspace(0.1, 3, 6), 500)
+    lengths = torch.arange(100) % 9 + 1
+    pieces = list(x[: lengths.sum()].split(lengths.tolist()))
+    sketch = InputSketch(6, rank=6)
+    for start in range(0, 100, 30):
+        some = pieces[start : start + 30]
+        number_T = torch.cat([torch.full((len(part),), -number) for number, part in enumerate(some)])
+        sketch.add(torch.cat(some), number_T)
+    statistics, mean = sketch.finish(), torch.cat(pieces).mean(0)
+    torch.testing.assert_close(statistics.mean, mean, rtol=1e-5, atol=1e-5)
+    sums = torch.stack([(part - mean).sum(0) for part in pieces])
+    torch.testing.assert_close(statistics.covariance(), sums.t() @ sums / lengths.sum(), rtol=1e-4, atol=1e-4)
+    assert sketch.pieces == 100
+
+
 def test_no_tokens_are_refused_and_one_has_no_variance():
     with pytest.raises(ValueError, match="need tokens, got none"):
         InputSketch(4, rank=2).finish()
@@ -102,6 +119,51 @@ def test_first_tokens_count_as_one_in_16_however_long_the_texts_are(side):
     weights, biases = discriminants(inputs)
     densities = weights @ rms_norm(model.get_input_embeddings()(torch.tensor(60))) + biases
     assert abs(float(densities[0] - densities[1])) < 0.3  # by their shares it would be log 8
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("window", [None, 5, 1])
+def test_the_covariance_is_that_of_windows_the_more_there_are(window, side):
+    """Beside as many windows as the inputs are wide, half of it is that of single tokens."""
+    model = mixture_of("llama", router_scope="model", domain_window=window)
+    batch = texts(LOW, rows=6, length=12)
+    padding = torch.zeros(6, 3, dtype=torch.long)
+    parts = {key: [padding, value] if side == "left" else [value, padding] for key, value in batch.items()}
+    learn_domain(model, "default", [{key: torch.cat(value, dim=1) for key, value in parts.items()}], rank=HIDDEN)
+    embedded = rms_norm(model.get_input_embeddings()(batch["input_ids"])).double().detach()
+    first, others = embedded[:, 0], embedded[:, 1:]
+    apart = others - others.mean((0, 1))
+    sums = [part.sum(1) for part in apart.split(window or 11, dim=1)]
+    number = sum(len(part) for part in sums)
+    of_windows = number / (number + HIDDEN)
+    found = sum(part.t() @ part for part in sums) / 66 * of_windows
+    found += apart.flatten(0, 1).t() @ apart.flatten(0, 1) / 66 * (1 - of_windows)
+    between = first.mean(0) - others.mean((0, 1))
+    expected = found * 15 / 16 + first.t().cov(correction=0) / 16 + torch.outer(between, between) * 15 / 256
+    covariance = routers_of(model)[""]["default"].domain.covariance()
+    torch.testing.assert_close(covariance.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_instruction_tells_tasks_whose_texts_are_of_anything():
+    """What a text is about is in all of its tokens, and outweighs its instruction if tokens count as independent."""
+
+    def task(number, rows=400, length=60):
+        generator = torch.Generator().manual_seed(number)
+        topics = torch.randn(rows, 1, 7, generator=generator).expand(-1, length, -1)
+        said = torch.zeros(rows, length, 1).index_fill(1, torch.arange(4), 1.0 - 2 * (number % 2))
+        return torch.cat([topics, said], dim=-1) + 0.1 * torch.randn(rows, length, 8, generator=generator)
+
+    right = {}
+    for what, piece in (("texts", torch.arange(400).repeat_interleave(60)), ("tokens", None)):
+        domains = []
+        for number in range(2):
+            sketch = InputSketch(8, rank=8)
+            sketch.add(task(number).flatten(0, 1), piece)
+            domains.append(sketch.finish())
+        weights, biases = discriminants(domains)
+        sums = [over_context(F.linear(task(number), weights, biases), None)[:, -1] for number in (2, 3)]
+        right[what] = torch.cat([sums[0].argmax(-1) == 0, sums[1].argmax(-1) == 1]).float().mean()
+    assert right["texts"] > 0.99 and right["tokens"] < 0.9
 
 
 def test_discriminants_are_log_densities_up_to_a_term_they_share():

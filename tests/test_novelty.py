@@ -29,7 +29,7 @@ def test_distances_are_mahalanobis_distances():
     covariance = statistics.covariance() + 1e-3 * statistics.covariance().diagonal().mean() * torch.eye(6)
     moved = x - statistics.mean
     exact = (moved @ torch.linalg.inv(covariance) * moved).sum(-1) / 6
-    torch.testing.assert_close(_Domain.of(statistics, x.device).distance(x), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_Domain.of(statistics).distance(x).float(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_a_domain_that_nobody_learned_scores_high_and_known_ones_do_not():
@@ -49,7 +49,7 @@ def test_the_number_of_a_text_does_not_depend_on_its_neighbours(number):
     short, long = rows(LOW, count=1, length=5)[0], rows(HIGH, count=1, length=20)[0]
     _, together = measure(model, [short, long], batch_size=2, number=number)
     _, apart = measure(model, [short, long], batch_size=1, number=number)
-    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(together, apart, rtol=1e-3, atol=1e-5)
     assert abs(together[0] - together[1]) > 1e-3
 
 

@@ -89,7 +89,7 @@ class Grown(Learner):
         seconds += self.setting.train(self.model, batches)
         started = now(device)
         with autocast(device):
-            learn_domain(self.model, name, _prompts(batches))
+            learn_domain(self.model, name, prompts(batches))
         self._activate_all()
         return seconds + now(device) - started
 
@@ -141,7 +141,7 @@ def _questions(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
         yield {"input_ids": ids, "labels": padded, "attention_mask": mask}
 
 
-def _prompts(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
+def prompts(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
     """Without the answers, which are not there when the task has to be told."""
     for step in range(len(batches)):
         ids, labels, mask = batches.batch(step)

@@ -20,8 +20,9 @@ from ..routing.domain_classifier import FIRST_TOKENS, DomainStatistics, InputSke
 from ..tuner.router import MoELoraRouter
 
 RANK = 128
-TOKENS = 8_192
-"""So many tokens show a domain: more changes little."""
+TOKENS = 32_768
+"""So many tokens show a domain; of a fourth of them, twice as many prompts are taken for another task's
+(docs/experts-grow.md, "How much text decides")."""
 
 
 def learn_domain(
@@ -36,9 +37,10 @@ def learn_domain(
     routers read. Call it again after training: hidden states change with the experts.
 
     Each router of the adapter keeps the mean and covariance of its normalised inputs (H numbers times `rank` + 3), in
-    buffers that are saved with the adapter; no text. The first tokens of rows count as one in 16, however long the
-    rows are. As soon as every active adapter has them, a classifier decides
-    between adapters (docs/maths.md, "Domain classifier"): scores of one adapter no longer take from another.
+    buffers that are saved with the adapter; no text. The covariance is made for the adapter's `domain_window`. The
+    first tokens of rows count as one in 16, however long the rows are. As soon as every active adapter has them, a
+    classifier decides between adapters (docs/maths.md, "Domain classifier"): scores of one adapter no longer take from
+    another.
 
     Args:
         batches: arguments of the model's forward (`input_ids`, `attention_mask`), enough for max_tokens or fewer.
@@ -56,7 +58,8 @@ def learn_domain(
         raise ValueError(f"`rank` ({rank!r}) is not valid; pass an integer of 1 or more, or call `forget_domain`")
     routers = _routers_of(model, adapter_name)
     device = next(iter(routers.values())).maturity.device
-    sketches = {name: _Sketches(router.hidden_size, rank, device) for name, router in routers.items()}
+    window = model.peft_config[adapter_name].domain_window
+    sketches = {name: _Sketches(router.hidden_size, rank, window, device) for name, router in routers.items()}
     with undisturbed(model), alone(model, adapter_name):
         tokens = _read(model, batches, sketches, max_tokens)
     if tokens < 2:
@@ -142,25 +145,58 @@ def _keep(router: Router, statistics: DomainStatistics, rank: int) -> None:
 
 
 class _Sketches:
-    """Sketches what a router reads, the first tokens of texts apart from the others."""
+    """Sketches what a router reads, the first tokens of texts apart from the others.
 
-    def __init__(self, hidden_size: int, rank: int, device: torch.device) -> None:
-        self.first, self.others = (InputSketch(hidden_size, rank, device) for _ in range(2))
-        self.device = device
+    The classifier adds up what the tokens of a window say, and tokens of one text say much the same: summed, they vary
+    by more than so many tokens from anywhere would. So the covariance is that of sums over windows, which needs as many
+    windows as the inputs are wide; the fewer there are, the more of that of single tokens is mixed in.
+
+    Args:
+        window: tokens that the classifier adds up; None: a whole text's.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, window: int | None, device: torch.device) -> None:
+        self.first, self.others, self.windows = (InputSketch(hidden_size, rank, device) for _ in range(3))
+        self.window, self.device = window, device
 
     def add(self, hidden: Tensor, mask: Tensor | None) -> None:
         """Add a forward's hidden states [..., H]; mask [...]: False on padding, which may be on either side."""
         here = torch.ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
         is_first = here & (here.cumsum(-1) == 1) if here.dim() == 2 else torch.zeros_like(here)
-        for sketch, chosen in ((self.first, is_first), (self.others, here & ~is_first)):
-            sketch.add(rms_norm(hidden[chosen.to(hidden.device)]).to(self.device))
+        others = here & ~is_first
+        self.first.add(self._normed(hidden, is_first))
+        normed_TH = self._normed(hidden, others)
+        self.others.add(normed_TH)
+        # Of shapes that are no rows of text nobody knows which tokens belong together.
+        piece_T = _windows_of(others, self.window).to(self.device) if others.dim() == 2 else None
+        self.windows.add(normed_TH, piece_T)
+
+    def _normed(self, hidden: Tensor, chosen: Tensor) -> Tensor:
+        """[T, H]."""
+        return rms_norm(hidden[chosen.to(hidden.device)]).to(self.device)
 
     def finish(self) -> DomainStatistics:
-        """Of all tokens, first ones at their fixed share where there are any."""
-        seen = [sketch for sketch in (self.others, self.first) if sketch.tokens]
-        if len(seen) < 2:
-            return seen[0].finish()
-        return combined([sketch.finish() for sketch in seen], self.others.rank, [1 - FIRST_TOKENS, FIRST_TOKENS])
+        """Of all tokens, first ones at their fixed share where there are others."""
+        if not self.others.tokens:
+            return self.first.finish()
+        of_windows = self.windows.pieces / (self.windows.pieces + len(self.windows.sum_H))
+        seen = [self.others.finish(), self.windows.finish()]
+        of_others = combined(seen, self.others.rank, [1 - of_windows, of_windows])
+        if not self.first.tokens:
+            return of_others
+        return combined([of_others, self.first.finish()], self.others.rank, [1 - FIRST_TOKENS, FIRST_TOKENS])
+
+
+def _windows_of(chosen_BS: Tensor, window: int | None) -> Tensor:
+    """[T]: for the chosen tokens of rows, the number of the window that each lies in, of those that follow one another.
+
+    Example:
+        >>> _windows_of(torch.tensor([[True, True, True], [False, True, True]]), 2).tolist()
+        [0, 0, 1, 3, 3]
+    """
+    rows, length = chosen_BS.shape
+    place_BS = (chosen_BS.cumsum(1) - 1) // (window or length)
+    return (place_BS + length * torch.arange(rows, device=chosen_BS.device)[:, None])[chosen_BS]
 
 
 def _read(

@@ -67,8 +67,9 @@ def distinct(domains: Sequence[DomainStatistics]) -> list[DomainStatistics]:
 class InputSketch:
     """Streams a router's normalised inputs into a [`DomainStatistics`], keeping [H, L] numbers and no input.
 
-    Nystrom approximation of the covariance from one pass over it, with a random orthonormal test matrix (Tropp et al.,
-    arXiv:1706.05736); exact where K >= H.
+    The covariance is that of sums over pieces of text, per token: ``E (sum_t (n_t - mu)) (sum_t (n_t - mu))^T / E
+    tokens``. Of single tokens it is the ordinary one. Nystrom approximation from one pass, with a random orthonormal
+    test matrix (Tropp et al., arXiv:1706.05736); exact where K >= H.
 
     Args:
         hidden_size: H.
@@ -82,22 +83,35 @@ class InputSketch:
         random = torch.randn(hidden_size, width, generator=generator, dtype=torch.float64)
         self.test_HL = torch.linalg.qr(random).Q.to(device, torch.float32)
         self.sketch_HL = torch.zeros_like(self.test_HL)
-        self.sum_H = torch.zeros(hidden_size, device=device)
-        self.squares_H = torch.zeros(hidden_size, device=device)
+        # Of a piece: n tokens, whose inputs' sum is s.
+        self.sum_H, self.tokens_sums_H, self.squares_H = torch.zeros(3, hidden_size, device=device)  # s, n s, s^2
+        self.tokens, self.squared_tokens, self.pieces = 0, 0, 0
         self.origin_H: Tensor | None = None  # the first inputs' mean: a few numbers of hidden states are huge
-        self.tokens = 0
 
-    def add(self, normed_TH: Tensor) -> None:
-        """Add the inputs of some tokens, float32."""
+    def add(self, normed_TH: Tensor, piece_T: Tensor | None = None) -> None:
+        """Add the inputs of some tokens, float32.
+
+        Args:
+            piece_T: a number for the piece that each belongs to, all of whose tokens are here; by default each token is
+                one.
+        """
         if normed_TH.shape[0] == 0:
             return
         if self.origin_H is None:
             self.origin_H = normed_TH.mean(0)
-        moved_TH = normed_TH - self.origin_H
-        self.tokens += moved_TH.shape[0]
-        self.sum_H += moved_TH.sum(0)
-        self.squares_H += moved_TH.square().sum(0)
-        self.sketch_HL += moved_TH.t() @ (moved_TH @ self.test_HL)
+        sums_PH = normed_TH - self.origin_H
+        tokens_P = torch.ones_like(sums_PH[:, 0])
+        if piece_T is not None:
+            _, place_T, counts = piece_T.unique(return_inverse=True, return_counts=True)
+            tokens_P = counts.to(sums_PH.dtype)
+            sums_PH = sums_PH.new_zeros(len(counts), sums_PH.shape[1]).index_add_(0, place_T, sums_PH)
+        self.tokens += len(normed_TH)
+        self.squared_tokens += int(tokens_P.double().square().sum())
+        self.pieces += len(tokens_P)
+        self.sum_H += sums_PH.sum(0)
+        self.tokens_sums_H += tokens_P @ sums_PH
+        self.squares_H += sums_PH.square().sum(0)
+        self.sketch_HL += sums_PH.t() @ (sums_PH @ self.test_HL)
 
     def finish(self) -> DomainStatistics:
         """What was seen, float32 on the CPU.
@@ -107,12 +121,14 @@ class InputSketch:
         """
         if self.origin_H is None:
             raise ValueError("statistics of a domain need tokens, got none; give more texts")
-        test, sketch, total, squares = (
-            tensor.double().cpu() for tensor in (self.test_HL, self.sketch_HL, self.sum_H, self.squares_H)
-        )
+        sums = (self.test_HL, self.sketch_HL, self.sum_H, self.tokens_sums_H, self.squares_H)
+        test, sketch, total, weighed, squares = (tensor.double().cpu() for tensor in sums)
         moved = total / self.tokens
-        diagonal = squares / self.tokens - moved.square()
-        product = sketch / self.tokens - moved[:, None] * (moved @ test)  # the covariance times the test matrix
+        # The sum over pieces of (s - n m)(s - n m)^T, for their mean m: its diagonal, its product with the test matrix.
+        diagonal = squares - 2 * weighed * moved + self.squared_tokens * moved.square()
+        across = self.squared_tokens * moved - weighed
+        product = sketch - moved[:, None] * (weighed @ test) + across[:, None] * (moved @ test)
+        diagonal, product = diagonal.clamp(min=0) / self.tokens, product / self.tokens
         core = test.t() @ product
         values, vectors = torch.linalg.eigh((core + core.t()) / 2)
         kept = values > 1e-6 * values[-1]  # below lies rounding
