@@ -21,8 +21,8 @@ from ..tuner.router import MoELoraRouter
 
 RANK = 128
 TOKENS = 32_768
-"""So many tokens show a domain; of a fourth of them, twice as many prompts are taken for another task's
-(docs/experts-grow.md, "How much text decides")."""
+"""So many tokens show a domain; of a fourth of them, about twice as many prompts are taken for another task's
+(docs/continual.md, "How well tasks are told")."""
 
 
 def learn_domain(
