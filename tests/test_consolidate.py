@@ -82,7 +82,7 @@ def test_merging_equal_experts_leaves_the_outputs_of_dense_routing_near():
 
 
 def test_old_texts_are_told_from_each_other_still_and_saving_keeps_all(tmp_path):
-    model = mixture_of_domains(**PLAIN)
+    model = mixture_of_domains(rows=256, **PLAIN)
     found = consolidate(model, 2)
     assert experts_of(found.model) == {"default": 1, "grown_1": 1}
     assert len(found.merges) == 5 and all(0 <= merge.loss <= 1.5 for merge in found.merges)
@@ -91,7 +91,7 @@ def test_old_texts_are_told_from_each_other_still_and_saving_keeps_all(tmp_path)
         found.model.routing_stats(reset=True)
         logits(found.model, span)
         for stats in found.model.routing_stats(reset=True).values():
-            assert stats.mean_probability[expert] > 0.6
+            assert stats.mean_probability[expert] > 0.75
     assert [(each.name, each.num_experts) for each in read_mixture(tmp_path)] == [("default", 1), ("grown_1", 1)]
     loaded = PeftModel.from_pretrained(mixture_of("llama").unload(), tmp_path)
     torch.testing.assert_close(logits(loaded, LOW), logits(found.model, LOW))
