@@ -16,6 +16,7 @@ from benchmarks.continual.encoding import encode, encode_prompt, widened
 from benchmarks.continual.learner import EncodedTask, Plan, Setting
 from benchmarks.continual.methods import METHODS
 from benchmarks.continual.metrics import Summary
+from benchmarks.continual.mixture import prompts
 from benchmarks.continual.quick import quick_base, quick_tasks, quick_tokenizer
 from benchmarks.continual.results import Results
 from benchmarks.continual.run import Job, Source
@@ -219,6 +220,17 @@ def test_the_task_that_is_told_is_the_one_whose_expert_answers(setting):
             assert weights_TE[min(16, len(prompt)) - 1].argmax() == likeliest["16"][row]
 
 
+def test_a_domain_is_learned_from_prompts_without_their_answers(setting):
+    batches = setting.batches([0])
+    for step, batch in enumerate(prompts(batches)):
+        ids, labels, mask = batches.batch(step)
+        assert torch.equal(batch["input_ids"], ids)
+        for read, all_of_row, answer in zip(batch["attention_mask"], mask, labels, strict=True):
+            answered = int((answer >= 0).sum())
+            assert answered > 1 and not read[-answered:].any()
+            assert torch.equal(read[:-answered], all_of_row[:-answered])
+
+
 def test_processes_take_the_gpus_that_are_visible_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
@@ -247,8 +259,11 @@ def test_costs_are_columns_of_the_table(tmp_path):
     assert lora.endswith(f"| {rows[0]['learning']:.1f} | {rows[0]['ms_a_token']:.2f} |")
 
 
-def test_how_well_tasks_are_told_is_kept_by_task(tmp_path, capsys):
+def test_how_well_tasks_are_told_is_kept_by_task(tmp_path, capsys, monkeypatch):
+    knowing, windows = telling.knowing, []
+    monkeypatch.setattr(telling, "knowing", lambda *given: windows.append(given[-1]) or knowing(*given))
     telling.main(["--quick", "--sequences", "order4", "--tokens", "500", "--out", str(tmp_path)])
+    assert windows == [None, 1]
     rows = [json.loads(line) for line in (tmp_path / telling.ROWS_FILE).read_text().splitlines()]
     assert [row["covariance"] for row in rows] == ["texts", "tokens"]
     assert all(len(row["16"]) == len(row["end"]) == len(row["tasks"]) == 3 for row in rows)

@@ -53,6 +53,14 @@ def test_the_number_of_a_text_does_not_depend_on_its_neighbours(number):
     assert abs(together[0] - together[1]) > 1e-3
 
 
+def test_a_distance_grows_with_the_root_of_the_length():
+    """Of the embeddings, whose mean over a text and over the same text twice is one."""
+    model = mixture_of_domains(router_scope="model")
+    text = rows(MIDDLE, count=1, length=12)[0]
+    (once, twice) = measure(model, [text, text + text])[1]
+    np.testing.assert_allclose(twice, once * 2**0.5, rtol=1e-4)
+
+
 def test_without_memories_the_loss_counts_and_statistics_stay():
     model = mixture_of("llama")
     with torch.no_grad():

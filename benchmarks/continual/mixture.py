@@ -146,6 +146,9 @@ def prompts(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
     for step in range(len(batches)):
         ids, labels, mask = batches.batch(step)
         assert mask is not None
-        answered = torch.zeros_like(mask)
-        answered[:, -labels.shape[1] :] = labels >= 0
-        yield {"input_ids": ids, "attention_mask": mask & ~answered}
+        yield {"input_ids": ids, "attention_mask": prompt_mask(mask, labels)}
+
+
+def prompt_mask(mask: Tensor, labels: Tensor) -> Tensor:
+    """bool [N, S]: the mask without answers, of which labels [N, K] tell, those of the last K tokens."""
+    return mask & (F.pad(labels, (mask.shape[1] - labels.shape[1], 0), value=IGNORED) == IGNORED)

@@ -26,7 +26,7 @@ from ..quality.data import Examples
 from ..record import RESULTS
 from .bases import BASES, load_base
 from .learner import EncodedTask, Plan, Setting
-from .mixture import Recipe, prompts
+from .mixture import Recipe, prompt_mask, prompts
 from .options import note_origin
 from .run import Job, Row, Source, tasks_of
 from .tasks import PUBLISHED, SEQUENCES
@@ -83,8 +83,7 @@ def told(model: PeftModel, examples: Examples) -> dict[str, Tensor]:
     own = list(router.lora_router.values())
     device = own[0].gate_weight.device
     ids, labels, mask = (torch.as_tensor(getattr(examples, name)).to(device) for name in ("ids", "labels", "mask"))
-    here = mask.clone()
-    here[:, -labels.shape[1] :] &= labels < 0
+    here = prompt_mask(mask, labels)
     weights, biases = (torch.cat([getattr(one, name) for one in own]) for name in ("gate_weight", "gate_bias"))
     densities = F.linear(rms_norm(model.get_input_embeddings()(ids)), weights, biases)
     likeliest = over_context(densities, None, here).argmax(-1)
