@@ -153,6 +153,19 @@ def test_statistics_without_directions_are_refused(rank):
     assert not knows_domain(model, "default")
 
 
+def test_what_is_not_finite_is_refused_and_old_statistics_stay():
+    """Of a model whose second block breaks: the first block's router is not given new ones either."""
+    model = mixture_of("llama")
+    learn_domain(model, "default", [texts(LOW)])
+    before = {key: value.clone() for key, value in model.state_dict().items() if "router" in key}
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.down_proj.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"'model.layers.1' reads of the texts for adapter 'default' is not finite"):
+        learn_domain(model, "default", [texts(LOW, seed=1)])
+    after = model.state_dict()
+    assert before and all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_padding_is_in_no_statistics():
     model, inputs = mixture_of("llama"), texts(LOW)
     assert learn_domain(model, "default", [inputs]) == 8 * 24

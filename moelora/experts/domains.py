@@ -51,8 +51,8 @@ def learn_domain(
         The number of tokens read.
 
     Raises:
-        ValueError: there is no such adapter, its routing is fixed, a router is attached, the batches are empty, or
-            `rank` is no integer of 1 or more.
+        ValueError: there is no such adapter, its routing is fixed, a router is attached, the batches are empty, what a
+            router reads is not finite, or `rank` is no integer of 1 or more; nothing has changed then.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`rank` ({rank!r}) is not valid; pass an integer of 1 or more, or call `forget_domain`")
@@ -64,8 +64,14 @@ def learn_domain(
         tokens = _read(model, batches, sketches, max_tokens)
     if tokens < 2:
         raise ValueError(f"the batches for adapter {adapter_name!r} hold {tokens} tokens; give texts of its domain")
+    if broken := [name for name, each in sketches.items() if not each.is_finite]:
+        raise ValueError(
+            f"what router {broken[0]!r} reads of the texts for adapter {adapter_name!r} is not finite (NaN or "
+            "infinity); mend the model's weights, or compute in bfloat16 or float32; nothing has changed"
+        )
+    found = {name: each.finish() for name, each in sketches.items()}
     for name, router in routers.items():
-        _keep(router, sketches[name].finish(), rank)
+        _keep(router, found[name], rank)
     model.peft_config[adapter_name].router_memory = rank
     refresh_domain_classifier(model)
     return tokens
@@ -174,6 +180,11 @@ class _Sketches:
     def _normed(self, hidden: Tensor, chosen: Tensor) -> Tensor:
         """[T, H]."""
         return rms_norm(hidden[chosen.to(hidden.device)]).to(self.device)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that was added is."""
+        return all(bool(sketch.squares_H.isfinite().all()) for sketch in (self.first, self.others))
 
     def finish(self) -> DomainStatistics:
         """Of all tokens, first ones at their fixed share where there are others."""
