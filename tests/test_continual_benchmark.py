@@ -286,7 +286,7 @@ def test_a_run_is_not_run_again(tmp_path, capsys):
     ]
     main(arguments)
     rows = (tmp_path / "rows.jsonl").read_text()
-    assert len(rows.splitlines()) == 2 * (3 + 2)  # three rates, two seeds
+    assert len(rows.splitlines()) == 2 * (4 + 2)  # four rates, two seeds
     assert "| lora | no | 2 |" in (tmp_path / "table.md").read_text() and (tmp_path / "quick-order4.png").exists()
     main(arguments)
     assert (tmp_path / "rows.jsonl").read_text() == rows
@@ -323,8 +323,8 @@ def test_the_best_rate_goes_on_to_the_seeds(tmp_path):
     args = parse(["--quick", "--methods", "lora", "--sequences", "order4", "--out", str(tmp_path)])
     results = Results(tmp_path / "rows.jsonl", Plan(args.steps, args.rows, args.rank, args.device))
     trials = list(jobs_of(args, results))
-    assert [trial.split for trial in trials] == ["validation"] * 3
-    for score, trial in zip([10.0, 30.0, 20.0], trials, strict=True):
+    assert [trial.split for trial in trials] == ["validation"] * 4
+    for score, trial in zip([10.0, 30.0, 20.0, 5.0], trials, strict=True):
         results.add(vars(trial) | {"steps": args.steps, "rows": args.rows, "rank": args.rank, "matrix": [[score]]})
     assert list(jobs_of(args, results)) == [Job("quick", "order4", "lora", trials[1].rate, s) for s in range(3)]
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from helpers import HIDDEN, mixture_of, routers_of
 from test_domain_classifier import LOW, texts
 
-from moelora.experts import knows_domain, learn_domain
+from moelora.experts import domains, knows_domain, learn_domain
 from moelora.routing import rms_norm
-from moelora.routing.domain_classifier import InputSketch, combined, discriminants, over_context
+from moelora.routing.domain_classifier import RIDGE, InputSketch, combined, discriminants, over_context
 
 
 def inputs_like(mean, scale, tokens, seed=0):
@@ -183,6 +183,37 @@ def test_no_more_is_read_than_was_asked_for():
     assert len(list(batches)) == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "scope", "calls"), [("llama", "model", 1), ("llama", "block", 3), ("bart", "model", 3)]
+)
+def test_forwards_end_where_the_one_router_has_read_all(name, scope, calls, monkeypatch):
+    """After a first whole one; bart's reads the encoder's embeddings and the decoder's."""
+    model = mixture_of(name, router_scope=scope)
+    batches = [texts(LOW, seed=seed) for seed in range(3)]
+    before = model(**batches[0]).logits
+    counts = []
+    model.get_base_model().register_forward_hook(lambda *_: counts.append(1))
+    learn_domain(model, "default", batches)
+    assert len(counts) == calls
+    ended = {key: value.clone() for key, value in model.state_dict().items() if "memory" in key}
+    assert torch.equal(model(**batches[0]).logits, before)
+    monkeypatch.setattr(domains, "_may_be_left", lambda model: False)
+    learn_domain(model, "default", batches)
+    assert len(ended) == 3 * len(routers_of(model))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in ended.items())
+
+
+@pytest.mark.parametrize("brought", ["_hf_hook", "full_tensor"])
+def test_forwards_do_not_end_where_weights_are_brought_and_taken_away(brought):
+    model = mixture_of("llama", router_scope="model")
+    base = model.get_base_model()
+    setattr(base.model.norm if brought == "_hf_hook" else base.model.norm.weight, brought, None)
+    counts = []
+    base.register_forward_hook(lambda *_: counts.append(1))
+    learn_domain(model, "default", [texts(LOW, seed=seed) for seed in range(3)])
+    assert len(counts) == 3
+
+
 def test_combined_memories_are_that_of_all_inputs_together():
     parts = [
         inputs_like(torch.arange(6.0) * sign, torch.linspace(0.1, 3, 6), 500, seed)
@@ -193,6 +224,19 @@ def test_combined_memories_are_that_of_all_inputs_together():
     together = torch.cat(parts)
     torch.testing.assert_close(both.mean, together.mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both.covariance(), together.t().cov(correction=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_many_directions_and_few_are_solved_for_alike(rank):
+    """Two domains of rank 3 have fewer directions together than 8 inputs, of rank 4 as many."""
+    ours = [sketched(inputs_like(torch.randn(8) * 3, torch.rand(8) + 0.5, 400, seed), rank) for seed in range(2)]
+    weights, biases = discriminants(ours)
+    covariance = torch.stack([each.covariance() for each in ours]).double().mean(0)
+    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(8)
+    means = torch.stack([each.mean for each in ours]).double()
+    expected = (means - means.mean(0)) @ covariance.inverse()
+    torch.testing.assert_close(weights, expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(biases, -(expected * (means + means.mean(0)) / 2).sum(-1).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_combined_memories_keep_the_largest_directions_and_the_variance_of_all():

@@ -17,7 +17,7 @@ from .plain import Joint, Lora, PerTask
 from .prog_prompt import ProgressivePrompts
 from .slao import Slao
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
 @dataclass(frozen=True)

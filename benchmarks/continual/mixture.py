@@ -132,13 +132,13 @@ def _is_ours(name: str) -> bool:
     return "lora_" in name
 
 
-def _questions(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
-    """A few batches with labels as long as the rows."""
-    for step in range(min(PROBED, len(batches))):
-        ids, labels, mask = batches.batch(step)
-        assert mask is not None
-        padded = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORED)
-        yield {"input_ids": ids, "labels": padded, "attention_mask": mask}
+def _questions(batches: Batches) -> list[Mapping[str, Tensor]]:
+    """A few batches as one, with logits where there are labels [B, K] and nowhere else."""
+    ids, labels = (each[:PROBED].flatten(0, 1) for each in (batches.ids, batches.labels))
+    assert batches.mask is not None
+    last = torch.arange(ids.shape[1] - labels.shape[1], ids.shape[1], device=ids.device)
+    mask = batches.mask[:PROBED].flatten(0, 1)
+    return [{"input_ids": ids, "labels": labels, "attention_mask": mask, "logits_to_keep": last}]
 
 
 def prompts(batches: Batches) -> Iterator[Mapping[str, Tensor]]:

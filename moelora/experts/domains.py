@@ -6,13 +6,13 @@ Shapes: T tokens, H router input width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..report.observe import before, count_anew, undisturbed
 from ..routing import Router, rms_norm
@@ -217,22 +217,46 @@ def _read(
     routers = model.base_model.routing.routers
     takes = inspect.signature(model.get_base_model().forward).parameters
     few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # nobody reads them
-    with torch.no_grad(), before((routers[name], _into(sketch)) for name, sketch in sketches.items()):
+    readers = {name: _Reader(sketch) for name, sketch in sketches.items()}
+    with torch.no_grad(), before((routers[name], reader) for name, reader in readers.items()):
         for batch in batches:
             inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-            model(**inputs | few)
+            with suppress(_AllRead):
+                model(**inputs | few)
             mask = inputs.get("attention_mask")
             tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             if tokens >= max_tokens:
                 break
+            only = next(iter(readers.values()))
+            only.may_end |= len(readers) == only.calls == 1 and _may_be_left(model)
     return tokens
 
 
-def _into(sketches: _Sketches) -> Callable[..., None]:
-    def hook(router: MoELoraRouter, args: tuple[Any, ...]) -> None:
+class _AllRead(Exception):  # noqa: N818 - no error
+    """Ends a forward whose one router has read all that it reads: blocks that follow, most of the work, do not run."""
+
+
+class _Reader:
+    """A hook before a router: what it reads goes into its sketches.
+
+    Attributes:
+        may_end: whether the forward may end here, as the router was called but once in a whole one.
+    """
+
+    def __init__(self, sketches: _Sketches) -> None:
+        self.sketches, self.calls, self.may_end = sketches, 0, False
+
+    def __call__(self, router: MoELoraRouter, args: tuple[Any, ...]) -> None:
+        self.calls += 1
         hidden, _, mask, *counts = args
         if counts == [False]:  # padding may be among the tokens, and nobody knows where
             return
-        sketches.add(hidden, mask)
+        self.sketches.add(hidden, mask)
+        if self.may_end:
+            raise _AllRead
 
-    return hook
+
+def _may_be_left(model: nn.Module) -> bool:
+    """Whether a forward may end in the middle: not where accelerate or FSDP2 brings weights and takes them away."""
+    is_brought = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return not is_brought and not any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -165,8 +165,7 @@ def discriminants(domains: Sequence[DomainStatistics]) -> tuple[Tensor, Tensor]:
     """Weights [A, H] and biases [A] of every domain's log density: ``weight @ n + bias`` for a normalised input n.
 
     With the domains' mean covariance S (plus a ridge) and their mean m: ``(mu_a - m)^T S^-1 (n - (mu_a + m) / 2)``,
-    which is ``log N(n; mu_a, S) - log N(n; m, S)``. S is U^T U + D for few directions U and a diagonal D, so Woodbury's
-    identity solves for it without forming it.
+    which is ``log N(n; mu_a, S) - log N(n; m, S)``.
 
     Example:
         >>> near, far = (DomainStatistics(torch.tensor([m]), torch.zeros(1, 1), torch.ones(1)) for m in (0.0, 2.0))
@@ -179,11 +178,18 @@ def discriminants(domains: Sequence[DomainStatistics]) -> tuple[Tensor, Tensor]:
     diagonal = torch.stack([domain.variance for domain in domains]).double().mean(0)
     diagonal += RIDGE * (diagonal + rows.square().sum(0)).mean()
     middle = means.mean(0)
-    scaled, apart = rows / diagonal, (means - middle) / diagonal
-    core = torch.linalg.cholesky(torch.eye(len(rows), dtype=rows.dtype) + scaled @ rows.t())
-    weights = apart - torch.cholesky_solve(rows @ apart.t(), core).t() @ scaled
+    weights = _times_inverse(means - middle, rows, diagonal)
     biases = -(weights * (means + middle) / 2).sum(-1)
     return weights.float(), biases.float()
+
+
+def _times_inverse(x_AH: Tensor, rows_UH: Tensor, diagonal_H: Tensor) -> Tensor:
+    """x (rows^T rows + diagonal)^-1 [A, H]. Woodbury's identity needs no [H, H] where there are fewer rows than H."""
+    if len(rows_UH) >= len(diagonal_H):
+        return torch.cholesky_solve(x_AH.t(), torch.linalg.cholesky(rows_UH.t() @ rows_UH + diagonal_H.diag())).t()
+    scaled_UH, x_AH = rows_UH / diagonal_H, x_AH / diagonal_H
+    core = torch.linalg.cholesky(torch.eye(len(rows_UH), dtype=rows_UH.dtype) + scaled_UH @ rows_UH.t())
+    return x_AH - torch.cholesky_solve(rows_UH @ x_AH.t(), core).t() @ scaled_UH
 
 
 class ContextDensities:
