@@ -5,12 +5,13 @@ import json
 import os
 from dataclasses import replace
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.continual import costs, telling
+from benchmarks.continual import costs, telling, workers
 from benchmarks.continual.__main__ import jobs_of, main, parse
 from benchmarks.continual.encoding import encode, encode_prompt, widened
 from benchmarks.continual.learner import EncodedTask, Plan, Setting
@@ -19,7 +20,7 @@ from benchmarks.continual.metrics import Summary
 from benchmarks.continual.mixture import prompts
 from benchmarks.continual.quick import quick_base, quick_tasks, quick_tokenizer
 from benchmarks.continual.results import Results
-from benchmarks.continual.run import Job, Source
+from benchmarks.continual.run import Job, Source, task_names
 from benchmarks.continual.scoring import exact_match, rouge_l, write_answers
 from benchmarks.continual.table import groups, learned_alone, render, write
 from benchmarks.continual.tasks import SEQUENCES, Question, load_sequence, load_tasks
@@ -340,6 +341,27 @@ def test_processes_make_the_rows_that_one_makes():
                 left[:] = [job for job in left if job.method != row["method"]]
                 found[number][row["method"]] = row["matrix"]
     assert found[1] == found[2] and len(found[1]) == 3
+
+
+def test_what_may_not_end_within_the_budget_is_not_started(monkeypatch):
+    """Runs on validation data take 3 of a clock's seconds, so one of order 4's 15 tasks takes 15."""
+    clock = [0.0]
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def attempt(job, source, plan):
+        clock[0] += len(task_names(job))
+        return vars(job) | {"wall": len(task_names(job))}
+
+    monkeypatch.setattr(workers, "attempt", attempt)
+    jobs = [Job("quick", "order4", "lora", 1e-3, 0, split) for split in ("validation", "test", "validation")]
+    with Workers(1, Source(None, None), PLAN, deadline=20.0) as started:
+        for _ in started.run(lambda: list(jobs)):
+            jobs.pop(0)
+    assert clock[0] == 3 and started.is_late and len(jobs) == 2
+    with Workers(1, Source(None, None), PLAN, deadline=clock[0] + 37) as started:
+        for _ in started.run(lambda: list(jobs)):
+            jobs.pop(0)
+    assert not started.is_late and not jobs
 
 
 def test_the_table_compares_with_learning_alone():

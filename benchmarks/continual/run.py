@@ -45,14 +45,19 @@ class Source:
     models: Path | None
 
 
+def task_names(job: Job) -> tuple[str, ...]:
+    """Of the tasks that a run learns, in order, those that the data lack included."""
+    order = SEQUENCES[job.sequence]
+    return order.tasks if job.split == "test" else order.tuned_on
+
+
 def tasks_of(job: Job, source: Source) -> list[Task]:
     """The tasks that a run learns, in order."""
     if source.data is None:
         from .quick import quick_tasks
 
         return quick_tasks()
-    order = SEQUENCES[job.sequence]
-    return load_tasks(source.data, order.tasks if job.split == "test" else order.tuned_on)
+    return load_tasks(source.data, task_names(job))
 
 
 @lru_cache(maxsize=4)

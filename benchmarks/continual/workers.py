@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from .learner import Plan
-from .run import Job, Row, Source, perform
+from .results import job_of
+from .run import Job, Row, Source, perform, task_names
 
-SPARE = 1.2  # times the longest run so far has to be left for another to be started
+SPARE = 1.2  # times what a run took, by task, at the longest has to be left for another to be started
 
 
 class Workers:
@@ -29,7 +30,7 @@ class Workers:
 
     def __init__(self, number: int, source: Source, plan: Plan, deadline: float) -> None:
         self.number, self.source, self.plan, self.deadline = number, source, plan, deadline
-        self.longest = 0.0
+        self.longest = 0.0  # seconds of a task; runs on validation data, which come first, have fewer tasks
         self.is_late = False
 
     def __enter__(self) -> Workers:
@@ -62,13 +63,13 @@ class Workers:
         """The jobs for which a process is free and time is left."""
         missing = (job for job in jobs if job not in running)
         for job in itertools.islice(missing, self.number - len(running)):
-            if time.monotonic() + SPARE * self.longest > self.deadline:
+            if time.monotonic() + SPARE * self.longest * len(task_names(job)) > self.deadline:
                 self.is_late = True
                 return
             yield job
 
     def _timed(self, row: Row) -> Row:
-        self.longest = max(self.longest, row["wall"])
+        self.longest = max(self.longest, row["wall"] / len(task_names(job_of(row))))
         return row
 
 
