@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.continual import costs, telling, workers
+from benchmarks.continual import costs, run, telling, workers
 from benchmarks.continual.__main__ import jobs_of, main, parse
 from benchmarks.continual.encoding import encode, encode_prompt, widened
 from benchmarks.continual.learner import EncodedTask, Plan, Setting
@@ -328,6 +328,23 @@ def test_the_best_rate_goes_on_to_the_seeds(tmp_path):
     for score, trial in zip([10.0, 30.0, 20.0, 5.0], trials, strict=True):
         results.add(vars(trial) | {"steps": args.steps, "rows": args.rows, "rank": args.rank, "matrix": [[score]]})
     assert list(jobs_of(args, results)) == [Job("quick", "order4", "lora", trials[1].rate, s) for s in range(3)]
+
+
+def test_recipes_are_compared_on_rows_held_out_from_all_tasks(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "exact_match", lambda model, examples, device: asked.append(len(examples)) or 50.0)
+    options = ["--quick", "--held-out", "--methods", "joint", "moelora-last", "--rates", "1e-3", "1e-2", "--seeds", "1"]
+    main([*options, "--sequences", "order4", "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["rate"]) for row in rows] == [
+        (method, rate) for method in ("joint", "moelora-last") for rate in (1e-3, 1e-2)
+    ]
+    assert {row["split"] for row in rows} == {"held-out"} and all(len(row["tasks"]) == 3 for row in rows)
+    held_out = {len(task.rows["validation"]) for task in quick_tasks()}
+    assert set(asked) <= held_out and held_out.isdisjoint(len(task.rows["test"]) for task in quick_tasks())
+    table = (tmp_path / "table.md").read_text()
+    assert "| joint | 0.01 | 1 | 50.0 |  |" in table and "| moelora-last | 0.001 | 1 | 50.0 | 50.0 |" in table
+    assert task_names(Job("quick", "order4", "joint", 1.0, 0, "held-out")) == SEQUENCES["order4"].tasks
 
 
 def test_processes_make_the_rows_that_one_makes():

@@ -31,6 +31,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--sequences", nargs="+", choices=list(SEQUENCES), default=list(PUBLISHED))
     add("--rates", nargs="+", type=float, help="learning rates to choose from (default: each method's own)")
+    about = "compare all rates on rows held out from all tasks: for choosing a recipe, which test rows may not"
+    add("--held-out", action="store_true", help=about)
     add("--seeds", type=int, default=3, help="seeds for the chosen learning rate (default: 3)")
     add("--workers", type=int, default=1, help="processes, which share the GPUs (default: 1)")
     add("--budget", type=float, default=math.inf, help="seconds after which no run is started that may not end")
@@ -53,6 +55,10 @@ def _missing(
     args: argparse.Namespace, results: Results, base: str, sequence: str, method: str, seed: int
 ) -> Iterator[Job]:
     rates = args.rates or METHODS[method].rates
+    if args.held_out:
+        jobs = (Job(base, sequence, method, rate, seed, "held-out") for rate in rates)
+        yield from (job for job in jobs if job not in results)
+        return
     if len(rates) > 1:
         trials = [Job(base, sequence, method, rate, 0, "validation") for rate in rates]
         if untried := [trial for trial in trials if trial not in results]:

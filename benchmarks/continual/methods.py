@@ -10,7 +10,7 @@ from .ewc import Ewc
 from .gainlora import GainLora
 from .inflora import InfLora
 from .learner import Learner, Setting
-from .mixture import Grown, Recipe
+from .mixture import LAST, Grown, Recipe
 from .o_lora import OLora
 from .osf import Osf
 from .plain import Joint, Lora, PerTask
@@ -49,6 +49,7 @@ METHODS: dict[str, Method] = {
         f"moelora-{name}": Method(f"the same{about}", partial(Grown, recipe=recipe), is_main=False)
         for name, (about, recipe) in {
             "new": (", each expert starting from nothing", Recipe(start="new")),
+            "last": (", each expert starting from the last one", Recipe(start=LAST)),
             "block": (", each block deciding for itself", Recipe(scope="block")),
             "64": (", the last 64 tokens deciding", Recipe(window=64)),
             "four": (" by four experts of a quarter of the rank, two a token", Recipe(experts=4, top_k=2)),

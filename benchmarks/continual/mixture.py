@@ -22,6 +22,7 @@ from ..quality.methods import LINEARS
 from ..quality.trainer import autocast, now
 from .learner import Learner, Setting, numbers
 
+LAST = "last"
 PROBED = 4  # batches on which the nearest old task is found
 
 
@@ -35,7 +36,7 @@ class Recipe:
         loudness: lora_alpha / r, times routing_scale / experts.
         scope: see `MoELoraConfig.router_scope`.
         window: see `MoELoraConfig.domain_window`.
-        start: where a new task's experts begin, see `moelora.experts.grow`.
+        start: where a new task's experts begin, see `moelora.experts.grow`; "last": where the ones before ended.
         budget: share of all tasks' experts that the mixture may have; before a new task, old ones are merged to it.
     """
 
@@ -107,9 +108,9 @@ class Grown(Learner):
             self.names = [merge.adapters[0] if name in merge.adapters else name for name in self.names]
 
     def _grow(self, batches: Batches) -> str:
-        recipe = self.recipe
+        start = self.names[-1] if self.recipe.start == LAST else self.recipe.start
         with autocast(self.setting.plan.device):
-            return grow(self.model, recipe.experts, start_from=recipe.start, batches=_questions(batches))
+            return grow(self.model, self.recipe.experts, start_from=start, batches=_questions(batches))
 
     @contextmanager
     def told(self, stage: int) -> Iterator[None]:

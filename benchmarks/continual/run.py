@@ -26,7 +26,8 @@ class Job:
     """What tells one run from another.
 
     Args:
-        split: "test", or "validation" where a learning rate is tried on the three tasks of another order.
+        split: "test"; "validation" where a learning rate is tried on the three tasks of another order; "held-out" where
+            recipes are compared on all tasks.
     """
 
     base: str
@@ -35,6 +36,11 @@ class Job:
     rate: float
     seed: int
     split: str = "test"
+
+    @property
+    def rows(self) -> str:
+        """Which of a task's rows are answered."""
+        return "test" if self.split == "test" else "validation"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Source:
 def task_names(job: Job) -> tuple[str, ...]:
     """Of the tasks that a run learns, in order, those that the data lack included."""
     order = SEQUENCES[job.sequence]
-    return order.tasks if job.split == "test" else order.tuned_on
+    return order.tuned_on if job.split == "validation" else order.tasks
 
 
 def tasks_of(job: Job, source: Source) -> list[Task]:
@@ -74,7 +80,7 @@ def perform(job: Job, source: Source, plan: Plan) -> Row:
     torch.manual_seed(job.seed)
     setting = Setting(base, tokenizer, tasks, plan, job.seed, job.rate)
     learner = METHODS[job.method].make(setting)
-    scores = Scores(setting, job.split)
+    scores = Scores(setting, job.rows)
     row: Row = {**asdict(job), "steps": plan.steps, "rows": plan.rows, "rank": plan.rank}
     row |= {"tasks": [task.name for task in tasks], "matrix": [], "seconds": []}
     last = len(tasks) - 1
@@ -92,15 +98,15 @@ class Scores:
     """How answers of a run's tasks are scored."""
 
     setting: Setting
-    split: str
+    rows: str
 
     def of(self, learner: Learner, number: int, told: AbstractContextManager[object]) -> float:
         """A task's score, in percent."""
         task, device = self.setting.tasks[number], self.setting.plan.device
         with told:
             if task.is_generated:
-                questions = task.questions[self.split]
+                questions = task.questions[self.rows]
                 score = rouge_l(learner.model, questions, self.setting.tokenizer, task.length, device)
             else:
-                score = exact_match(learner.model, task.examples[self.split], device)
+                score = exact_match(learner.model, task.examples[self.rows], device)
         return round(score, 2)

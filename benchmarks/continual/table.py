@@ -16,7 +16,7 @@ from ..quality.table import Interval
 from ..record import RESULTS
 from .costs import COSTS_FILE
 from .methods import METHODS
-from .metrics import Summary
+from .metrics import Summary, average_performance
 from .results import ROWS_FILE
 from .run import Row
 
@@ -43,17 +43,18 @@ def groups(rows: Iterable[Row]) -> dict[Group, dict[str, list[Row]]]:
     }
 
 
-def render(rows: Iterable[Row], costs: Iterable[Row] = ()) -> str:
+def render(rows: Sequence[Row], costs: Iterable[Row] = ()) -> str:
     """Markdown: a table for each base and sequence.
 
     Args:
         costs: of methods that were alone on their machine, the newest last (`benchmarks.continual.costs`).
     """
     found = groups(rows)
-    if not found:
+    if not found and not any(_is_held_out(row) for row in rows):
         return "no run is complete yet"
     known = {(cost["method"], *(cost[name] for name in SHARED)): cost for cost in costs}
-    return "\n".join(line for group, methods in found.items() for line in (*_table(group, methods, known), ""))
+    tables = [(*_table(group, methods, known), "") for group, methods in found.items()]
+    return "\n".join(line for table in (*tables, *_held_out(rows)) for line in table)
 
 
 def _table(group: Group, methods: dict[str, list[Row]], costs: Costs) -> Iterator[str]:
@@ -69,6 +70,29 @@ def _table(group: Group, methods: dict[str, list[Row]], costs: Costs) -> Iterato
         yield _line(method, methods[method], alone, cost)
         if told := [statistics.fmean(row["told"]) for row in methods[method] if "told" in row]:
             yield f"| {method} | yes | {len(told)} | | {_interval(told)} | | | | | | | |"
+
+
+def _is_held_out(row: Row) -> bool:
+    return row["split"] == "held-out" and "error" not in row
+
+
+def _held_out(rows: Iterable[Row]) -> Iterator[Sequence[str]]:
+    """For each base and sequence, every method and rate that was compared on held-out rows."""
+    found: dict[tuple[str, str], dict[tuple[str, float], list[Row]]] = {}
+    for row in filter(_is_held_out, rows):
+        arms = found.setdefault((row["base"], row["sequence"]), {})
+        arms.setdefault((row["method"], row["rate"]), []).append(row)
+    for (base, sequence), arms in sorted(found.items()):
+        lines = [f"**{base}, {sequence}, held-out rows**", ""]
+        lines += ["| method | rate | seeds | AP | right after learning |", "|---|---|---|---|---|"]
+        for method, rate in sorted(arms, key=lambda arm: (list(METHODS).index(arm[0]), arm[1])):
+            matrices = [row["matrix"] for row in arms[method, rate]]
+            after = [statistics.fmean(row[-1] for row in matrix) for matrix in matrices if len(matrix) > 1]
+            performance = _interval([average_performance(matrix) for matrix in matrices])
+            lines.append(
+                f"| {method} | {rate:g} | {len(matrices)} | {performance} | {_interval(after) if after else ''} |"
+            )
+        yield (*lines, "")
 
 
 def learned_alone(rows: Sequence[Row]) -> list[float] | None:
