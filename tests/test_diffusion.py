@@ -252,7 +252,10 @@ def test_saved_and_loaded(tmp_path, build, kind):
     model, inputs = adapted(build, kind)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(made(build)[0], tmp_path).eval()
-    assert torch.equal(run(again, inputs), run(model, inputs))
+    weights = again.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    # Where tensors lie in memory decides how some processors round: not to the last bit, a plain LoRA's neither.
+    torch.testing.assert_close(run(again, inputs), run(model, inputs))
 
 
 STORED = torch.float8_e4m3fn
