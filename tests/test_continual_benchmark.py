@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.continual import costs, run, telling, workers
+from benchmarks.continual import costs, mixture, run, telling, workers
 from benchmarks.continual.__main__ import jobs_of, main, parse
 from benchmarks.continual.encoding import encode, encode_prompt, widened
 from benchmarks.continual.learner import EncodedTask, Plan, Setting
@@ -190,6 +190,33 @@ def test_old_tasks_keep_their_own_experts_bit_for_bit(setting):
         torch.equal(tensor, dict(learner.model.named_parameters())[name]) for name, tensor in old.items()
     )
     assert learner.names == ["default", "grown_1"] and list(learner.model.active_adapters) == learner.names
+
+
+def test_the_last_experts_are_where_the_next_ones_start(setting, monkeypatch):
+    starts, grow = [], mixture.grow
+    monkeypatch.setattr(
+        mixture, "grow", lambda *a, **options: starts.append(options["start_from"]) or grow(*a, **options)
+    )
+    learner = METHODS["moelora-last"].make(setting)
+    for stage in range(3):
+        learner.learn(stage)
+    assert starts == ["default", "grown_1"]
+
+
+@torch.no_grad()
+def test_where_to_start_is_asked_of_the_answers_in_the_first_batches(setting):
+    learner = METHODS["moelora"].make(setting)
+    batches = setting.batches([0])
+    (asked,) = mixture._questions(batches)
+    losses = []
+    for step in range(mixture.PROBED):
+        ids, labels, mask = batches.batch(step)
+        whole = torch.full_like(ids, IGNORED)
+        whole[:, -labels.shape[1] :] = labels
+        loss = learner.model(input_ids=ids, labels=whole, attention_mask=mask).loss
+        losses.append((loss * (whole != IGNORED).sum(), (whole != IGNORED).sum()))
+    expected = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    torch.testing.assert_close(learner.model(**asked).loss, expected)
 
 
 def test_a_budget_bounds_the_experts(setting):

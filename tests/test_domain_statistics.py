@@ -1,10 +1,12 @@
 """Statistics of adapters' domains: how they are computed, from which tokens, and for several domains together."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import HIDDEN, mixture_of, routers_of
-from test_domain_classifier import LOW, texts
+from test_domain_classifier import HIGH, LOW, texts
 
 from moelora.experts import domains, knows_domain, learn_domain
 from moelora.routing import rms_norm
@@ -201,6 +203,23 @@ def test_forwards_end_where_the_one_router_has_read_all(name, scope, calls, monk
     learn_domain(model, "default", batches)
     assert len(ended) == 3 * len(routers_of(model))
     assert all(torch.equal(model.state_dict()[key], value) for key, value in ended.items())
+
+
+def test_what_another_thread_reads_is_in_no_statistics_and_its_forward_does_not_end():
+    model = mixture_of("llama", router_scope="model")
+    batches = [texts(LOW, seed=seed) for seed in range(3)]
+    learn_domain(model, "default", batches)
+    (router,) = (each["default"] for each in routers_of(model).values())
+    alone = router.domain
+
+    def disturbed(pool):
+        for batch in batches:
+            yield batch
+            assert pool.submit(model, **texts(HIGH)).result().logits.isfinite().all()
+
+    with ThreadPoolExecutor(1) as pool:
+        learn_domain(model, "default", disturbed(pool))
+    assert router.domain.equals(alone)
 
 
 @pytest.mark.parametrize("brought", ["_hf_hook", "full_tensor"])

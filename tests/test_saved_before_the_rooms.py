@@ -29,7 +29,7 @@ SAVED = Path(__file__).parent / "saved_before_the_rooms"
 TENSORS = load_file(SAVED / "expected.safetensors")
 EXPECTED = json.loads((SAVED / "expected.json").read_text(encoding="utf-8"))
 IS_THEIRS = this_machine() == EXPECTED["machine"]
-RTOL, ATOL = (0.0, 0.0) if IS_THEIRS else (1e-4, 1e-5)
+RTOL, ATOL = (0.0, 0.0) if IS_THEIRS else (1e-5, 1e-5)
 
 
 def assert_same_numbers(actual, expected):

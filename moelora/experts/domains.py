@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -237,16 +238,18 @@ class _AllRead(Exception):  # noqa: N818 - no error
 
 
 class _Reader:
-    """A hook before a router: what it reads goes into its sketches.
+    """A hook before a router: what it reads goes into its sketches. What another thread lets it read does not.
 
     Attributes:
         may_end: whether the forward may end here, as the router was called but once in a whole one.
     """
 
     def __init__(self, sketches: _Sketches) -> None:
-        self.sketches, self.calls, self.may_end = sketches, 0, False
+        self.sketches, self.calls, self.may_end, self.thread = sketches, 0, False, get_ident()
 
     def __call__(self, router: MoELoraRouter, args: tuple[Any, ...]) -> None:
+        if get_ident() != self.thread:
+            return
         self.calls += 1
         hidden, _, mask, *counts = args
         if counts == [False]:  # padding may be among the tokens, and nobody knows where
