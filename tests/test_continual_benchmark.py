@@ -19,7 +19,7 @@ from benchmarks.continual.methods import METHODS
 from benchmarks.continual.metrics import Summary
 from benchmarks.continual.mixture import prompts
 from benchmarks.continual.quick import quick_base, quick_tasks, quick_tokenizer
-from benchmarks.continual.results import Results
+from benchmarks.continual.results import Results, job_of
 from benchmarks.continual.run import Job, Source, task_names
 from benchmarks.continual.scoring import exact_match, rouge_l, write_answers
 from benchmarks.continual.table import groups, learned_alone, render, write
@@ -387,25 +387,39 @@ def test_processes_make_the_rows_that_one_makes():
     assert found[1] == found[2] and len(found[1]) == 3
 
 
-def test_what_may_not_end_within_the_budget_is_not_started(monkeypatch):
-    """Runs on validation data take 3 of a clock's seconds, so one of order 4's 15 tasks takes 15."""
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass where tasks are learned: one a task, four where a method is slow."""
     clock = [0.0]
     monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def attempt(job, source, plan):
-        clock[0] += len(task_names(job))
-        return vars(job) | {"wall": len(task_names(job))}
+        wall = len(task_names(job)) * (4 if job.method == "inflora" else 1)
+        clock[0] += wall
+        return vars(job) | {"wall": wall}
 
     monkeypatch.setattr(workers, "attempt", attempt)
-    jobs = [Job("quick", "order4", "lora", 1e-3, 0, split) for split in ("validation", "test", "validation")]
-    with Workers(1, Source(None, None), PLAN, deadline=20.0) as started:
-        for _ in started.run(lambda: list(jobs)):
-            jobs.pop(0)
-    assert clock[0] == 3 and started.is_late and len(jobs) == 2
-    with Workers(1, Source(None, None), PLAN, deadline=clock[0] + 37) as started:
-        for _ in started.run(lambda: list(jobs)):
-            jobs.pop(0)
-    assert not started.is_late and not jobs
+    return clock
+
+
+def test_what_may_not_end_within_the_budget_is_not_started(clock):
+    """A run on validation data takes 3 seconds, so one of order 4's 15 tasks takes 15."""
+    jobs = [Job("quick", "order4", "lora", 1e-3, 0, split) for split in ("validation", "test")]
+    for deadline, left in ((20.0, ["test"]), (3 + 18.0, [])):
+        with Workers(1, Source(None, None), PLAN, deadline) as started:
+            for row in started.run(lambda: list(jobs)):
+                jobs.remove(job_of(row))
+        assert [job.split for job in jobs] == left and started.is_late == bool(left)
+
+
+def test_a_slow_method_leaves_time_to_the_others(clock):
+    """After 3 and 12 seconds, 20 are left: enough for 15 tasks of lora, and not of inflora, nor of what is unknown."""
+    splits = {"validation": ("inflora", "lora"), "test": ("inflora", "ewc", "lora")}
+    jobs = [Job("quick", "order4", method, 1e-3, 0, split) for split, methods in splits.items() for method in methods]
+    with Workers(1, Source(None, None), PLAN, deadline=35.0) as started:
+        for row in started.run(lambda: list(jobs)):
+            jobs.remove(job_of(row))
+    assert started.is_late and [job.method for job in jobs] == ["inflora", "ewc"]
 
 
 def test_the_table_compares_with_learning_alone():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import time
@@ -18,7 +17,7 @@ from .learner import Plan
 from .results import job_of
 from .run import Job, Row, Source, perform, task_names
 
-SPARE = 1.2  # times what a run took, by task, at the longest has to be left for another to be started
+SPARE = 1.2  # times what a run of its method took at the longest, by task, has to be left for another to be started
 
 
 class Workers:
@@ -30,7 +29,7 @@ class Workers:
 
     def __init__(self, number: int, source: Source, plan: Plan, deadline: float) -> None:
         self.number, self.source, self.plan, self.deadline = number, source, plan, deadline
-        self.longest = 0.0  # seconds of a task; runs on validation data, which come first, have fewer tasks
+        self.longest: dict[str, float] = {}  # by method, seconds of a task: the first runs are of fewer tasks
         self.is_late = False
 
     def __enter__(self) -> Workers:
@@ -61,15 +60,26 @@ class Workers:
 
     def _startable(self, jobs: Iterable[Job], running: set[Job]) -> Iterator[Job]:
         """The jobs for which a process is free and time is left."""
-        missing = (job for job in jobs if job not in running)
-        for job in itertools.islice(missing, self.number - len(running)):
-            if time.monotonic() + SPARE * self.longest * len(task_names(job)) > self.deadline:
-                self.is_late = True
+        free = self.number - len(running)
+        for job in jobs:
+            if not free:
                 return
+            if job in running:
+                continue
+            if time.monotonic() + SPARE * self._seconds(job) > self.deadline:
+                self.is_late = True
+                continue
+            free -= 1
             yield job
 
+    def _seconds(self, job: Job) -> float:
+        """What a run may take: where its method has not run, as long as any other."""
+        a_task = self.longest.get(job.method, max(self.longest.values(), default=0.0))
+        return a_task * len(task_names(job))
+
     def _timed(self, row: Row) -> Row:
-        self.longest = max(self.longest, row["wall"] / len(task_names(job_of(row))))
+        a_task = row["wall"] / len(task_names(job_of(row)))
+        self.longest[row["method"]] = max(self.longest.get(row["method"], 0.0), a_task)
         return row
 
 
