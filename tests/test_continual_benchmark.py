@@ -432,3 +432,11 @@ def test_the_table_compares_with_learning_alone():
     measured = [shared | {"method": "lora", "learning": 2.04, "ms_a_token": 3.456}]
     line = next(line for line in render(rows, measured).splitlines() if line.startswith("| lora"))
     assert "| 75.2 ± 3.2 | 19.5 ± 6.4 | -19.5 ± 6.4 | 5.0 ± 0.0 | 5 | 10 | 2.0 | 3.46 |" in line
+
+
+def test_the_table_shows_scores_by_task():
+    shared = {"base": "quick", "sequence": "order4", "steps": 1, "rows": 1, "rank": 1, "rate": 1.0, "split": "test"}
+    shared |= {"tasks": ["a_long", "b"], "trainable": 5, "stored": 10}
+    rows = [shared | {"method": "joint", "seed": seed, "matrix": [[70.0, 80.0 + seed]]} for seed in range(2)]
+    rows.append(shared | {"method": "lora", "seed": 0, "matrix": [[1.0], [2.0, 3.0]]})
+    assert render(rows).endswith("| after the last task | a | b |\n|---|---|---|\n| joint | 70.0 | 80.5 |\n")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, mixture_of
+from helpers import ARCHITECTURES, awaken, mixture_of
 from helpers import llama as llama_with
 from loras import BATCH, KINDS, plain_output, save_kinds, save_lora
 from peft import PeftModel
@@ -11,7 +11,7 @@ from peft.tuners.lora.config import ArrowConfig
 from tiny import counting, shouting, tiny_tokenizer
 
 import moelora.tuner.layer
-from moelora.experts import build, from_lora
+from moelora.experts import build, from_lora, grow
 from moelora.experts.scoring import score_by_prototype, top_right_singular_vector
 
 
@@ -58,6 +58,47 @@ def by_expert(monkeypatch):
         lambda x, *args: noted.append(len(args[0].pools)) or original(x, *args),
     )
     return noted
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+def test_more_adapters_change_no_bit_of_a_text_that_a_few_serve(monkeypatch, dtype, rounding):
+    """First tokens that go elsewhere do not make every adapter's factors part of every product."""
+    model = mixture_of("llama", single_expert=True, top_k_experts=1)
+    for _ in range(5):
+        grow(model)
+    awaken(model)
+    model.to(dtype)
+    names, noted = list(model.active_adapters), by_expert(monkeypatch)
+    weights = torch.zeros(*BATCH.shape, len(names))
+    weights[:, :3, 1] = weights[:, 3:, 0] = 1
+    found = []
+    for count in (3, 4, 6):
+        model.set_adapter(names[:count])
+        found.append(logits(model, routing_weights=weights[..., :count]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and set(noted) == {2}
+    model.set_adapter(names[:2])
+    torch.testing.assert_close(logits(model, routing_weights=weights[..., :2]), found[0], rtol=0, atol=rounding)
+    assert set(noted) == {2}, "where all adapters are served, one product of them is"
+
+
+def test_routing_weights_have_gradients_where_they_are_zero():
+    """Also in evaluation: whoever learns them starts from one expert."""
+    model = mixture_of("llama", single_expert=True, top_k_experts=1)
+    grow(model)
+    grow(model)
+    awaken(model)
+
+    def loss(weights):
+        return model(input_ids=BATCH, routing_weights=weights).logits.double().square().mean()
+
+    weights = torch.tensor([[1.0, 0.0, 0.0]]).expand(len(BATCH), -1).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(weights), weights)
+    step = torch.zeros_like(weights)
+    step[0, 2] = 1e-3
+    with torch.no_grad():
+        slope = (loss(weights + step) - loss(weights - step)) / 2e-3
+    assert gradient.all()
+    torch.testing.assert_close(gradient[0, 2].double(), slope, rtol=1e-2, atol=1e-6)
 
 
 def test_tokens_of_several_experts_run_in_the_fast_form(tmp_path, monkeypatch):

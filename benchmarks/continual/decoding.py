@@ -66,12 +66,16 @@ def mixture_of(setting: Setting, num_tasks: int) -> nn.Module:
 
 
 def _texts(setting: Setting, number: int) -> Iterator[Mapping[str, Tensor]]:
-    """Random tokens from a part of the vocabulary that is a task's own."""
+    """A task's, as [`_random_ids`] makes them."""
+    yield {"input_ids": _random_ids(setting, number, 8, 64)}
+
+
+def _random_ids(setting: Setting, number: int, rows: int, length: int) -> Tensor:
+    """[rows, length] from a part of the vocabulary that is a task's own."""
     generator = torch.Generator().manual_seed(number)
     size = setting.base.config.vocab_size
     first = number * size // 64
-    ids = torch.randint(first, first + size // 64, (8, 64), generator=generator)
-    yield {"input_ids": ids.to(setting.plan.device)}
+    return torch.randint(first, first + size // 64, (rows, length), generator=generator).to(setting.plan.device)
 
 
 def arms_of(setting: Setting, numbers: Sequence[int]) -> dict[str, nn.Module]:
@@ -81,8 +85,8 @@ def arms_of(setting: Setting, numbers: Sequence[int]) -> dict[str, nn.Module]:
 
 
 def generation(model: nn.Module, setting: Setting, batch: int, args: argparse.Namespace) -> Callable[[], object]:
-    """What decodes `--new` tokens of every sequence."""
-    ids = torch.randint(setting.base.config.vocab_size, (batch, args.prompt), device=setting.plan.device)
+    """What decodes `--new` tokens of every sequence, which are all of the first task."""
+    ids = _random_ids(setting, 0, batch, args.prompt)
     options = {"min_new_tokens": args.new, "max_new_tokens": args.new, "do_sample": False, "pad_token_id": setting.pad}
     return partial(model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 

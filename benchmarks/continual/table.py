@@ -23,6 +23,7 @@ from .run import Row
 MODULE = "benchmarks.continual.table"
 TABLE_FILE = "table.md"
 SHOWN = ("lora", "moelora")  # whose matrices are drawn
+BY_TASK = ("joint", "oracle", "moelora")  # whose scores are shown task by task
 COLUMNS = ("average_performance", "forgetting", "backward_transfer", "forward_transfer")
 SHARED = ("base", "steps", "rows", "rank")  # by runs and what is measured of their costs
 Group = tuple[str, str, int, int, int]  # base, sequence, steps, rows, rank
@@ -53,7 +54,7 @@ def render(rows: Sequence[Row], costs: Iterable[Row] = ()) -> str:
     if not found and not any(_is_held_out(row) for row in rows):
         return "no run is complete yet"
     known = {(cost["method"], *(cost[name] for name in SHARED)): cost for cost in costs}
-    tables = [(*_table(group, methods, known), "") for group, methods in found.items()]
+    tables = [(*_table(group, methods, known), "", *_by_task(methods)) for group, methods in found.items()]
     return "\n".join(line for table in (*tables, *_held_out(rows)) for line in table)
 
 
@@ -70,6 +71,24 @@ def _table(group: Group, methods: dict[str, list[Row]], costs: Costs) -> Iterato
         yield _line(method, methods[method], alone, cost)
         if told := [statistics.fmean(row["told"]) for row in methods[method] if "told" in row]:
             yield f"| {method} | yes | {len(told)} | | {_interval(told)} | | | | | | | |"
+
+
+def _by_task(methods: dict[str, list[Row]]) -> Iterator[str]:
+    """Scores after the last task, mean over seeds: where one method is ahead of another."""
+    shown = [name for name in BY_TASK if name in methods]
+    if not shown:
+        return
+    yield f"| after the last task | {' | '.join(_task_names(methods[shown[0]]))} |"
+    yield f"|---{'|---' * len(methods[shown[0]][0]['tasks'])}|"
+    for name in shown:
+        by_task = zip(*(row["matrix"][-1] for row in methods[name]), strict=True)
+        yield f"| {name} | {' | '.join(f'{statistics.fmean(scores):.1f}' for scores in by_task)} |"
+    yield ""
+
+
+def _task_names(rows: Sequence[Row]) -> list[str]:
+    """Short ones."""
+    return [name.split("_")[0] for name in rows[0]["tasks"]]
 
 
 def _is_held_out(row: Row) -> bool:
@@ -139,7 +158,7 @@ def draw(group: Group, methods: dict[str, list[Row]], out: Path) -> None:
     figure = Figure(figsize=(5.2 * len(shown), 4.8), layout="constrained")
     image: Any = None
     for panel, method in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        tasks = [name.split("_")[0] for name in methods[method][0]["tasks"]]
+        tasks = _task_names(methods[method])
         image = panel.imshow(mean_matrix(methods[method]), vmin=0, vmax=100, cmap="cividis")
         panel.set(title=method, xlabel="score on", ylabel="after learning")
         panel.set_xticks(range(len(tasks)), tasks, rotation=90)

@@ -41,7 +41,8 @@ def learn_domain(
     buffers that are saved with the adapter; no text. The covariance is made for the adapter's `domain_window`. The
     first tokens of rows count as one in 16, however long the rows are. As soon as every active adapter has them, a
     classifier decides between adapters (docs/maths.md, "Domain classifier"): scores of one adapter no longer take from
-    another.
+    another. An adapter of one expert counts as mature from then on: it acts on its own domain alone, and a token costs
+    one expert however many adapters there are.
 
     Args:
         batches: arguments of the model's forward (`input_ids`, `attention_mask`), enough for max_tokens or fewer.
@@ -73,6 +74,8 @@ def learn_domain(
     found = {name: each.finish() for name, each in sketches.items()}
     for name, router in routers.items():
         _keep(router, found[name], rank)
+        if router.num_experts == 1:  # nobody beside it had to learn from its tokens
+            router.maturity.fill_(1.0)
     model.peft_config[adapter_name].router_memory = rank
     refresh_domain_classifier(model)
     return tokens

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import ExpertPairs, chooses_sparse, scaled_weights, serves_sparse
-from ..routing.decision import sole_expert
+from ..routing.decision import used_experts
 from .alignment import fit
 from .interfaces import MixtureRouter, Pool
 from .joint_blocks import reads_text
@@ -40,7 +40,9 @@ class BlockRouting:
     top_k: int | None = None  # experts of a token that weights give anything to, at most; None: maybe all
     _pairs: ExpertPairs | None = field(default=None, init=False)
     _scaled: dict[tuple, Tensor] = field(default_factory=dict, init=False)
-    _sole: dict[bool, int | None] = field(default_factory=dict, init=False)  # of the encoder's tokens, of the block's
+    _used: dict[bool, tuple[int, ...] | None] = field(
+        default_factory=dict, init=False
+    )  # by the encoder's tokens or not
 
     def weights_for(self, x: Tensor, module: str) -> Tensor:
         """[..., E] for a linear's input x [..., D].
@@ -109,15 +111,15 @@ class BlockRouting:
         """[..., E] of the adapters of a group that reads x."""
         return columns(self.weights_for(x, layer.link.name), self.pool, bound.names).to(x.device)
 
-    def sole_expert(self, x: Tensor) -> int | None:
-        """The expert that alone has any weight in what `weights_for` gives for x; None if there is none."""
+    def used_experts(self, x: Tensor) -> tuple[int, ...] | None:
+        """The experts that have any weight in what `weights_for` gives for x; None where that is not known."""
         is_encoder = self._is_encoder(x)
         if self._is_joined(x):
             return None
-        if is_encoder not in self._sole:
+        if is_encoder not in self._used:
             weights = self.encoder_weights if is_encoder else self.weights
-            self._sole[is_encoder] = None if weights is None else sole_expert(weights)
-        return self._sole[is_encoder]
+            self._used[is_encoder] = None if weights is None else used_experts(weights)
+        return self._used[is_encoder]
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The padding mask of a linear's input x [..., D] in "module" scope; None where none fits."""

@@ -198,8 +198,7 @@ class BlockHook:
     def has_to_wait(self) -> bool:
         """Whether it cannot decide yet: its router is a shard until FSDP2's hooks on the block have run."""
         state = self.state
-        is_given = state.in_force.call.routing_weights is not None or state.attached is not None
-        if self.router is None or self.scope != "block" or is_given or not state.enabled:
+        if self.router is None or self.scope != "block" or state.is_routed_by_hand or not state.enabled:
             return False
         return any(hasattr(parameter, "full_tensor") for parameter in self.router.parameters())  # a DTensor
 

@@ -119,13 +119,19 @@ class RoutingState:
         return sum(count for _, count in self.pool)
 
     @property
+    def is_routed_by_hand(self) -> bool:
+        """Whether the routing weights are the caller's, or an attached router's."""
+        return self.in_force.call.routing_weights is not None or self.attached is not None
+
+    @property
     def may_single_out(self) -> bool:
         """Whether tokens can be an imported LoRA's alone: by weights given by hand, by a fixed router, or by top-1."""
         if not any(self.configs[name].single_expert for name in self.active_adapters):
             return False
-        is_given = self.in_force.call.routing_weights is not None or self.attached is not None
         config = self.config
-        return is_given or config.router_kind.is_constant or min(config.top_k_experts, self.num_experts) == 1
+        return (
+            self.is_routed_by_hand or config.router_kind.is_constant or min(config.top_k_experts, self.num_experts) == 1
+        )
 
     @property
     def enabled(self) -> bool:

@@ -27,14 +27,14 @@ class Routing:
     kept: Tensor  # [T, E] bool: assignments within capacity
 
 
-def sole_expert(weights: Tensor) -> int | None:
-    """The one expert that has any weight in weights [..., E]; None where several have, or none.
+def used_experts(weights: Tensor) -> tuple[int, ...] | None:
+    """The experts that have any weight in weights [..., E].
 
     The host waits for the answer, so there is none, None, while a graph is compiled or captured.
 
     Example:
-        >>> sole_expert(torch.tensor([[0.0, 1.0], [0.0, 0.5]])), sole_expert(torch.eye(2))
-        (1, None)
+        >>> used_experts(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.5, 0.5]]))
+        (1, 2)
     """
     if (
         torch.compiler.is_compiling()
@@ -42,8 +42,7 @@ def sole_expert(weights: Tensor) -> int | None:
         or (weights.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return None
-    used = weights.flatten(0, -2).any(0).nonzero().flatten().tolist()
-    return used[0] if len(used) == 1 else None
+    return tuple(weights.flatten(0, -2).any(0).nonzero().flatten().tolist())
 
 
 def top_k_mask(probs_TE: Tensor, top_k: int) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: D in, O out, E experts, r rank of one expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -22,11 +23,15 @@ from ..forward.interfaces import Pool
 from ..forward.shared_input import BoundGroup, SharedInput
 from ..forward.state import ForwardContext, RoutingState
 from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
-from ..routing.decision import sole_expert
+from ..routing.decision import used_experts
 from . import native
 from .mixed_batch import rows_of_sample
 from .offloaded import loaded
 from .router import MoELoraRouter
+
+FEW = 4
+"""Adapters that are computed one by one: the first tokens of a text, which say little, go to some that the rest does
+not go to."""
 
 
 @dataclass
@@ -98,8 +103,8 @@ class MoELoraLayer(_LayerBase):
             return super().forward(x, *args, **kwargs)
         if self._may_be_plain_lora(routing):
             weights, pool = self._weights_of_pool(x, routing)
-            if (sole := self._sole_expert(x, weights, pool, routing)) is not None:
-                return self._as_plain_lora(x, *sole, *args, **kwargs)
+            if (few := self._few_loras(x, weights, pool, routing)) is not None:
+                return self._as_plain_loras(x, *few, *args, **kwargs)
         if inputs is not None and routing is not None:
             fused = inputs.run(self, x, routing)
             if fused is not None:
@@ -121,22 +126,36 @@ class MoELoraLayer(_LayerBase):
         context = self.link.state.current_context() if routing is None else routing.context
         return context.may_single_out
 
-    def _sole_expert(
+    def _few_loras(
         self, x: Tensor, weights: Tensor, pool: Pool, routing: BlockRouting | None
-    ) -> tuple[str, Tensor] | None:
-        """The imported LoRA that has all tokens to itself, with its weights [..., 1]; None if there is none."""
-        column = routing.sole_expert(x) if self._follows(routing) else sole_expert(weights)
-        if column is None:
-            return None
-        name = [name for name, count in pool for _ in range(count)][column]
-        return (name, weights[..., column : column + 1]) if self.link.state.configs[name].single_expert else None
+    ) -> tuple[list[str], Tensor] | None:
+        """The adapters of one expert that have the tokens to themselves, with their weights [..., U].
 
-    def _as_plain_lora(self, x: Tensor, adapter_name: str, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if adapter_name not in self.lora_A:
+        None where others have any, where they are many or all, as one product of them all is faster then, and where
+        weights given by hand want a gradient, those that are 0 too.
+        """
+        if weights.requires_grad and torch.is_grad_enabled() and self.link.state.is_routed_by_hand:
+            return None
+        used = routing.used_experts(x) if self._follows(routing) else used_experts(weights)
+        by_column = [name for name, count in pool for _ in range(count)]
+        if not used or len(used) > min(FEW, max(1, len(by_column) - 1)):
+            return None
+        names = [by_column[column] for column in used]
+        if not all(self.link.state.configs[name].single_expert for name in names):
+            return None
+        return names, _columns_at(weights, used)
+
+    def _as_plain_loras(self, x: Tensor, names: list[str], weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each in a plain LoRA's operations: a token's output does not depend on how many adapters there are."""
+        here = [place for place, name in enumerate(names) if name in self.lora_A]
+        if not here:
             return self.base_layer(x, *args, **kwargs)
-        with self._loaded([adapter_name]):
-            pool = self.expert_pool(adapter_name)
-            reader = Reader(self.base_layer, [pool if self.cast_input_dtype_enabled else pool.computed_in(x.dtype)])
+        if len(here) < len(names):
+            names, weights = [names[place] for place in here], _columns_at(weights, here)
+        with self._loaded(names):
+            pools = [self.expert_pool(name) for name in names]
+            dtype = pools[0].lora_A.dtype if self.cast_input_dtype_enabled else x.dtype
+            reader = Reader(self.base_layer, [pool.computed_in(dtype) for pool in pools])
             return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
 
     def _loaded(self, names: list[str]) -> AbstractContextManager[Any]:
@@ -294,6 +313,12 @@ class MoELoraLayer(_LayerBase):
         hook = self.link.hook
         router = hook.router if hook is not None else None
         return router or next(iter(self.link.state.routers.values()))
+
+
+def _columns_at(weights: Tensor, places: Sequence[int]) -> Tensor:
+    """[..., len(places)]. By slices: a list of indices would be copied to the device, which the host waits for."""
+    pieces = [weights[..., place : place + 1] for place in places]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 def _serves(routing: BlockRouting | None, x: Tensor) -> bool:
