@@ -13,7 +13,7 @@ from torch import Tensor
 from .autocast import compute_dtype
 from .concat import mixture_concat
 from .expert_pairs import ExpertPairs, chooses_sparse
-from .fused import FusedGroup, Reader, can_fuse, is_plain, mixture_fused, scaled_weights
+from .fused import FusedGroup, Reader, can_fuse, is_plain, launches_cost_most, mixture_fused, scaled_weights
 from .gathered import serves_sparse
 from .operands import Operands, operands_of
 from .pool import ExpertPool, drop_rate
@@ -34,6 +34,7 @@ __all__ = [
     "drop_rate",
     "is_plain",
     "is_transformed",
+    "launches_cost_most",
     "mixture",
     "mixture_by_expert",
     "mixture_fused",

@@ -300,6 +300,11 @@ def mixture_fused(x: Tensor, readers: Sequence[Reader], weights: Tensor) -> Sequ
     return group(x, scaled_weights(weights, group.scalings))
 
 
+def launches_cost_most(x: Tensor) -> bool:
+    """Whether x [..., D] holds so few tokens, and is on a GPU, that launches cost more than the arithmetic in them."""
+    return x.is_cuda and x.shape[:-1].numel() <= FEW_TOKENS
+
+
 def _base(base_layer: Any, dtype: torch.dtype) -> Base:
     return (base_layer.weight, base_layer.bias) if is_plain(base_layer, dtype) else (None, None)
 

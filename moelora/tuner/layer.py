@@ -22,16 +22,12 @@ from ..forward.hooks import BlockHook
 from ..forward.interfaces import Pool
 from ..forward.shared_input import BoundGroup, SharedInput
 from ..forward.state import ForwardContext, RoutingState
-from ..ops import ExpertPool, Reader, mixture_by_expert, mixture_linear
+from ..ops import ExpertPool, Reader, launches_cost_most, mixture_by_expert, mixture_linear
 from ..routing.decision import used_experts
 from . import native
 from .mixed_batch import rows_of_sample
 from .offloaded import loaded
 from .router import MoELoraRouter
-
-FEW = 4
-"""Adapters that are computed one by one: the first tokens of a text, which say little, go to some that the rest does
-not go to."""
 
 
 @dataclass
@@ -131,14 +127,14 @@ class MoELoraLayer(_LayerBase):
     ) -> tuple[list[str], Tensor] | None:
         """The adapters of one expert that have the tokens to themselves, with their weights [..., U].
 
-        None where others have any, where they are many or all, as one product of them all is faster then, and where
-        weights given by hand want a gradient, those that are 0 too.
+        None where others have any, where several are all or one product of all takes fewer launches, and where weights
+        given by hand want a gradient, those that are 0 too.
         """
         if weights.requires_grad and torch.is_grad_enabled() and self.link.state.is_routed_by_hand:
             return None
         used = routing.used_experts(x) if self._follows(routing) else used_experts(weights)
         by_column = [name for name, count in pool for _ in range(count)]
-        if not used or len(used) > min(FEW, max(1, len(by_column) - 1)):
+        if not used or (len(used) > 1 and (len(used) == len(by_column) or launches_cost_most(x))):
             return None
         names = [by_column[column] for column in used]
         if not all(self.link.state.configs[name].single_expert for name in names):
@@ -146,7 +142,7 @@ class MoELoraLayer(_LayerBase):
         return names, _columns_at(weights, used)
 
     def _as_plain_loras(self, x: Tensor, names: list[str], weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Each in a plain LoRA's operations: a token's output does not depend on how many adapters there are."""
+        """One in a plain LoRA's operations, several in one product: no bit depends on how many others there are."""
         here = [place for place, name in enumerate(names) if name in self.lora_A]
         if not here:
             return self.base_layer(x, *args, **kwargs)
@@ -156,7 +152,8 @@ class MoELoraLayer(_LayerBase):
             pools = [self.expert_pool(name) for name in names]
             dtype = pools[0].lora_A.dtype if self.cast_input_dtype_enabled else x.dtype
             reader = Reader(self.base_layer, [pool.computed_in(dtype) for pool in pools])
-            return mixture_by_expert(x, reader, weights.to(x.device), *args, **kwargs)
+            form = mixture_by_expert if len(pools) == 1 else mixture_linear
+            return form(x, reader, weights.to(x.device), *args, **kwargs)
 
     def _loaded(self, names: list[str]) -> AbstractContextManager[Any]:
         """Within, these adapters' factors are there."""
