@@ -193,32 +193,6 @@ def test_other_experts_change_a_domain_no_more():
     assert change < 0.03 and change_without > 0.5
 
 
-def test_an_only_expert_acts_where_its_domain_is_told_and_on_no_other_token():
-    """Else each old one would add its share of the probability to every token for good, and be computed for it."""
-    kind = {"router_type": "learned_with_maturity", "router_scope": "model"}
-    model = mixture_of("llama", single_expert=True, top_k_experts=1, **kind)
-    grow(model)
-    awaken(model)
-    weights = []
-    for router in routers_of(model).values():
-        router.register_forward_hook(lambda router, inputs, made: weights.append(made))
-    counts = {}
-    for known in (0, 2):
-        for name, span in zip(("default", "grown_1")[:known], (LOW, HIGH), strict=False):
-            learn_domain(model, name, [texts(span, rows=64)])
-        assert model.expert_maturity.tolist() == [known / 2] * 2
-        weights.clear()
-        with torch.no_grad():
-            model(**texts(LOW, seed=5))
-        counts[known] = {int(count) for each in weights for count in (each != 0).sum(-1).flatten()}
-    assert counts == {0: {2}, 2: {1}}
-
-
-def test_experts_of_several_stay_as_mature_as_training_left_them():
-    model = mixture_of_domains(router_type="learned_with_maturity")
-    assert model.expert_maturity.tolist() == [0.0] * 7
-
-
 @pytest.mark.parametrize("scope", ["block", "model", "module"])
 def test_the_whole_text_tells_what_its_end_does_not(scope):
     """A prompt that begins with an instruction of one domain, and has a long text of the other behind it."""

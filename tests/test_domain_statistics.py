@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HIDDEN, mixture_of, routers_of
-from test_domain_classifier import HIGH, LOW, texts
+from helpers import HIDDEN, awaken, mixture_of, routers_of
+from test_domain_classifier import HIGH, LOW, mixture_of_domains, texts
 
-from moelora.experts import domains, knows_domain, learn_domain
+from moelora.experts import domains, grow, knows_domain, learn_domain
 from moelora.routing import rms_norm
 from moelora.routing.domain_classifier import RIDGE, InputSketch, combined, discriminants, over_context
 
@@ -266,3 +266,29 @@ def test_combined_memories_keep_the_largest_directions_and_the_variance_of_all()
     assert both.directions.shape == (4, 32)
     torch.testing.assert_close(both.covariance().diagonal(), exact.diagonal(), rtol=1e-3, atol=1e-3)
     assert both.directions[0].abs().argmax() == 5  # between the domains lies most of the variance
+
+
+def test_an_only_expert_acts_where_its_domain_is_told_and_on_no_other_token():
+    """Else each old one would add its share of the probability to every token for good, and be computed for it."""
+    kind = {"router_type": "learned_with_maturity", "router_scope": "model"}
+    model = mixture_of("llama", single_expert=True, top_k_experts=1, **kind)
+    grow(model)
+    awaken(model)
+    weights = []
+    for router in routers_of(model).values():
+        router.register_forward_hook(lambda router, inputs, made: weights.append(made))
+    counts = {}
+    for known in (0, 2):
+        for name, span in zip(("default", "grown_1")[:known], (LOW, HIGH), strict=False):
+            learn_domain(model, name, [texts(span, rows=64)])
+        assert model.expert_maturity.tolist() == [known / 2] * 2
+        weights.clear()
+        with torch.no_grad():
+            model(**texts(LOW, seed=5))
+        counts[known] = {int(count) for each in weights for count in (each != 0).sum(-1).flatten()}
+    assert counts == {0: {2}, 2: {1}}
+
+
+def test_experts_of_several_stay_as_mature_as_training_left_them():
+    model = mixture_of_domains(router_type="learned_with_maturity")
+    assert model.expert_maturity.tolist() == [0.0] * 7

@@ -48,26 +48,12 @@ def test_an_expert_alone_is_the_plain_lora_bit_for_bit(tmp_path, router):
     assert torch.equal(logits(model), together)
 
 
-def by_expert(monkeypatch):
-    """The linears that run expert by expert, noted as they do."""
+def noted_calls(monkeypatch, form):
+    """How many adapters each call of a linear computes in this form of the mixture, noted as it does."""
     noted = []
-    original = moelora.tuner.layer.mixture_by_expert
+    original = getattr(moelora.tuner.layer, form)
     monkeypatch.setattr(
-        moelora.tuner.layer,
-        "mixture_by_expert",
-        lambda x, *args: noted.append(len(args[0].pools)) or original(x, *args),
-    )
-    return noted
-
-
-def of_used_alone(monkeypatch):
-    """How many adapters are computed where a linear computes those alone that are used."""
-    noted = []
-    original = moelora.tuner.layer.mixture_linear
-    monkeypatch.setattr(
-        moelora.tuner.layer,
-        "mixture_linear",
-        lambda x, *args: noted.append(len(args[0].pools)) or original(x, *args),
+        moelora.tuner.layer, form, lambda x, *args: noted.append(len(args[0].pools)) or original(x, *args)
     )
     return noted
 
@@ -80,7 +66,7 @@ def test_more_adapters_change_no_bit_of_a_text_that_a_few_serve(monkeypatch, dty
         grow(model)
     awaken(model)
     model.to(dtype)
-    names, noted = list(model.active_adapters), of_used_alone(monkeypatch)
+    names, noted = list(model.active_adapters), noted_calls(monkeypatch, "mixture_linear")
     weights = torch.zeros(*BATCH.shape, len(names))
     weights[:, :3, 1] = weights[:, 3:, 0] = 1
     found = []
@@ -92,6 +78,26 @@ def test_more_adapters_change_no_bit_of_a_text_that_a_few_serve(monkeypatch, dty
     model.set_adapter(names[:2])
     torch.testing.assert_close(logits(model, routing_weights=weights[..., :2]), found[0], rtol=0, atol=rounding)
     assert not noted, "where all adapters are used, linears that read the same tensor are computed together"
+
+
+def test_used_adapters_alone_have_the_gradients_that_they_have_among_all():
+    model = mixture_of("llama", single_expert=True, top_k_experts=1)
+    grow(model)
+    grow(model)
+    awaken(model)
+    names, weights, found = list(model.active_adapters), torch.zeros(*BATCH.shape, 3), []
+    weights[..., :3, 1] = weights[..., 3:, 0] = 1
+    for count in (3, 2):  # two of three alone; all of two in one product
+        model.set_adapter(names[:count])
+        factors = [p.requires_grad_() for n, p in model.named_parameters() if ".default." in n or ".grown_1." in n]
+        factors = [p for p in factors if p.dim() == 2]
+        loss = model(input_ids=BATCH, routing_weights=weights[..., :count]).logits.square().mean()
+        found.append(torch.autograd.grad(loss, factors, allow_unused=True))
+    assert any(gradient is not None and gradient.any() for gradient in found[0])
+    for alone, among in zip(*found, strict=True):
+        assert (alone is None) == (among is None)
+        if among is not None:
+            torch.testing.assert_close(alone, among, rtol=1e-4, atol=1e-6)
 
 
 def test_routing_weights_have_gradients_where_they_are_zero():
@@ -117,7 +123,7 @@ def test_routing_weights_have_gradients_where_they_are_zero():
 def test_tokens_of_several_experts_run_in_the_fast_form(tmp_path, monkeypatch):
     """To agree to the last bit they would run expert by expert, every token through every expert."""
     folders = save_kinds(tmp_path, ["plain", "rslora", "patterns"])
-    model, noted = build(llama(), folders, "train"), by_expert(monkeypatch)
+    model, noted = build(llama(), folders, "train"), noted_calls(monkeypatch, "mixture_by_expert")
     outputs = {name: plain_output(folder) for name, folder in folders.items()}
     found = logits(model, routing_weights=torch.eye(3))  # sequence i of the batch belongs to expert i
     assert not noted
@@ -131,7 +137,7 @@ def test_tokens_of_several_experts_run_in_the_fast_form(tmp_path, monkeypatch):
 def test_mixtures_of_imports_run_in_the_fast_form(tmp_path, monkeypatch, router, top_k):
     options = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "down_proj"]}
     folders = {name: save_lora(tmp_path / name, seed=seed, **options) for seed, name in enumerate("xyz")}
-    model, noted = build(llama(), folders, router, top_k=top_k), by_expert(monkeypatch)
+    model, noted = build(llama(), folders, router, top_k=top_k), noted_calls(monkeypatch, "mixture_by_expert")
     for key, parameter in model.named_parameters():
         if "lora_router" in key:
             torch.nn.init.normal_(parameter)
@@ -142,7 +148,7 @@ def test_mixtures_of_imports_run_in_the_fast_form(tmp_path, monkeypatch, router,
 
 
 def test_an_expert_that_was_trained_here_runs_in_the_fast_form(tmp_path, monkeypatch):
-    model, noted = mixture_of("llama", router_type="learned"), by_expert(monkeypatch)
+    model, noted = mixture_of("llama", router_type="learned"), noted_calls(monkeypatch, "mixture_by_expert")
     from_lora(model, save_lora(tmp_path / "new", **KINDS["plain"]), "new")
     logits(model, routing_weights=torch.eye(5)[[0, 0, 0]])
     assert not noted
